@@ -1,0 +1,215 @@
+"""Gradients of several losses from one forward pass, and which loss reaches which parameter."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dot_optax._checks import describe
+from dot_optax._per_loss import _children, _entry_name
+
+
+def value_and_grads(
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Like `jax.value_and_grad`, for a function that returns several losses: one gradient tree for each.
+
+    .. math::
+        (\ell_1, \ldots, \ell_N) = f(\theta), \qquad g_i = \nabla_\theta \, \ell_i(\theta)
+
+    The forward pass runs once and is shared by one backward pass per loss. A backward pass follows only what its own
+    loss depends on: a loss that overflows does not put NaNs in the gradient of another.
+
+    Args:
+        loss_fn: a function that returns a container of real scalars: `PerLoss(task, kd)`, any other tuple, or a
+            mapping; with `has_aux`, a pair of that container and any auxiliary data.
+        argnums: which positional argument to differentiate with respect to; several give a tuple of trees per loss.
+        has_aux: whether `loss_fn` returns auxiliary data (such as BatchNorm statistics).
+
+    Returns:
+        A function with the arguments of `loss_fn` that returns `(values, grads)`, or `((values, aux), grads)`. Both
+        `values` and `grads` are containers of the type that `loss_fn` returned; each entry of `grads` has the structure
+        of the differentiated argument, and is conjugated for complex parameters as in `jax.grad`.
+
+    Raises:
+        TypeError: when called, if `loss_fn` does not return a container of real floating point scalars, or if a
+            differentiated argument is not floating point or complex.
+
+    Example:
+        >>> import dot_optax
+        >>> def loss_fn(params, x):
+        ...     y = params['w'] * x
+        ...     return dot_optax.PerLoss(task=(y - 1.0) ** 2, kd=(y - 2.0) ** 2)
+        >>> values, grads = dot_optax.value_and_grads(loss_fn)({'w': 3.0}, 1.0)
+        >>> print(values.task, grads.task['w'], grads.kd['w'])
+        4.0 4.0 2.0
+    """
+    _check_callable(loss_fn, "value_and_grads")
+
+    @functools.wraps(loss_fn)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        primals, call = _differentiated(loss_fn, argnums, args, kwargs)
+
+        def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
+            output = call(*primals)
+            losses, aux = _split_aux(output, "value_and_grads") if has_aux else (output, None)
+            return _check_losses(losses, "value_and_grads"), aux
+
+        values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
+        entries, rebuild = _children(values)
+
+        def gradient(key: Any) -> Any:
+            # Transposing one output at a time leaves the other losses out, where a zero cotangent for them would be
+            # multiplied through their backward passes.
+            transpose = jax.linear_transpose(lambda *tangents: _children(jvp(*tangents))[0][key], *primals)
+            grads = transpose(jnp.ones_like(entries[key]))
+            return grads[0] if isinstance(argnums, int) else grads
+
+        grads = rebuild({key: gradient(key) for key in entries})
+        return ((values, aux) if has_aux else values), grads
+
+    return wrapped
+
+
+def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> Any:
+    r"""Which loss reaches which parameter: whether its gradient can be other than zero.
+
+    .. math::
+        r_{ij} = [\, \partial \ell_i / \partial \theta_j \text{ is not identically } 0 \,]
+
+    It is found by tracing the backward pass of each loss; nothing is computed, whatever the sizes. A parameter that
+    enters a `jax.lax.scan`, `cond` or `while_loop` counts as reached by every loss that depends on the result.
+
+    Args:
+        loss_fn: as for `value_and_grads`: `loss_fn(params, *args)` returns a container of scalars.
+        params: the parameters: arrays, or `jax.ShapeDtypeStruct`.
+        *args: the other arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
+        has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
+
+    Returns:
+        A container of the type that `loss_fn` returns, with one tree of bools of the structure of `params` per loss:
+        the `reached` argument of `dot`.
+
+    Raises:
+        TypeError: as `value_and_grads`.
+
+    Example:
+        A head that only the task loss reads, and a projector that only the distillation loss reads:
+
+        >>> import dot_optax
+        >>> def loss_fn(params, x):
+        ...     features = params['body'] * x
+        ...     return dot_optax.PerLoss(task=features * params['head'], kd=features * params['projector'])
+        >>> params = {'body': 1.0, 'head': 1.0, 'projector': 1.0}
+        >>> dot_optax.reached(loss_fn, params, 2.0).kd
+        {'body': True, 'head': False, 'projector': True}
+    """
+    _check_callable(loss_fn, "reached")
+    leaves, treedef = jax.tree.flatten(params)
+    _check_differentiable(params, "reached: params")
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves(args)]
+
+    def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
+        arg_leaves, args_treedef = jax.tree.flatten(args)
+        remaining = iter(arrays)
+        arg_leaves = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
+        output = loss_fn(treedef.unflatten(leaves), *args_treedef.unflatten(arg_leaves))
+        return _check_losses(_split_aux(output, "reached")[0] if has_aux else output, "reached")
+
+    arrays = [leaf for array, leaf in zip(is_array, jax.tree.leaves(args), strict=True) if array]
+    entries, rebuild = _children(jax.eval_shape(call, leaves, arrays))
+
+    def reaches(key: Any) -> Any:
+        found: set[int] = set()
+
+        def loss(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
+            tapped = [_tap(functools.partial(found.add, i))(leaf) for i, leaf in enumerate(leaves)]
+            return _children(call(tapped, arrays))[0][key]
+
+        jax.eval_shape(jax.grad(loss), leaves, arrays)
+        return treedef.unflatten([i in found for i in range(len(leaves))])
+
+    return rebuild({key: reaches(key) for key in entries})
+
+
+def _tap(on_gradient: Callable[[], None]) -> Callable[[Any], Any]:
+    """The identity, which calls `on_gradient` when a cotangent that is not known to be zero is traced through it."""
+
+    @jax.custom_vjp
+    def tap(x: Any) -> Any:
+        return x
+
+    def backward(_: None, cotangent: Any) -> tuple[Any]:
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            return (None,)
+        on_gradient()
+        return (cotangent,)
+
+    tap.defvjp(lambda x: (x.value, None), backward, symbolic_zeros=True)
+    return tap
+
+
+def _differentiated(
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Callable[..., Any]]:
+    """The arguments to differentiate, and `loss_fn` as a function of them alone."""
+    indices = [argnums] if isinstance(argnums, int) else list(argnums)
+    for index in indices:
+        if not -len(args) <= index < len(args):
+            raise TypeError(f"value_and_grads: argnums={argnums} needs that positional argument, got {len(args)}")
+        _check_differentiable(args[index], f"value_and_grads: argument {index}")
+
+    def call(*primals: Any) -> Any:
+        replaced = list(args)
+        for index, primal in zip(indices, primals, strict=True):
+            replaced[index] = primal
+        return loss_fn(*replaced, **kwargs)
+
+    return [args[index] for index in indices], call
+
+
+def _check_callable(loss_fn: Any, where: str) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"{where}: expected a function that returns one scalar per loss, got {describe(loss_fn)}")
+
+
+def _check_differentiable(tree: Any, what: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(f"{what}{jax.tree_util.keystr(path)}: expected an array, got {describe(leaf)}") from None
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            path = jax.tree_util.keystr(path)
+            raise TypeError(f"{what}{path} must be floating point or complex to be differentiated, got {dtype}")
+
+
+def _split_aux(output: Any, where: str) -> tuple[Any, Any]:
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {describe(output)}")
+    return output
+
+
+def _check_losses(losses: Any, where: str) -> Any:
+    """The container of losses as arrays, if each is a real scalar."""
+    if not isinstance(losses, (tuple, Mapping)) or not len(losses):
+        raise TypeError(
+            f"{where}: loss_fn must return one scalar per loss, such as PerLoss(task=..., kd=...), got "
+            f"{describe(losses)}. Return the losses apart instead of their sum (has_aux=True if it also returns more)"
+        )
+    entries, rebuild = _children(losses)
+    for key, value in entries.items():
+        try:
+            dtype, shape = jnp.result_type(value), np.shape(value)
+            is_loss = shape == () and jnp.issubdtype(dtype, jnp.floating)
+        except (TypeError, ValueError):
+            is_loss = False
+        if not is_loss:
+            raise TypeError(
+                f"{where}: the loss{_entry_name(losses, key)} must be a real floating point scalar, got "
+                f"{describe(value)}: reduce it, for example with jnp.mean"
+            )
+    return rebuild({key: jnp.asarray(value) for key, value in entries.items()})
