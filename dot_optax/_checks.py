@@ -13,7 +13,7 @@ import optax
 
 LOOKS_SINGLE = (
     "this looks like one gradient tree instead of one per loss: take the gradients with dot_optax.value_and_grads, "
-    "or pass (task_grads, kd_grads)"
+    "or pass PerLoss(task_grads, kd_grads)"
 )
 
 

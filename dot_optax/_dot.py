@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dot_optax._checks import check_scalar, describe, difference, is_number
+from dot_optax._checks import LOOKS_SINGLE, check_scalar, describe, difference, is_number
 from dot_optax._per_loss import PerLoss, _children, _key, _Losses, per_loss, sum_losses
 
 _TASK_AND_KD = _Losses(PerLoss(None, None))
@@ -184,7 +184,7 @@ def dot(
     l2_on_task, l2_on_kd = _l2_masks(weight_decay, mask, task, kd)
     moved_by_task = _where(operator.or_, task, l2_on_task)
     return optax.chain(
-        _add_l2(weight_decay, l2_on_task, l2_on_kd),
+        _add_l2(weight_decay, l2_on_task, l2_on_kd, task, kd),
         _scale_by_dot(beta_task, beta_kd, nesterov, accumulator_dtype, moved_by_task, kd),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -254,7 +254,7 @@ def _leaves_up_to(trace: Any, updates: Any) -> list[Any]:
         not isinstance(v, optax.MaskedNode) and np.shape(v) != np.shape(g)
         for v, g in zip(buffers, jax.tree.leaves(updates), strict=True)
     ):
-        raise ValueError(f"updates{difference(updates, trace, 'the state')}; one gradient tree per loss is needed")
+        raise ValueError(f"the updates of one loss{difference(updates, trace, 'the state')}; {LOOKS_SINGLE}")
     return buffers
 
 
@@ -268,7 +268,9 @@ def _l2_masks(weight_decay: Any, mask: Any, task: _LeafMask, kd: _LeafMask) -> t
     return _where(lambda d, o: d and not o, decayed, only_kd), _where(operator.and_, decayed, only_kd)
 
 
-def _add_l2(weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask) -> optax.GradientTransformation:
+def _add_l2(
+    weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask, task: _LeafMask, kd: _LeafMask
+) -> optax.GradientTransformation:
     """Adds `weight_decay * params` to the gradient of one loss, for each parameter that a mask selects."""
     if is_number(weight_decay) and weight_decay == 0:
         return optax.identity()
@@ -279,11 +281,13 @@ def _add_l2(weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask) -> optax.Gr
         grads, repack = _TASK_AND_KD.unpack(updates, params)
         theta, treedef = jax.tree.flatten(params)
 
-        def penalized(tree: Any, mask: _LeafMask) -> Any:
-            joins = zip(jax.tree.leaves(tree), theta, mask(params), strict=True)
-            return treedef.unflatten([g + weight_decay * p if on else g for g, p, on in joins])
+        def penalized(tree: Any, joins: _LeafMask, reaches: _LeafMask) -> Any:
+            def leaf(g: Any, p: Any, join: bool, reach: bool) -> Any:
+                return (g if reach else jnp.zeros_like(g)) + weight_decay * p if join else g
 
-        return repack([penalized(grads[0], on_task), penalized(grads[1], on_kd)])
+            return treedef.unflatten(map(leaf, jax.tree.leaves(tree), theta, joins(params), reaches(params)))
+
+        return repack([penalized(grads[0], on_task, task), penalized(grads[1], on_kd, kd)])
 
     return optax.stateless(add)
 
@@ -292,10 +296,9 @@ def _reach(reached: Any) -> tuple[_LeafMask, _LeafMask]:
     """The leaf masks of the `reached` argument: by default both losses reach every parameter."""
     if reached is None:
         reached = PerLoss(True, True)
-    entries, _ = _children(reached)
     keys = _TASK_AND_KD.match(reached, "reached")
-    task, kd = (_leaf_mask(entries[key], f"reached, {name}") for key, name in zip(keys, PerLoss._fields, strict=True))
-    return task, kd
+    masks, _ = _children(reached)
+    return _leaf_mask(masks[keys[0]], "reached, task"), _leaf_mask(masks[keys[1]], "reached, kd")
 
 
 def _where(function: Callable[..., Any], *masks: _LeafMask) -> Callable[[Any], list[Any]]:

@@ -1,0 +1,415 @@
+"""DOT against the published trajectories, against a plain loop in NumPy, and against `optax.sgd`."""
+
+import functools
+from typing import ClassVar
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+from hypothesis.extra import numpy as hnp
+
+import dot_optax
+from dot_optax import PerLoss
+from tests import golden
+
+TOLERANCE = 1e-12  # what the issue of exactness asks in float64; the largest deviation measured is 4e-15
+
+
+def momenta(state):
+    """The state of `scale_by_dot` inside that of `dot`: a PerLoss of traces."""
+    return jax.tree.map(lambda s: s.trace, state[1][0], is_leaf=lambda s: isinstance(s, optax.TraceState))
+
+
+def golden_grads(arrays, step, params):
+    """A gradient that the published optimizer never received is zero here, as JAX gives it."""
+    zeros = jax.tree.map(np.zeros_like, params)
+    return PerLoss(*(zeros | golden.group(arrays, f"{loss}_grad", step) for loss in PerLoss._fields))
+
+
+def golden_reach(arrays, params):
+    return PerLoss(*({k: f"{loss}_grad/{k}" in arrays for k in params} for loss in PerLoss._fields))
+
+
+def golden_optimizer(arrays, params, **kwargs):
+    rates = jnp.asarray(arrays["meta/lr"])
+    return dot_optax.dot(
+        lambda count: rates[count],
+        *dot_optax.betas(arrays["meta/momentum"].item(), arrays["meta/delta"].item()),
+        weight_decay=arrays["meta/weight_decay"].item(),
+        reached=golden_reach(arrays, params),
+        **kwargs,
+    )
+
+
+class GoldenTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("dot_shared", "dot_roles")
+    def test_every_parameter_and_buffer_at_every_step(self, name):
+        with jax.enable_x64(True):
+            arrays = golden.load(name)
+            params = golden.group(arrays, "init")
+            tx = golden_optimizer(arrays, params)
+            update = self.variant(tx.update)
+            state = tx.init(params)
+            for step in range(arrays["meta/steps"]):
+                updates, state = update(golden_grads(arrays, step, params), state, params)
+                params = optax.apply_updates(params, updates)
+                chex.assert_trees_all_close(params, golden.group(arrays, "params", step), rtol=0, atol=TOLERANCE)
+                for loss, trace in momenta(state)._asdict().items():
+                    kept = {k: v for k, v in trace.items() if not isinstance(v, optax.MaskedNode)}
+                    expected = golden.group(arrays, f"{loss}_trace", step)
+                    chex.assert_trees_all_close(kept, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_small_network_end_to_end(x64):
+    arrays = golden.load("mlp_kd_cifar")
+    params = jax.tree.map(jnp.asarray, golden.group(arrays, "init"))
+    meta = {k: v.item() for k, v in golden.group(arrays, "meta").items()}
+
+    def loss_fn(params, x, y, teacher_logits):
+        logits = jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+        ce = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        kd = dot_optax.losses.kd_loss(logits, teacher_logits, meta["temperature"]).mean()
+        return PerLoss(task=meta["task_weight"] * ce, kd=meta["kd_weight"] * kd)
+
+    tx = dot_optax.dot(meta["lr"], *dot_optax.betas(meta["momentum"], meta["delta"]), weight_decay=meta["weight_decay"])
+
+    @jax.jit
+    def train_step(params, state, *batch):
+        losses, grads = dot_optax.value_and_grads(loss_fn)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, losses
+
+    state = tx.init(params)
+    with jax.numpy_rank_promotion("allow"):  # x @ w + b
+        for step in range(len(arrays["y"])):
+            batch = arrays["x"][step], arrays["y"][step], arrays["teacher_logits"][step]
+            params, state, losses = train_step(params, state, *batch)
+            np.testing.assert_allclose(losses.task, arrays["task_loss"][step], rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(losses.kd, arrays["kd_loss"][step], rtol=0, atol=TOLERANCE)
+            chex.assert_trees_all_close(params, golden.group(arrays, "params", step), rtol=0, atol=TOLERANCE)
+
+
+def plain_dot(params, grads, learning_rate, betas, *, weight_decay=0.0, reached=None, nesterov=False, decayed=None):
+    """DOT as a loop over parameters and steps in NumPy: `grads` is a list of (task, kd) dicts of float64 arrays."""
+    params = dict(params)
+    buffers = {(loss, k): 0.0 for loss in (0, 1) for k in params}
+    for step_grads in grads:
+        for k, theta in params.items():
+            reach = [True, True] if reached is None else [bool(reached[loss][k]) for loss in (0, 1)]
+            g = [step_grads[0][k], step_grads[1][k]]
+            if weight_decay and (decayed is None or decayed[k]):
+                loss = 1 if reach == [False, True] else 0
+                g[loss] = g[loss] * reach[loss] + weight_decay * theta
+                reach[loss] = True
+            total = 0.0
+            for loss in (0, 1):
+                if not reach[loss]:
+                    continue
+                beta = betas[loss] if all(reach) else sum(betas) / 2
+                v = buffers[loss, k] = g[loss] + beta * buffers[loss, k]
+                total = total + (g[loss] + beta * v if nesterov else v)
+            params[k] = theta - learning_rate * total
+    return params
+
+
+@st.composite
+def problems(draw):
+    """A random parameter tree, a few steps of gradients and the hyperparameters of `dot`."""
+    names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
+    shapes = {k: draw(hnp.array_shapes(min_dims=0, max_dims=2, max_side=3)) for k in names}
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    sample = lambda: {k: rng.standard_normal(shapes[k]) for k in names}  # noqa: E731
+    masks = st.fixed_dictionaries({k: st.booleans() for k in names})
+    beta = st.floats(0.0, 0.99)
+    return {
+        "params": sample(),
+        "grads": [(sample(), sample()) for _ in range(draw(st.integers(1, 4)))],
+        "learning_rate": draw(st.floats(1e-4, 1.0)),
+        "betas": (draw(beta), draw(beta)),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "reached": draw(st.none() | st.tuples(masks, masks)),
+        "nesterov": draw(st.booleans()),
+        "decayed": draw(st.none() | masks),
+    }
+
+
+@hypothesis.given(problems(), st.sampled_from([np.float32, np.float64]), st.sampled_from(["PerLoss", "tuple", "dict"]))
+@hypothesis.settings(max_examples=150)
+def test_equals_a_plain_loop(problem, dtype, container):
+    with jax.enable_x64(True):
+        params, grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), (problem["params"], problem["grads"]))
+        tx = dot_optax.dot(
+            problem["learning_rate"],
+            *problem["betas"],
+            weight_decay=problem["weight_decay"],
+            mask=problem["decayed"],
+            reached=problem["reached"],
+            nesterov=problem["nesterov"],
+        )
+        pack = {
+            "PerLoss": lambda task, kd: PerLoss(task, kd),
+            "tuple": lambda task, kd: (task, kd),
+            "dict": lambda task, kd: {"kd": kd, "task": task},
+        }[container]
+        state = tx.init(params)
+        for task, kd in grads:
+            updates, state = tx.update(pack(task, kd), state, params)
+            assert all(u.dtype == dtype for u in jax.tree.leaves(updates))
+            params = optax.apply_updates(params, updates)
+        expected = plain_dot(
+            jax.tree.map(lambda x: np.asarray(x, dtype), problem["params"]),
+            jax.tree.map(lambda x: np.asarray(x, dtype).astype(np.float64), problem["grads"]),
+            problem["learning_rate"],
+            problem["betas"],
+            weight_decay=problem["weight_decay"],
+            reached=problem["reached"],
+            nesterov=problem["nesterov"],
+            decayed=problem["decayed"],
+        )
+        # At most 4 steps of some 10 roundings each, of numbers below 50.
+        tolerance = 50 * 40 * np.finfo(dtype).eps
+        chex.assert_trees_all_close(params, jax.tree.map(np.asarray, expected), rtol=0, atol=tolerance)
+
+
+class EqualBetasTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(nesterov=[False, True], weight_decay=[0.0, 0.01])
+    def test_delta_zero_is_sgd_for_shared_and_one_loss_parameters(self, nesterov, weight_decay):
+        params = {"shared": jnp.ones((2, 3)), "head": jnp.ones(3), "projector": jnp.ones((3, 1))}
+        reached = PerLoss(
+            task={"shared": True, "head": True, "projector": False},
+            kd={"shared": True, "head": False, "projector": True},
+        )
+        mu = 0.9
+        ours = dot_optax.dot(
+            0.1, *dot_optax.betas(mu, 0.0), weight_decay=weight_decay, reached=reached, nesterov=nesterov
+        )
+        sgd = optax.chain(
+            dot_optax.sum_losses(),
+            optax.add_decayed_weights(weight_decay),
+            optax.sgd(0.1, momentum=mu, nesterov=nesterov),
+        )
+        ours_update, sgd_update = self.variant(ours.update), self.variant(sgd.update)
+        ours_params = sgd_params = params
+        ours_state, sgd_state = ours.init(params), sgd.init(params)
+        for step in range(10):
+            keys = jax.random.split(jax.random.key(step), 2)
+            task, kd = (optax.tree.random_like(key, params) for key in keys)
+            grads = PerLoss(
+                task=task | {"projector": jnp.zeros((3, 1))},
+                kd=kd | {"head": jnp.zeros(3)},
+            )
+            updates, ours_state = ours_update(grads, ours_state, ours_params)
+            ours_params = optax.apply_updates(ours_params, updates)
+            updates, sgd_state = sgd_update(grads, sgd_state, sgd_params)
+            sgd_params = optax.apply_updates(sgd_params, updates)
+        # One buffer: the same sums in the same order, so the same bits without jit; XLA may fuse multiply and add.
+        for name in ("head", "projector"):
+            np.testing.assert_allclose(ours_params[name], sgd_params[name], rtol=1e-6)
+        # Two buffers: ten steps of numbers of order ten, rounded to 24 bits.
+        np.testing.assert_allclose(ours_params["shared"], sgd_params["shared"], rtol=0, atol=1e-5)
+
+
+def test_delta_zero_with_one_gradient_is_sgd_to_the_last_bit():
+    params = {"w": jnp.linspace(-1.0, 1.0, 7)}
+    tx, sgd = dot_optax.dot(0.1, *dot_optax.betas(0.9, 0.0)), optax.sgd(0.1, momentum=0.9)
+    state, sgd_state = tx.init(params), sgd.init(params)
+    for step in range(10):
+        g = optax.tree.random_like(jax.random.key(step), params)
+        ours, state = tx.update((g, optax.tree.zeros_like(g)), state, params)
+        theirs, sgd_state = sgd.update(g, sgd_state, params)
+        chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_learning_rate_drop_acts_at_once_and_keeps_the_buffers():
+    schedule = optax.piecewise_constant_schedule(1.0, {1: 0.1})
+    params = {"w": jnp.zeros(1)}
+    grads = ({"w": jnp.ones(1)}, {"w": jnp.ones(1)})
+    dropped, constant = dot_optax.dot(schedule), dot_optax.dot(1.0)
+    state, constant_state = dropped.init(params), constant.init(params)
+    for factor in (1.0, 0.1, 0.1):
+        updates, state = dropped.update(grads, state, params)
+        expected, constant_state = constant.update(grads, constant_state, params)
+        np.testing.assert_allclose(updates["w"], factor * expected["w"], rtol=1e-6)
+        chex.assert_trees_all_equal(momenta(state), momenta(constant_state))
+
+
+def test_the_readable_sentence_is_the_optimizer():
+    """`dot` is per-loss traces, their sum and the learning rate, in Optax's own words."""
+    params = {"w": jnp.linspace(0.0, 1.0, 5)}
+    sentence = optax.chain(
+        dot_optax.per_loss(
+            optax.chain(optax.add_decayed_weights(0.01), optax.trace(0.8)),
+            optax.trace(0.95),
+        ),
+        dot_optax.sum_losses(),
+        optax.scale_by_learning_rate(0.1),
+    )
+    tx = dot_optax.dot(0.1, 0.8, 0.95, weight_decay=0.01)
+    state, sentence_state = tx.init(params), sentence.init(params)
+    for step in range(5):
+        grads = tuple(optax.tree.random_like(key, params) for key in jax.random.split(jax.random.key(step)))
+        ours, state = tx.update(grads, state, params)
+        expected, sentence_state = sentence.update(grads, sentence_state, params)
+        chex.assert_trees_all_equal(ours, expected)
+
+
+class Reach:
+    """A parameter of each kind, and the masks that say so."""
+
+    params: ClassVar = {
+        "body": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)},
+        "head": jnp.ones(2),
+        "proj": jnp.ones(2),
+        "idle": jnp.ones(2),
+    }
+    task: ClassVar = {"body": True, "head": True, "proj": False, "idle": False}
+    kd: ClassVar = {"body": True, "head": False, "proj": True, "idle": False}
+
+
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_one_buffer_for_a_parameter_of_one_loss(as_callable):
+    case = Reach
+    reached = PerLoss(case.task, case.kd)
+    if as_callable:
+        reached = PerLoss(*(functools.partial(lambda mask, tree: {k: mask[k] for k in tree}, mask) for mask in reached))
+    tx = dot_optax.scale_by_dot(0.5, 0.9, reached=reached)
+    task, kd = (s.trace for s in tx.init(case.params)[0])
+    masked = optax.MaskedNode()
+    assert jax.tree.structure(task) == jax.tree.structure({**case.params, "proj": masked, "idle": masked})
+    assert jax.tree.structure(kd) == jax.tree.structure({**case.params, "head": masked, "idle": masked})
+    state = tx.init(case.params)
+    ones = jax.tree.map(jnp.ones_like, case.params)
+    for _ in range(2):
+        updates, state = tx.update((ones, ones), state, case.params)
+    np.testing.assert_allclose(updates["body"]["w"], 1.5 + 1.9, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"], 1.7, rtol=1e-6)
+    np.testing.assert_allclose(updates["proj"], 1.7, rtol=1e-6)
+    np.testing.assert_array_equal(updates["idle"], 0.0)
+
+
+def test_an_unreached_parameter_is_moved_by_its_l2_alone():
+    case = Reach
+    grads = PerLoss(*(jax.tree.map(jnp.zeros_like, case.params),) * 2)
+    mask = {"body": False, "head": False, "proj": False, "idle": True}
+    tx = dot_optax.dot(1.0, 0.5, 0.9, weight_decay=0.1, mask=mask, reached=PerLoss(case.task, case.kd))
+    state = tx.init(case.params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, case.params)
+    np.testing.assert_allclose(updates["idle"], -(0.1 + 0.7 * 0.1), rtol=1e-6)
+    for name in ("body", "head", "proj"):
+        assert all(not u.any() for u in jax.tree.leaves(updates[name]))
+
+
+def test_l2_joins_the_distillation_gradient_where_only_that_reaches():
+    params = {"shared": jnp.ones(1), "proj": jnp.ones(1)}
+    reached = PerLoss(task={"shared": True, "proj": False}, kd=True)
+    tx = dot_optax.dot(1.0, 0.5, 0.9, weight_decay=0.1, reached=reached)
+    zeros = optax.tree.zeros_like(params)
+    _, state = tx.update((zeros, zeros), tx.init(params), params)
+    task, kd = momenta(state)
+    np.testing.assert_allclose(task["shared"], 0.1)
+    np.testing.assert_array_equal(kd["shared"], 0.0)
+    np.testing.assert_allclose(kd["proj"], 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("accumulator_dtype", [None, jnp.float32])
+@pytest.mark.parametrize("traced_betas", [False, True])
+def test_updates_and_state_keep_their_dtypes(dtype, accumulator_dtype, traced_betas):
+    params = {"w": jnp.ones(3, dtype)}
+    grads = PerLoss(params, params)
+
+    @jax.jit
+    def two_steps(beta_task, beta_kd):
+        if not traced_betas:
+            beta_task, beta_kd = 0.5, 0.75
+        tx = dot_optax.dot(0.1, beta_task, beta_kd, weight_decay=0.1, accumulator_dtype=accumulator_dtype)
+        state = tx.init(params)
+        _, second = tx.update(grads, state, params)
+        updates, third = tx.update(grads, second, params)
+        return updates, state, third
+
+    updates, state, third = two_steps(jnp.float32(0.5), jnp.float32(0.75))
+    assert updates["w"].dtype == dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, third)
+    assert momenta(third).kd["w"].dtype == (accumulator_dtype or dtype)
+    # 1.1 * 1.5 + 1.75, rounded a few times to the precision of the parameters.
+    np.testing.assert_allclose(np.float32(updates["w"]), -0.34, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_betas():
+    assert dot_optax.betas(0.5, 0.25) == PerLoss(task=0.25, kd=0.75)
+    np.testing.assert_allclose(dot_optax.betas(), (0.825, 0.975))
+    np.testing.assert_allclose(dot_optax.betas(jnp.float32(0.5), 0.25).kd, 0.75)
+
+
+P = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: dot_optax.betas(0.9, 0.1),
+            ValueError,
+            r"momentum \+ delta must lie in \[0, 1\), got 1 from momentum=0.9",
+        ),
+        (lambda: dot_optax.betas(0.05, 0.1), ValueError, r"momentum - delta must lie in \[0, 1\), got -0.05"),
+        (lambda: dot_optax.betas("0.9"), TypeError, "momentum must be a number or a scalar array, got '0.9'"),
+        (lambda: dot_optax.dot(0.1, 1.0, 0.9), ValueError, r"beta_task must be in \[0, 1\), got 1.0"),
+        (lambda: dot_optax.dot(0.1, 0.9, -0.1), ValueError, r"beta_kd must be in \[0, 1\), got -0.1"),
+        (lambda: dot_optax.dot(0.1, 0.9, float("nan")), ValueError, r"beta_kd must be in \[0, 1\), got nan"),
+        (lambda: dot_optax.dot(0.1, 0.9, None), TypeError, "beta_kd must be a number or a scalar array, got None"),
+        (lambda: dot_optax.dot(0.1, jnp.ones(2)), TypeError, r"beta_task must be .* got an array of shape \(2,\)"),
+        (lambda: dot_optax.scale_by_dot(0.9, 1.5), ValueError, r"beta_kd must be in \[0, 1\), got 1.5"),
+        (lambda: dot_optax.dot("0.1"), TypeError, "learning_rate must be a number or a scalar array"),
+        (
+            lambda: dot_optax.dot(0.1, weight_decay=-1e-4),
+            ValueError,
+            "weight_decay must be finite and at least 0, got -0.0001",
+        ),
+        (
+            lambda: dot_optax.dot(0.1, accumulator_dtype=int),
+            TypeError,
+            "accumulator_dtype must be None or a floating point",
+        ),
+        (lambda: dot_optax.dot(0.1, accumulator_dtype="half-ish"), TypeError, "accumulator_dtype must be None"),
+        (
+            lambda: dot_optax.dot(0.1, reached=True),
+            TypeError,
+            r"reached: expected PerLoss\(task=..., kd=...\), .* got True",
+        ),
+        (lambda: dot_optax.dot(0.1, reached=(True,)), ValueError, "reached: expected PerLoss.* got a tuple of 1"),
+        (
+            lambda: dot_optax.dot(0.1, reached=(True, {"w": True})).init(P),
+            ValueError,
+            r"reached, kd: no entry for the parameter b; give one for it or for a prefix",
+        ),
+        (
+            lambda: dot_optax.dot(0.1, reached=(True, {"w": jnp.ones(3), "b": True})).init(P),
+            ValueError,
+            r"reached, kd\['w'\]: expected True or False, known before tracing; got an array of shape \(3,\)",
+        ),
+        (
+            lambda: dot_optax.dot(0.1, weight_decay=0.1, mask={"w": True}).init(P),
+            ValueError,
+            "mask: no entry for the parameter b",
+        ),
+        (
+            lambda: dot_optax.dot(0.1, weight_decay=0.1).update((P, P), dot_optax.dot(0.1, weight_decay=0.1).init(P)),
+            ValueError,
+            r"weight_decay needs the parameters: call update\(grads, state, params\)",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

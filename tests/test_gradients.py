@@ -1,0 +1,272 @@
+"""`value_and_grads` against `jax.grad` of each loss, inside every transformation; `reached` against known networks."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+import dot_optax
+from dot_optax import PerLoss
+
+
+def network(key):
+    keys = jax.random.split(key, 3)
+    return {"w": jax.random.normal(keys[0], (4, 8)), "v": jax.random.normal(keys[1], (8, 3))}
+
+
+def loss_fn(params, x, y):
+    logits = jnp.tanh(x @ params["w"]) @ params["v"]
+    teacher = jnp.cos(x @ jnp.ones((4, 3)))
+    task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return PerLoss(task=0.1 * task, kd=0.9 * dot_optax.losses.kd_loss(logits, teacher, 4.0).mean())
+
+
+X = jax.random.normal(jax.random.key(1), (16, 4))
+Y = jnp.arange(16) % 3
+PARAMS = network(jax.random.key(0))
+
+
+def two_grads(loss_fn, params, *args):
+    return PerLoss(*(jax.grad(lambda p, i=i: loss_fn(p, *args)[i])(params) for i in range(2)))
+
+
+class ValueAndGradsTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("plain", "remat", "scan", "custom_vjp")
+    def test_equals_one_jax_grad_per_loss(self, kind):
+        fn = {
+            "plain": loss_fn,
+            "remat": jax.checkpoint(loss_fn),
+            "scan": scanned_loss_fn,
+            "custom_vjp": custom_vjp_loss_fn,
+        }[kind]
+        values, grads = self.variant(dot_optax.value_and_grads(fn))(PARAMS, X, Y)
+        expected = self.variant(functools.partial(two_grads, fn))(PARAMS, X, Y)
+        assert isinstance(values, PerLoss) and isinstance(grads, PerLoss)
+        # The same operations on numbers of order one in float32, perhaps fused differently.
+        chex.assert_trees_all_close(values, fn(PARAMS, X, Y), rtol=1e-5)
+        chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+def scanned_loss_fn(params, x, y):
+    def body(total, example):
+        return jax.tree.map(jnp.add, total, loss_fn(params, example[0][None], example[1][None])), None
+
+    return jax.lax.scan(body, PerLoss(jnp.zeros(()), jnp.zeros(())), (x, y))[0]
+
+
+@jax.custom_vjp
+def scaled_tanh(x):
+    return jnp.tanh(x)
+
+
+scaled_tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (3.0 * g,))
+
+
+def custom_vjp_loss_fn(params, x, y):
+    return loss_fn(jax.tree.map(scaled_tanh, params), x, y)
+
+
+def test_two_jax_grads_in_one_jit_cost_the_same():
+    """XLA shares the forward pass of two `jax.grad` calls in one `jit`; `value_and_grads` shares it by itself."""
+
+    def flops(function):
+        return jax.jit(function).lower(PARAMS, X, Y).compile().cost_analysis()["flops"]
+
+    def both_values_and_grads(*args):
+        return loss_fn(*args), two_grads(loss_fn, *args)
+
+    ours, theirs = flops(dot_optax.value_and_grads(loss_fn)), flops(both_values_and_grads)
+    assert ours == pytest.approx(theirs, rel=0.01)
+    summed = flops(jax.value_and_grad(lambda *args: sum(loss_fn(*args))))
+    assert summed < ours < 2 * summed
+
+
+def test_the_forward_pass_is_traced_once():
+    calls = []
+
+    def counted(params, x, y):
+        calls.append(None)
+        return loss_fn(params, x, y)
+
+    jax.jit(dot_optax.value_and_grads(counted)).lower(PARAMS, X, Y)
+    assert len(calls) == 1
+
+
+def test_a_loss_that_overflows_leaves_the_other_gradient_alone():
+    def fn(x):
+        return PerLoss(task=x**2, kd=jnp.sqrt(x * 0.0))
+
+    _, grads = dot_optax.value_and_grads(fn)(jnp.float32(3.0))
+    assert grads.task == 6.0
+    assert jnp.isnan(grads.kd)
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_in_shard_map(varying):
+    """Gradients of a mean over the devices, in both ways that `shard_map` differentiates."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    spec = jax.sharding.PartitionSpec
+
+    def step(params, x, y):
+        if varying:
+            params = jax.lax.pcast(params, "data", to="varying")
+            return jax.lax.pmean(dot_optax.value_and_grads(loss_fn)(params, x, y), "data")
+
+        def mean_losses(*args):
+            return jax.lax.pmean(loss_fn(*args), "data")
+
+        return dot_optax.value_and_grads(mean_losses)(params, x, y)
+
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data"), spec("data")), out_specs=spec())
+    result = jax.block_until_ready(jax.jit(sharded)(PARAMS, X, Y))
+    chex.assert_trees_all_close(result, dot_optax.value_and_grads(loss_fn)(PARAMS, X, Y), rtol=1e-5, atol=1e-6)
+
+
+def test_in_pmap():
+    step = jax.pmap(
+        lambda params, x, y: jax.lax.pmean(dot_optax.value_and_grads(loss_fn)(params, x, y), "data"),
+        axis_name="data",
+        in_axes=(None, 0, 0),
+        out_axes=None,
+        devices=jax.devices()[:2],
+    )
+    result = jax.block_until_ready(step(PARAMS, X.reshape(2, 8, 4), Y.reshape(2, 8)))
+    chex.assert_trees_all_close(result, dot_optax.value_and_grads(loss_fn)(PARAMS, X, Y), rtol=1e-5, atol=1e-6)
+
+
+def test_argnums_aux_and_keywords():
+    def fn(a, b, *, scale):
+        return {"kd": scale * a * b, "task": a**2}, {"sum": a + b}
+
+    a, b = jnp.float32(3.0), jnp.float32(5.0)
+    (values, aux), grads = dot_optax.value_and_grads(fn, has_aux=True)(a, b, scale=2.0)
+    assert values == {"kd": 30.0, "task": 9.0} and aux == {"sum": 8.0} and grads == {"kd": 10.0, "task": 6.0}
+    (_, _), grads = dot_optax.value_and_grads(fn, argnums=(0, 1), has_aux=True)(a, b, scale=2.0)
+    assert grads == {"kd": (10.0, 6.0), "task": (6.0, 0.0)}
+    (_, _), grads = dot_optax.value_and_grads(fn, argnums=-1, has_aux=True)(a, b, scale=2.0)
+    assert grads == {"kd": 6.0, "task": 0.0}
+
+
+def test_complex_parameters_follow_jax_grad():
+    def fn(z):
+        return PerLoss(task=jnp.abs(z - 1j) ** 2, kd=(z**2).real)
+
+    z = jnp.complex64(2.0 + 3.0j)
+    _, grads = dot_optax.value_and_grads(fn)(z)
+    for grad, expected in zip(grads, two_grads(fn, z), strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "argument", "message"),
+    [
+        (lambda x: x**2, 1.0, r"loss_fn must return one scalar per loss, such as PerLoss.*got an array of shape \(\)"),
+        (lambda x: jnp.stack([x, x]), 1.0, r"one scalar per loss, .* got an array of shape \(2,\)"),
+        (
+            lambda x: (x, x * jnp.ones(3)),
+            1.0,
+            r"the loss\[1\] must be a real floating point scalar, got an array of shape \(3,\)",
+        ),
+        (lambda x: PerLoss(x, 1), 1.0, r"the loss.kd must be a real floating point scalar, got 1 of type int"),
+        (lambda x: PerLoss(x, {"kd": x}), 1.0, r"the loss.kd must be a real .* got a dict with the keys 'kd'"),
+        (lambda x: PerLoss(x, x * 1j), 1.0, r"the loss.kd must be a real floating point scalar"),
+        (lambda x: (), 1.0, r"one scalar per loss"),
+        (
+            lambda x: PerLoss(x, x),
+            {"n": 1},
+            r"argument 0\['n'\] must be floating point or complex to be differentiated",
+        ),
+        (lambda x: PerLoss(x, x), "x", r"argument 0: expected an array, got 'x' of type str"),
+    ],
+)
+def test_errors(fn, argument, message):
+    with pytest.raises(TypeError, match=message):
+        dot_optax.value_and_grads(fn)(argument)
+
+
+def test_errors_of_the_call():
+    with pytest.raises(TypeError, match="expected a function that returns one scalar per loss, got 3"):
+        dot_optax.value_and_grads(3)
+    with pytest.raises(TypeError, match="argnums=2 needs that positional argument, got 1"):
+        dot_optax.value_and_grads(lambda x: (x, x), argnums=2)(1.0)
+    with pytest.raises(TypeError, match=r"with has_aux, loss_fn must return \(losses, aux\), got a tuple of 3"):
+        dot_optax.value_and_grads(lambda x: (x, x, x), has_aux=True)(1.0)
+
+
+def projector_losses(params, x):
+    features = jnp.tanh(x @ params["body"]["w"])
+    frozen = jax.lax.stop_gradient(params["frozen"])
+    hint = ((features @ params["projector"]) * frozen - 1.0) ** 2
+    return PerLoss(task=(features @ params["head"]).mean(), kd=hint.mean())
+
+
+PROJECTOR_PARAMS = {
+    "body": {"w": jnp.ones((4, 8))},
+    "head": jnp.ones((8, 3)),
+    "projector": jnp.ones((8, 2)),
+    "frozen": jnp.ones(()),
+    "unused": jnp.ones(5),
+}
+PROJECTOR_REACH = PerLoss(
+    task={"body": {"w": True}, "head": True, "projector": False, "frozen": False, "unused": False},
+    kd={"body": {"w": True}, "head": False, "projector": True, "frozen": False, "unused": False},
+)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint, jax.remat])
+def test_reached_through_transformations(transform):
+    assert dot_optax.reached(transform(projector_losses), PROJECTOR_PARAMS, X) == PROJECTOR_REACH
+
+
+def test_reached_agrees_with_the_gradients_and_serves_dot():
+    params = optax.tree.random_like(jax.random.key(3), PROJECTOR_PARAMS)
+    _, grads = dot_optax.value_and_grads(projector_losses)(params, X)
+    nonzero = jax.tree.map(lambda g: bool(g.any()), grads)
+    reached = dot_optax.reached(projector_losses, params, X)
+    assert nonzero == reached
+    dot_optax.dot(0.1, reached=reached).init(params)
+
+
+def test_reached_computes_nothing():
+    """The loss fails if it runs, and its intermediate values would need 80 TB."""
+
+    def fail(x):
+        raise AssertionError("the loss ran")
+
+    def fn(params, x):
+        huge = jnp.ones((10**6, 10**7)) * params["w"]
+        ran = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(params["w"]))
+        return PerLoss(task=huge.sum() * ran * x.mean(), kd=params["b"] ** 2)
+
+    params = {"w": jnp.float32(1.0), "b": jnp.float32(1.0)}
+    expected = PerLoss(task={"w": True, "b": False}, kd={"w": False, "b": True})
+    assert dot_optax.reached(fn, params, X) == expected
+    with pytest.raises(Exception, match="the loss ran"):
+        jax.block_until_ready(jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), jnp.float32(0.0)))
+
+
+def test_reached_takes_abstract_arrays_static_arguments_and_aux():
+    abstract = jax.eval_shape(lambda: (PROJECTOR_PARAMS, X))
+
+    def fn(params, x, name, scale):
+        assert name == "static"
+        return jax.tree.map(lambda loss: scale * loss, projector_losses(params, x)), x
+
+    assert dot_optax.reached(fn, *abstract, "static", 2.0, has_aux=True) == PROJECTOR_REACH
+
+
+def test_reached_is_cautious_about_loops():
+    """A parameter that a scan carries counts as reached by whatever depends on the scan."""
+
+    def fn(params):
+        carried, _ = jax.lax.scan(lambda c, _: (jax.tree.map(lambda x: 2.0 * x, c), None), params, length=2)
+        return carried["a"], carried["b"]
+
+    reached = dot_optax.reached(fn, {"a": 1.0, "b": 1.0})
+    assert reached[0]["a"] and reached[1]["b"]

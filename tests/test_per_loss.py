@@ -1,0 +1,350 @@
+"""The algebra of losses: every container, `joint`, `wrap`, and the errors of malformed gradients."""
+
+import collections
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import dot_optax
+from dot_optax import PerLoss
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+TASK, KD = (optax.tree.random_like(jax.random.key(seed), PARAMS) for seed in (1, 2))
+
+
+class Three(NamedTuple):
+    task: Any
+    hint: Any
+    kd: Any
+
+
+def dot_update(grads, params=PARAMS, **kwargs):
+    tx = dot_optax.dot(0.1, 0.5, 0.75, **kwargs)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+    return updates
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        (TASK, KD),
+        {"task": TASK, "kd": KD},
+        {"kd": KD, "task": TASK},
+        {0: TASK, 1: KD},
+        FrozenDict({"kd": KD, "task": TASK}),
+        collections.OrderedDict(kd=KD, task=TASK),
+        collections.namedtuple("Grads", ["kd", "task"])(kd=KD, task=TASK),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_every_container_of_two(container):
+    chex.assert_trees_all_equal(dot_update(container), dot_update(PerLoss(TASK, KD)))
+
+
+def test_flax_nnx_state_as_the_container():
+    """`nnx.Optimizer.update` turns a tuple of gradients into a mapping with the keys 0 and 1."""
+    state = nnx.State({0: nnx.State(TASK), 1: nnx.State(KD)})
+    updates = dot_update(state, nnx.State(PARAMS))
+    chex.assert_trees_all_equal(dict(updates), dot_update(PerLoss(TASK, KD)))
+
+
+@pytest.mark.parametrize(
+    ("transformations", "grads"),
+    [
+        ((optax.scale(1.0), optax.scale(2.0), optax.scale(3.0)), (TASK, TASK, KD)),
+        ((Three(optax.scale(1.0), optax.scale(2.0), optax.scale(3.0)),), Three(TASK, TASK, KD)),
+        ((Three(optax.scale(1.0), optax.scale(2.0), optax.scale(3.0)),), (TASK, TASK, KD)),
+        ((Three(optax.scale(1.0), optax.scale(2.0), optax.scale(3.0)),), {"kd": KD, "hint": TASK, "task": TASK}),
+        (({"a": optax.scale(1.0), "z": optax.scale(3.0), "b": optax.scale(2.0)},), {"z": KD, "b": TASK, "a": TASK}),
+        (({"a": optax.scale(1.0), "z": optax.scale(3.0), "b": optax.scale(2.0)},), {"a": TASK, "b": TASK, "z": KD}),
+        ((optax.scale(1.0), optax.scale(2.0), optax.scale(3.0)), {2: KD, 1: TASK, 0: TASK}),
+    ],
+)
+def test_three_losses(transformations, grads):
+    tx = dot_optax.per_loss(*transformations)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    total, _ = dot_optax.sum_losses().update(updates, optax.EmptyState(), PARAMS)
+    expected = jax.tree.map(lambda task, kd: 3.0 * task + 3.0 * kd, TASK, KD)
+    chex.assert_trees_all_close(total, expected, rtol=1e-6)
+
+
+def test_the_state_is_a_container_by_name():
+    state = dot_optax.per_loss(optax.trace(0.5), optax.scale_by_adam()).init(PARAMS)
+    assert isinstance(state.task, optax.TraceState) and isinstance(state.kd, optax.ScaleByAdamState)
+    state = dot_optax.per_loss({"ce": optax.trace(0.5), "hint": optax.identity()}).init(PARAMS)
+    assert isinstance(state["ce"], optax.TraceState)
+
+
+def test_keywords_reach_the_transformations_that_want_them():
+    seen = {}
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        seen.update(value=value, **extra_args)
+        return updates, state
+
+    wants = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    for tx in (
+        dot_optax.per_loss(wants, optax.identity()),
+        dot_optax.joint(wants),
+        dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), optax.chain(dot_optax.sum_losses(), wants)),
+    ):
+        seen.clear()
+        tx.update((TASK, KD), tx.init(PARAMS), PARAMS, value=3.0, other="x")
+        assert seen == {"value": 3.0, "other": "x"}
+
+
+def test_the_sum_has_the_dtypes_of_the_parameters():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    updates, _ = dot_optax.sum_losses().update((TASK, KD), optax.EmptyState(), params)
+    assert updates["w"].dtype == jnp.bfloat16
+    updates, _ = dot_optax.sum_losses().update((TASK, KD), optax.EmptyState())
+    assert updates["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("losses", [PerLoss._fields, 2, ("a", "b")])
+def test_joint_sees_one_tree(losses):
+    tx = dot_optax.joint(optax.clip_by_global_norm(1.0), losses=losses)
+    (task, kd), _ = tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves((TASK, KD))))
+    chex.assert_trees_all_close((task, kd), jax.tree.map(lambda g: g / norm, (TASK, KD)), rtol=1e-5)
+
+
+def test_joint_keeps_a_state_over_all_losses_and_sees_the_parameters():
+    tx = dot_optax.joint(optax.chain(optax.add_decayed_weights(0.5), optax.scale_by_adam()), losses=("a", "b", "c"))
+    grads = {"a": TASK, "b": KD, "c": TASK}
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    alone = optax.chain(optax.add_decayed_weights(0.5), optax.scale_by_adam())
+    for name, g in grads.items():
+        chex.assert_trees_all_close(updates[name], alone.update(g, alone.init(PARAMS), PARAMS)[0], rtol=1e-6)
+    assert state[1].count == 1
+
+
+def average_of_micro_batches(k, grads):
+    """What an optimizer should see after `k` micro-batches."""
+    return [jax.tree.map(lambda *g: sum(g) / k, *grads[i : i + k]) for i in range(0, len(grads), k)]
+
+
+def random_grads(n):
+    return [PerLoss(*(optax.tree.random_like(jax.random.key(10 * i + j), PARAMS) for j in range(2))) for i in range(n)]
+
+
+def test_wrap_multi_steps_equals_the_full_batch():
+    grads = random_grads(6)
+    tx = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=3), dot_optax.dot(0.1))
+    reference = dot_optax.dot(0.1)
+    state, reference_state = tx.init(PARAMS), reference.init(PARAMS)
+    update = jax.jit(tx.update)
+    full = iter(average_of_micro_batches(3, grads))
+    for i, g in enumerate(grads):
+        updates, state = update(g, state, PARAMS)
+        if i % 3 < 2:
+            assert not any(u.any() for u in jax.tree.leaves(updates))
+        else:
+            expected, reference_state = reference.update(next(full), reference_state, PARAMS)
+            chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [0, 1])
+def test_wrap_apply_if_finite_sees_both_gradients(loss):
+    tx = dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 5), dot_optax.dot(0.1))
+    good = PerLoss(TASK, KD)
+    bad = PerLoss(*(g | {"b": g["b"] * jnp.nan} if i == loss else g for i, g in enumerate(good)))
+    state = tx.init(PARAMS)
+    updates, after_bad = jax.jit(tx.update)(bad, state, PARAMS)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+    assert after_bad.notfinite_count == 1
+    chex.assert_trees_all_equal(after_bad.inner_state, state.inner_state)
+    updates, _ = tx.update(good, after_bad, PARAMS)
+    chex.assert_trees_all_close(updates, dot_optax.dot(0.1).update(good, dot_optax.dot(0.1).init(PARAMS), PARAMS)[0])
+
+
+@pytest.mark.parametrize(
+    "mask", [{"w": True, "b": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)], ids=["tree", "callable"]
+)
+def test_wrap_masked_passes_the_summed_gradient_through(mask):
+    tx = dot_optax.wrap(lambda tx: optax.masked(tx, mask), dot_optax.dot(0.1))
+    updates, _ = tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["w"], -0.1 * (TASK["w"] + KD["w"]), rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], TASK["b"] + KD["b"], rtol=1e-6)
+
+
+def test_wrap_partition_gives_other_optimizers_the_summed_gradient():
+    tx = dot_optax.wrap(
+        lambda tx: optax.partition({"dot": tx, "adam": optax.adam(0.1)}, {"w": "dot", "b": "adam"}), dot_optax.dot(0.1)
+    )
+    adam = optax.adam(0.1)
+    state, adam_state = tx.init(PARAMS), adam.init(PARAMS["b"])
+    for g in random_grads(3):
+        updates, state = tx.update(g, state, PARAMS)
+        expected, adam_state = adam.update(g.task["b"] + g.kd["b"], adam_state, PARAMS["b"])
+        np.testing.assert_allclose(updates["b"], expected, rtol=1e-5)
+
+
+def test_wrap_three_named_losses():
+    inner = optax.chain(
+        dot_optax.per_loss({"ce": optax.trace(0.5), "hint": optax.trace(0.9), "kd": optax.trace(0.9)}),
+        dot_optax.sum_losses(),
+    )
+    tx = dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), inner, losses=("ce", "hint", "kd"))
+    grads = {"kd": KD, "ce": TASK, "hint": TASK}
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda t, k: 2 * t + k, TASK, KD), rtol=1e-6)
+
+
+def test_wrap_refuses_a_wrapper_that_mixes_the_losses():
+    tx = dot_optax.wrap(optax.flatten, dot_optax.dot(0.1))
+    with pytest.raises(ValueError, match="wrap: the wrapper changed the tree so that the losses cannot be told apart"):
+        tx.init(PARAMS)
+
+
+def test_parameters_that_are_a_pair_themselves():
+    params = (jnp.ones(3), jnp.ones(3))
+    grads = PerLoss(params, params)
+    np.testing.assert_allclose(dot_update(grads, params)[0], -0.1 * (1.5 + 1.75), rtol=1e-6)
+    with pytest.raises(ValueError, match="looks like one gradient tree instead of one per loss"):
+        dot_update(params, params)
+    tx = dot_optax.dot(0.1)
+    with pytest.raises(ValueError, match=r"one loss\[0\]: missing, but the state has .* looks like one gradient tree"):
+        tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("params", [{}, {"w": None, "b": jnp.ones(2)}, (), jnp.ones(())], ids=repr)
+def test_empty_trees_none_leaves_and_bare_arrays(params):
+    updates = dot_update(PerLoss(params, params), params, weight_decay=0.1)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+BAD_SHAPE = {"w": TASK["w"], "b": jnp.ones(4)}
+MISSING = {"w": TASK["w"]}
+EXTRA = TASK | {"c": jnp.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        (
+            TASK,
+            ValueError,
+            r"updates: expected PerLoss\(task=..., kd=...\).*keys 'task', 'kd', got a dict with the keys 'b', 'w'",
+        ),
+        (
+            TASK,
+            ValueError,
+            "looks like one gradient tree instead of one per loss: take the gradients with dot_optax.value",
+        ),
+        (jnp.ones(2), TypeError, r"updates: expected PerLoss.* got an array of shape \(2,\)"),
+        ([TASK, KD], TypeError, "updates: expected PerLoss.* got a list of 2"),
+        (None, TypeError, "updates: expected PerLoss.* got None"),
+        ((), TypeError, "updates: expected PerLoss.* got a tuple of 0"),
+        ((TASK,), ValueError, "updates: expected PerLoss.* got a tuple of 1"),
+        ((TASK, KD, KD), ValueError, "updates: expected PerLoss.* got a tuple of 3"),
+        ({"task": TASK}, ValueError, "updates: expected PerLoss.* got a dict with the keys 'task'"),
+        ({"task": TASK, "kd": KD, "x": KD}, ValueError, "updates: expected PerLoss.*'task', 'kd', 'x'"),
+        ({"ce": TASK, "kd": KD}, ValueError, "updates: expected PerLoss.* got a dict with the keys 'ce', 'kd'"),
+        (
+            collections.namedtuple("G", "a b")(TASK, KD),
+            ValueError,
+            "updates: expected PerLoss.* got G with the fields a, b",
+        ),
+        (PerLoss(TASK, BAD_SHAPE), ValueError, r"updates.kd\['b'\]: shape \(4,\), but params has shape \(3,\) there"),
+        ((BAD_SHAPE, KD), ValueError, r"updates\[0\]\['b'\]: shape \(4,\), but params has shape \(3,\) there"),
+        (
+            PerLoss(MISSING, KD),
+            ValueError,
+            r"updates.task\['b'\]: missing, but params has a leaf of shape \(3,\) there",
+        ),
+        (
+            PerLoss(TASK, EXTRA),
+            ValueError,
+            r"updates.kd\['c'\]: unexpected leaf \(an array .*\), params has none there",
+        ),
+        (PerLoss(TASK, None), ValueError, r"updates.kd\['b'\]: missing, but params"),
+        (PerLoss(TASK, KD | {"b": "x"}), ValueError, r"updates.kd\['b'\]: expected an array, got 'x' of type str"),
+        (
+            PerLoss(TASK, KD | {"b": jnp.ones(3, int)}),
+            ValueError,
+            r"updates.kd\['b'\]: a gradient must be floating point",
+        ),
+        (
+            PerLoss(TASK, KD | {"b": 1j * KD["b"]}),
+            ValueError,
+            r"updates.kd\['b'\]: a complex gradient .*, but params is real",
+        ),
+        (PerLoss(TASK, FrozenDict(KD)), ValueError, "updates.kd: its containers differ from those of params"),
+    ],
+)
+def test_malformed_gradients(grads, error, message):
+    for tx in (dot_optax.dot(0.1), dot_optax.dot(0.1, weight_decay=0.1), dot_optax.scale_by_dot()):
+        with pytest.raises(error, match=message):
+            tx.update(grads, tx.init(PARAMS), PARAMS)
+    for tx in (
+        dot_optax.per_loss(optax.trace(0.1), optax.trace(0.1)),
+        dot_optax.joint(optax.identity()),
+        dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), dot_optax.dot(0.1)),
+    ):
+        with pytest.raises(error, match=message):
+            tx.update(grads, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: dot_optax.per_loss(),
+            TypeError,
+            "per_loss: expected one gradient transformation for each loss, got none",
+        ),
+        (lambda: dot_optax.per_loss(optax.identity(), 3), TypeError, "per_loss: expected an optax.*for 'kd', got 3"),
+        (lambda: dot_optax.per_loss({"a": 1}), TypeError, "per_loss: expected an optax.*for 'a', got 1"),
+        (lambda: dot_optax.joint(3), TypeError, "joint: expected an optax.GradientTransformation, got 3"),
+        (
+            lambda: dot_optax.joint(optax.identity(), losses=("a", "a")),
+            ValueError,
+            "joint: `losses` must be distinct names",
+        ),
+        (
+            lambda: dot_optax.joint(optax.identity(), losses=0),
+            ValueError,
+            "joint: `losses` must be .* their number; got 0",
+        ),
+        (
+            lambda: dot_optax.wrap(optax.flatten, "x"),
+            TypeError,
+            "wrap: expected an optax.GradientTransformation, got 'x'",
+        ),
+        (
+            lambda: dot_optax.wrap(lambda tx: 3, optax.identity()),
+            TypeError,
+            "wrap: `wrapper`: expected an optax.*got 3",
+        ),
+        (
+            lambda: dot_optax.per_loss({"a": optax.identity(), "b": optax.identity()}).update((TASK, KD), None, PARAMS),
+            ValueError,
+            "updates: expected a mapping with the keys 'a', 'b', got a tuple of 2",
+        ),
+        (
+            lambda: dot_optax.sum_losses().update(TASK["w"], None),
+            TypeError,
+            "expected a container with one gradient tree per loss",
+        ),
+        (
+            lambda: dot_optax.sum_losses().update((TASK, BAD_SHAPE), None),
+            ValueError,
+            r"updates\[1\]\['b'\]: shape \(4,\), but the first loss has shape \(3,\) there",
+        ),
+    ],
+)
+def test_errors_of_the_algebra(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
