@@ -7,16 +7,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis
-import jax
-import pytest
 
 # Compiling takes longer than hypothesis likes an example to take, and a random seed would make failures come and go.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
-
-
-@pytest.fixture
-def x64():
-    """Double precision within one test."""
-    with jax.enable_x64(True):
-        yield

@@ -18,82 +18,21 @@ import dot_optax
 from dot_optax import PerLoss
 from tests import golden
 
-TOLERANCE = 1e-12  # what the issue of exactness asks in float64; the largest deviation measured is 4e-15
-
 
 def momenta(state):
     """The state of `scale_by_dot` inside that of `dot`: a PerLoss of traces."""
     return jax.tree.map(lambda s: s.trace, state[1][0], is_leaf=lambda s: isinstance(s, optax.TraceState))
 
 
-def golden_grads(arrays, step, params):
-    """A gradient that the published optimizer never received is zero here, as JAX gives it."""
-    zeros = jax.tree.map(np.zeros_like, params)
-    return PerLoss(*(zeros | golden.group(arrays, f"{loss}_grad", step) for loss in PerLoss._fields))
-
-
-def golden_reach(arrays, params):
-    return PerLoss(*({k: f"{loss}_grad/{k}" in arrays for k in params} for loss in PerLoss._fields))
-
-
-def golden_optimizer(arrays, params, **kwargs):
-    rates = jnp.asarray(arrays["meta/lr"])
-    return dot_optax.dot(
-        lambda count: rates[count],
-        *dot_optax.betas(arrays["meta/momentum"].item(), arrays["meta/delta"].item()),
-        weight_decay=arrays["meta/weight_decay"].item(),
-        reached=golden_reach(arrays, params),
-        **kwargs,
-    )
-
-
 class GoldenTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters("dot_shared", "dot_roles")
-    def test_every_parameter_and_buffer_at_every_step(self, name):
-        with jax.enable_x64(True):
-            arrays = golden.load(name)
-            params = golden.group(arrays, "init")
-            tx = golden_optimizer(arrays, params)
-            update = self.variant(tx.update)
-            state = tx.init(params)
-            for step in range(arrays["meta/steps"]):
-                updates, state = update(golden_grads(arrays, step, params), state, params)
-                params = optax.apply_updates(params, updates)
-                chex.assert_trees_all_close(params, golden.group(arrays, "params", step), rtol=0, atol=TOLERANCE)
-                for loss, trace in momenta(state)._asdict().items():
-                    kept = {k: v for k, v in trace.items() if not isinstance(v, optax.MaskedNode)}
-                    expected = golden.group(arrays, f"{loss}_trace", step)
-                    chex.assert_trees_all_close(kept, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_a_small_network_end_to_end(x64):
-    arrays = golden.load("mlp_kd_cifar")
-    params = jax.tree.map(jnp.asarray, golden.group(arrays, "init"))
-    meta = {k: v.item() for k, v in golden.group(arrays, "meta").items()}
-
-    def loss_fn(params, x, y, teacher_logits):
-        logits = jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
-        ce = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        kd = dot_optax.losses.kd_loss(logits, teacher_logits, meta["temperature"]).mean()
-        return PerLoss(task=meta["task_weight"] * ce, kd=meta["kd_weight"] * kd)
-
-    tx = dot_optax.dot(meta["lr"], *dot_optax.betas(meta["momentum"], meta["delta"]), weight_decay=meta["weight_decay"])
-
-    @jax.jit
-    def train_step(params, state, *batch):
-        losses, grads = dot_optax.value_and_grads(loss_fn)(params, *batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, losses
-
-    state = tx.init(params)
-    with jax.numpy_rank_promotion("allow"):  # x @ w + b
-        for step in range(len(arrays["y"])):
-            batch = arrays["x"][step], arrays["y"][step], arrays["teacher_logits"][step]
-            params, state, losses = train_step(params, state, *batch)
-            np.testing.assert_allclose(losses.task, arrays["task_loss"][step], rtol=0, atol=TOLERANCE)
-            np.testing.assert_allclose(losses.kd, arrays["kd_loss"][step], rtol=0, atol=TOLERANCE)
-            chex.assert_trees_all_close(params, golden.group(arrays, "params", step), rtol=0, atol=TOLERANCE)
+    @parameterized.parameters(*golden.FILES)
+    def test_every_published_quantity_at_every_step(self, name):
+        deviations = golden.deviations(name, self.variant)
+        assert deviations
+        # 1e-12 in float64 is what is asked; `python -m tests.golden` prints at most 4e-15 for numbers of order one and
+        # 3e-14 for a loss of 206.
+        assert max(deviations.values()) <= 1e-12, deviations
 
 
 def plain_dot(params, grads, learning_rate, betas, *, weight_decay=0.0, reached=None, nesterov=False, decayed=None):

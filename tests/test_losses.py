@@ -1,37 +1,11 @@
-"""The distillation losses against the published values, by hand, and at the edges of the number formats."""
+"""The distillation losses at the edges of the number formats; `test_dot.py` has the published values."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 
 from dot_optax import losses
-from tests import golden
-
-# Measured: 3e-14 absolute at a loss of 206 and 1e-16 elsewhere; 1e-12 is what "the same in float64" leaves to the
-# order of the sums.
-GOLDEN = {"rtol": 1e-12, "atol": 1e-12}
-
-
-class KDLossTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(case=["small", "wide", "sharp"], temperature=[1, 4])
-    def test_equals_the_published_values_and_gradients(self, case, temperature):
-        with jax.enable_x64(True):
-            arrays = golden.group(golden.load("losses"), case)
-
-            @self.variant
-            def value_and_grad(student):
-                def mean_loss(s):
-                    return losses.kd_loss(s, jnp.asarray(arrays["teacher"]), float(temperature)).mean()
-
-                return jax.value_and_grad(mean_loss)(student)
-
-            value, grad = value_and_grad(jnp.asarray(arrays["student"]))
-            np.testing.assert_allclose(value, arrays[f"kd_T{temperature}"], **GOLDEN)
-            np.testing.assert_allclose(grad, arrays[f"kd_T{temperature}_grad"], **GOLDEN)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
