@@ -1,0 +1,26 @@
+"""Knowledge distillation with and without DOT, from the dataset to the picture: `python -m examples.distill`.
+
+    __main__.py     the command line: which config, which overrides, errors as one line
+    configs/        one experiment per file; start reading here
+    experiment.py   teacher, then a student for every method, then the report
+    methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
+    steps.py        the train step and the evaluation step
+    train.py        the loop over epochs: metrics, checkpoints, resuming
+    data.py         TFDS and Grain; datasets/ holds the TFDS builders
+    models/         Flax NNX modules, used as pure functions
+    checkpoint.py   Orbax
+    workdir.py      which config a working directory belongs to
+    report.py       table and picture
+
+A working directory holds `config.json`, `losses.png`, and one folder for the teacher and for each method, with
+`checkpoints/`, `metrics.jsonl` and `result.json`. To use a trained student:
+
+    from pathlib import Path
+    from flax import nnx
+    from examples.distill import checkpoint, models
+
+    model = models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(32,), rngs=nnx.Rngs(0))
+    graphdef, _, _ = models.split(model)
+    params, rest = checkpoint.load_variables(Path("runs/digits/dot"))
+    logits, _ = models.apply(graphdef, params, rest, images, train=False)
+"""

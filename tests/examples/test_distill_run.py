@@ -1,0 +1,139 @@
+"""Whole runs through the command line: what they leave behind, and what happens when they are run again."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from examples.distill import checkpoint, data, models, records, train
+from examples.distill.__main__ import parse
+
+
+def _assert_same_student(a, b):
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_variables(a), checkpoint.load_variables(b))
+
+
+def _epochs(arm):
+    return [line["epoch"] for line in records.read_lines(arm / "metrics.jsonl")]
+
+
+def test_metrics_have_one_line_per_epoch(finished):
+    for arm, epochs in (("teacher", 2), ("kd", 6), ("dot", 6)):
+        lines = records.read_lines(finished / arm / "metrics.jsonl")
+        assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+        assert [line["step"] for line in lines] == [14 * epoch for epoch in range(1, epochs + 1)]
+        for line in lines:
+            assert set(line) == {"epoch", "step", "task_loss", "kd_loss", "validation_accuracy", "seconds"}
+    assert lines[-1]["task_loss"] < lines[0]["task_loss"]
+    assert lines[-1]["kd_loss"] < lines[0]["kd_loss"]
+
+
+def test_the_picture_can_be_read(finished):
+    height, width, _ = imread(finished / "losses.png").shape
+    assert width > height > 100
+
+
+def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("trained again"))
+    before = (finished / "dot" / "metrics.jsonl").read_bytes()
+    assert distill(finished) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing left to train" in printed
+    result = records.read_json(finished / "dot" / "result.json")
+    table = {row.split("  ")[0]: row for row in printed.splitlines()}
+    assert f"{result['train']['task_loss']:.4f}" in table["train task loss"]
+    assert f"{result['train']['kd_loss']:.4f}" in table["train KD loss"]
+    assert f"{result['test']['accuracy']:.4f}" in table["test accuracy"]
+    assert f"{result['seconds']:.1f}" in table["seconds"]
+    assert re.search(r"^ +KD +DOT$", printed, re.MULTILINE)
+    assert "kd_gain_matched" in printed
+    assert "benchmarks.digits_learning_rates" in printed
+    assert (finished / "dot" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, data_dir):
+    config, _, _ = parse([f"--config.dataset.data_dir={data_dir}"])
+    dataset = data.load(config.dataset)
+    graphdef, *_ = train.new_network(config.student.model, dataset, seed=1)
+    params, rest = checkpoint.load_variables(finished / "dot")
+    [batch] = data.eval_batches(dataset.test, 447)
+    logits, _ = models.apply(graphdef, params, rest, batch["image"], train=False)
+    accuracy = np.mean(np.argmax(logits, axis=-1) == batch["label"])
+    assert accuracy == pytest.approx(records.read_json(finished / "dot" / "result.json")["test"]["accuracy"])
+
+
+@pytest.mark.parametrize("epoch", [2, 5])
+def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path, monkeypatch, capsys, epoch):
+    append_line = records.append_line
+
+    def interrupted(path, record):
+        append_line(path, record)
+        if path.parent.name == "dot" and record["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_line", interrupted)
+        assert distill(tmp_path / "run", "--config.method=dot") == 130
+    assert "same command" in capsys.readouterr().err
+    assert _epochs(tmp_path / "run" / "dot") == list(range(1, epoch + 1))
+    assert distill(tmp_path / "run", "--config.method=dot") == 0
+    _assert_same_student(tmp_path / "run" / "dot", finished / "dot")
+    assert _epochs(tmp_path / "run" / "dot") == [1, 2, 3, 4, 5, 6]
+    for resumed, whole in zip(
+        records.read_lines(tmp_path / "run" / "dot" / "metrics.jsonl"),
+        records.read_lines(finished / "dot" / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_a_run_interrupted_before_its_result_only_evaluates(distill, tmp_path, monkeypatch):
+    assert distill(tmp_path / "run", "--config.method=kd") == 0
+    result = tmp_path / "run" / "kd" / "result.json"
+    expected = records.read_json(result)
+    result.unlink()
+    monkeypatch.setattr(checkpoint, "save", lambda *args: pytest.fail("trained again"))
+    assert distill(tmp_path / "run", "--config.method=kd") == 0
+    assert records.read_json(result) == expected
+
+
+def test_a_method_can_be_added_and_the_teacher_is_reused(distill, tmp_path, capsys):
+    assert distill(tmp_path / "run", "--config.method=ce", "--config.epochs=1") == 0
+    teacher = (tmp_path / "run" / "teacher" / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert distill(tmp_path / "run", "--config.method=kd_gain_matched", "--config.epochs=1") == 0
+    assert re.search(r"^ +CE +KD, gain-matched$", capsys.readouterr().out, re.MULTILINE)
+    assert (tmp_path / "run" / "teacher" / "result.json").stat().st_mtime_ns == teacher
+
+
+def test_dot_without_delta_ends_where_kd_ends(finished, distill, tmp_path):
+    assert distill(tmp_path / "run", "--config.method=dot", "--config.optimizer.delta=0") == 0
+    kd = records.read_json(finished / "kd" / "result.json")["train"]
+    dot = records.read_json(tmp_path / "run" / "dot" / "result.json")["train"]
+    assert dot == pytest.approx(kd, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(distill, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    # The learning rate "drops" by a factor of 1e30 after epoch 3.
+    explode = ("--config.method=kd", "--config.optimizer.drop_epochs=(3,)", "--config.optimizer.drop_factor=1e30")
+    assert distill(workdir, *explode) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(
+        r"error: kd: the loss is not finite at step (\d+) \(epoch 4\); the last good checkpoint is (\S+); lower"
+        r" --config\.optimizer\.learning_rate .* and start again in a new --workdir",
+        message,
+    )
+    assert 42 < int(found[1]) <= 56
+    assert found[2] == str(workdir / "kd" / "checkpoints" / "28")
+    assert np.isfinite(checkpoint.load_variables(workdir / "kd")[0]["classifier"]["kernel"]).all()
+    assert _epochs(workdir / "kd") == [1, 2, 3]
+
+
+def test_config_is_recorded_without_what_may_change(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["optimizer.delta"] == 0.075
+    assert not {"method", "dataset.data_dir", "dataset.prepare"} & set(config)
