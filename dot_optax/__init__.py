@@ -1,9 +1,19 @@
-"""Knowledge distillation for JAX with one momentum per loss."""
+"""Knowledge distillation for JAX with one momentum per loss.
+
+The optimizer:     `dot`, `scale_by_dot`, `betas`; the baseline to compare it with: `gain_matched_sgd`, `gains`
+Gradients:         `value_and_grads`, `reached`
+Losses:            `losses.kd_loss`
+Algebra of losses: `PerLoss`, `per_loss`, `joint`, `sum_losses`, `wrap`
+
+Start with `help(dot_optax.dot)`.
+"""
 
 from dot_optax import losses as losses
 from dot_optax._dot import betas as betas
 from dot_optax._dot import dot as dot
 from dot_optax._dot import scale_by_dot as scale_by_dot
+from dot_optax._gain_matched import gain_matched_sgd as gain_matched_sgd
+from dot_optax._gain_matched import gains as gains
 from dot_optax._gradients import reached as reached
 from dot_optax._gradients import value_and_grads as value_and_grads
 from dot_optax._per_loss import PerLoss as PerLoss
@@ -11,3 +21,19 @@ from dot_optax._per_loss import joint as joint
 from dot_optax._per_loss import per_loss as per_loss
 from dot_optax._per_loss import sum_losses as sum_losses
 from dot_optax._per_loss import wrap as wrap
+
+__all__ = [
+    "PerLoss",
+    "betas",
+    "dot",
+    "gain_matched_sgd",
+    "gains",
+    "joint",
+    "losses",
+    "per_loss",
+    "reached",
+    "scale_by_dot",
+    "sum_losses",
+    "value_and_grads",
+    "wrap",
+]

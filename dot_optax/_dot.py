@@ -5,37 +5,32 @@ is said here beyond that is which loss reaches which parameter, and which gradie
 """
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from dot_optax._checks import LOOKS_SINGLE, check_scalar, describe, difference, is_number
-from dot_optax._per_loss import PerLoss, _children, _key, _Losses, per_loss, sum_losses
-
-_TASK_AND_KD = _Losses(PerLoss(None, None))
-
-# From a tree to one bool, or one momentum, for each of its leaves in order.
-_LeafMask = Callable[[Any], list[bool]]
-_LeafDecay = Callable[[Any], list[Any]]
+from dot_optax._checks import _LOOKS_SINGLE, _check_scalar, _describe, _difference, _is_number, _leaf_difference
+from dot_optax._masks import Mask, _l2_masks, _LeafDecay, _LeafMask, _reach, _where
+from dot_optax._per_loss import _TASK_AND_KD, PerLoss, per_loss, sum_losses
 
 
-def betas(momentum: Any = 0.9, delta: Any = 0.075) -> PerLoss:
+def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
     r"""The two momenta of DOT.
 
     .. math::
         \beta_{task} = \mu - \delta, \qquad \beta_{kd} = \mu + \delta
 
     Args:
-        momentum: :math:`\mu`, the momentum that plain SGD would use.
+        momentum: :math:`\mu`, the momentum that plain SGD would use; a number, a scalar array or a schedule.
         delta: :math:`\delta`, how far the two momenta move apart: 0.075 on CIFAR-100 and Tiny-ImageNet, 0.09 on
-            ImageNet in the paper. A momentum :math:`\beta` amplifies a steady gradient by :math:`1/(1-\beta)`.
+            ImageNet in the paper. A number, a scalar array or a schedule. See `gains` for what it does to a steady
+            gradient.
 
     Returns:
-        `PerLoss(task, kd)` of the two momenta.
+        `PerLoss(task, kd)` of the two momenta, or of two schedules if an argument is one.
 
     Raises:
         TypeError: if an argument is neither a number nor a scalar array.
@@ -46,28 +41,40 @@ def betas(momentum: Any = 0.9, delta: Any = 0.075) -> PerLoss:
         >>> dot_optax.betas(momentum=0.5, delta=0.25)
         PerLoss(task=0.25, kd=0.75)
 
+        A warm-up, from equal momenta to the paper's within 1,000 steps:
+
+        >>> import optax
+        >>> optimizer = dot_optax.dot(0.05, *dot_optax.betas(0.9, optax.linear_schedule(0.0, 0.075, 1000)))
+
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    check_scalar("momentum", momentum)
-    check_scalar("delta", delta)
+    if callable(momentum) or callable(delta):
+
+        def at(count: Any) -> PerLoss:
+            now: list[Any] = [h(count) if callable(h) else h for h in (momentum, delta)]
+            return betas(*now)
+
+        return PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
+    _check_scalar("momentum", momentum)
+    _check_scalar("delta", delta)
     result = PerLoss(task=momentum - delta, kd=momentum + delta)
     for sign, beta in zip("-+", result, strict=True):
-        if is_number(beta) and not 0 <= beta < 1:
+        if _is_number(beta) and not 0 <= beta < 1:
             raise ValueError(
                 f"betas: momentum {sign} delta must lie in [0, 1), got {beta:g} from momentum={momentum:g} and "
-                f"delta={delta:g}: choose a delta closer to 0"
+                f"delta={delta:g}"
             )
     return result
 
 
 def scale_by_dot(
-    beta_task: Any = 0.825,
-    beta_kd: Any = 0.975,
+    beta_task: optax.ScalarOrSchedule = 0.825,
+    beta_kd: optax.ScalarOrSchedule = 0.975,
     *,
     nesterov: bool = False,
-    accumulator_dtype: Any = None,
-    reached: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two momenta of DOT, summed: container in, tree out.
 
@@ -80,8 +87,9 @@ def scale_by_dot(
     :math:`(\beta_{task} + \beta_{kd}) / 2`, as in the published code.
 
     Args:
-        beta_task: :math:`\beta_{task}`, in [0, 1).
-        beta_kd: :math:`\beta_{kd}`, in [0, 1). See `betas` for the paper's choice.
+        beta_task: :math:`\beta_{task}`, in [0, 1), or a schedule (from the number of updates so far to the momentum).
+        beta_kd: :math:`\beta_{kd}`, in [0, 1), or a schedule. See `betas` for the paper's choice, and its example for a
+            warm-up.
         nesterov: use :math:`g_i + \beta_i v_i` of the new :math:`v_i` in the sum, as `optax.trace` has it.
         accumulator_dtype: the dtype of the buffers; by default that of the parameters.
         reached: which loss reaches which parameter, as `PerLoss(task=mask, kd=mask)`. A mask is a pytree of bools of
@@ -91,8 +99,9 @@ def scale_by_dot(
 
     Returns:
         A transformation from a container of two gradient trees (`PerLoss`, a 2-tuple, or a mapping) to one update tree
-        with the dtypes of `params`. Its state holds the buffers in `state[0].task.trace` and `state[0].kd.trace`, with
-        an `optax.MaskedNode` where there is none.
+        with the dtypes of `params`. The buffers are `optax.tree.get(state, 'task').trace` and
+        `optax.tree.get(state, 'kd').trace`, with an `optax.MaskedNode` where there is none (so `optax.tree.map_params`
+        with further trees wants `is_leaf=lambda x: isinstance(x, optax.MaskedNode)`).
 
     Raises:
         TypeError: if a beta is not a number or a scalar array; from `update` if the updates are not a container.
@@ -117,14 +126,14 @@ def scale_by_dot(
 
 def dot(
     learning_rate: optax.ScalarOrSchedule,
-    beta_task: Any = 0.825,
-    beta_kd: Any = 0.975,
+    beta_task: optax.ScalarOrSchedule = 0.825,
+    beta_kd: optax.ScalarOrSchedule = 0.975,
     *,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    reached: Any = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
     nesterov: bool = False,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The Distillation-Oriented Trainer: SGD with one momentum per loss.
 
@@ -140,8 +149,8 @@ def dot(
     Args:
         learning_rate: :math:`\eta`, a scalar or a schedule. It multiplies the summed buffers, so that a drop acts at
             once.
-        beta_task: :math:`\beta_{task} = \mu - \delta`, in [0, 1).
-        beta_kd: :math:`\beta_{kd} = \mu + \delta`, in [0, 1). `dot(lr, *betas(0.9, 0.075))` is the default.
+        beta_task: :math:`\beta_{task} = \mu - \delta`, in [0, 1), or a schedule.
+        beta_kd: :math:`\beta_{kd} = \mu + \delta`, in [0, 1), or a schedule. The default is `betas(0.9, 0.075)`.
         weight_decay: :math:`\lambda \geq 0`, the coupled L2 penalty of the paper. It joins the task gradient before the
             momentum; where only the distillation loss reaches a parameter, it joins that gradient. For decoupled decay
             chain `scale_by_dot`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
@@ -186,36 +195,76 @@ def dot(
     return optax.chain(
         _add_l2(weight_decay, l2_on_task, l2_on_kd, task, kd),
         _scale_by_dot(beta_task, beta_kd, nesterov, accumulator_dtype, moved_by_task, kd),
-        optax.scale_by_learning_rate(learning_rate),
+        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+
+class ScheduledState(NamedTuple):
+    """The state of a transformation whose hyperparameters follow schedules.
+
+    Attributes:
+        count: the number of updates so far, int32.
+        inner_state: the state of the transformation.
+    """
+
+    count: Any
+    inner_state: Any
+
+
+def _with_schedules(
+    make: Callable[..., optax.GradientTransformationExtraArgs], *hyperparams: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`make(*hyperparams)`, with those that are schedules evaluated at the number of updates so far."""
+    if not any(map(callable, hyperparams)):
+        return make(*hyperparams)
+
+    def at(count: Any) -> optax.GradientTransformationExtraArgs:
+        return make(*(h(count) if callable(h) else h for h in hyperparams))
+
+    def init(params: optax.Params) -> ScheduledState:
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, at(count).init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, ScheduledState]:
+        updates, inner_state = at(state.count).update(updates, state.inner_state, params, **extra_args)
+        return updates, ScheduledState(optax.safe_increment(state.count), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scale_by_dot(
     beta_task: Any, beta_kd: Any, nesterov: bool, accumulator_dtype: Any, task: _LeafMask, kd: _LeafMask
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_dot` of leaf masks."""
-    check_scalar("beta_task", beta_task, 0, 1)
-    check_scalar("beta_kd", beta_kd, 0, 1)
-    mean = (beta_task + beta_kd) / 2
 
-    def decay(beta: Any) -> Callable[[bool, bool], Any]:
-        return lambda mine, other: (beta if other else mean) if mine else None
+    def make(beta_task: Any, beta_kd: Any) -> optax.GradientTransformationExtraArgs:
+        _check_scalar("beta_task", beta_task, 0, 1)
+        _check_scalar("beta_kd", beta_kd, 0, 1)
+        mean = (beta_task + beta_kd) / 2
 
-    return optax.chain(
-        per_loss(
-            _trace(_where(decay(beta_task), task, kd), nesterov, accumulator_dtype),
-            _trace(_where(decay(beta_kd), kd, task), nesterov, accumulator_dtype),
-        ),
-        sum_losses(),
-    )
+        def decay(beta: Any) -> Callable[[bool, bool], Any]:
+            return lambda mine, other: (beta if other else mean) if mine else None
+
+        return optax.chain(
+            per_loss(
+                _trace(_where(decay(beta_task), task, kd), nesterov, accumulator_dtype),
+                _trace(_where(decay(beta_kd), kd, task), nesterov, accumulator_dtype),
+            ),
+            sum_losses(),
+        )
+
+    return _with_schedules(make, beta_task, beta_kd)
 
 
 def _trace(decay: _LeafDecay, nesterov: bool, accumulator_dtype: Any) -> optax.GradientTransformation:
     """`optax.trace` with a momentum for each leaf, or no buffer and a zero update where that is None.
 
-    The new state has the dtypes of the old one, also where a traced float32 momentum meets bfloat16 buffers.
+    It computes in float32 or wider: rounded to bfloat16, a momentum of 0.975 is 0.9766, whose gain is not 40 but 43.
+    The new state has the dtypes of the old one, also where a traced momentum is wider than the buffers.
     """
     accumulator_dtype = _canonical_accumulator_dtype(accumulator_dtype)
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"nesterov must be True or False, got {_describe(nesterov)}")
 
     def init(params: optax.Params) -> optax.TraceState:
         leaves, treedef = jax.tree.flatten(params)
@@ -223,7 +272,9 @@ def _trace(decay: _LeafDecay, nesterov: bool, accumulator_dtype: Any) -> optax.G
         def buffer(p: Any, beta: Any) -> Any:
             if beta is None:
                 return optax.MaskedNode()
-            return jnp.zeros_like(p, dtype=accumulator_dtype or jnp.result_type(p))
+            dtype = jnp.result_type(p) if accumulator_dtype is None else accumulator_dtype
+            # A real accumulator would drop the imaginary part.
+            return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(p) else dtype)
 
         return optax.TraceState(treedef.unflatten(map(buffer, leaves, decay(params))))
 
@@ -234,45 +285,55 @@ def _trace(decay: _LeafDecay, nesterov: bool, accumulator_dtype: Any) -> optax.G
         def step(g: Any, v: Any, beta: Any) -> tuple[Any, Any]:
             if beta is None:
                 return jnp.zeros_like(g), v
-            dtype = jnp.result_type(g, v)
-            new_v = jnp.asarray(g + beta * v, dtype)
-            return jnp.asarray(g + beta * new_v, dtype) if nesterov else new_v, new_v.astype(v.dtype)
+            new_v = _widen(g) + beta * _widen(v)
+            u = _widen(g) + beta * new_v if nesterov else new_v
+            return u.astype(jnp.result_type(g, v)), new_v.astype(v.dtype)
 
-        steps = list(map(step, grads, _leaves_up_to(state.trace, updates), decay(updates)))
+        betas = decay(updates)
+        steps = list(map(step, grads, _buffers_for(updates, state.trace, betas), betas))
         return treedef.unflatten([u for u, _ in steps]), optax.TraceState(treedef.unflatten([v for _, v in steps]))
 
     return optax.GradientTransformation(init, update)
 
 
-def _leaves_up_to(trace: Any, updates: Any) -> list[Any]:
+def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx`, whose updates would take the dtype of a hyperparameter that is an array."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new_updates, state = tx.update(updates, state, params)
+        return optax.tree.cast_like(new_updates, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _widen(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def _buffers_for(updates: Any, trace: Any, decay: Sequence[Any]) -> list[Any]:
     """The buffers, one for each gradient, with the `MaskedNode` of a gradient that has none."""
-    try:
-        buffers = jax.tree.structure(updates).flatten_up_to(trace)
-    except ValueError:
-        buffers = None
-    if buffers is None or any(
-        not isinstance(v, optax.MaskedNode) and np.shape(v) != np.shape(g)
-        for v, g in zip(buffers, jax.tree.leaves(updates), strict=True)
-    ):
-        raise ValueError(f"the updates of one loss{difference(updates, trace, 'the state')}; {LOOKS_SINGLE}")
+
+    def structure(tree: Any) -> Any:
+        return jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+    if structure(updates) != structure(trace):
+        raise ValueError(f"the updates of one loss{_difference(updates, trace, 'the state')}; {_LOOKS_SINGLE}")
+    buffers = jax.tree.structure(updates).flatten_up_to(trace)
+    for (path, g), v, beta in zip(jax.tree.leaves_with_path(updates), buffers, decay, strict=True):
+        where = f"the updates of one loss{jax.tree_util.keystr(path)}"
+        if isinstance(v, optax.MaskedNode) != (beta is None):
+            raise ValueError(f"{where}: the state was made with other masks than `reached` and `mask` give now")
+        problem = "" if beta is None else _leaf_difference(g, v, "the state")
+        if problem:
+            raise ValueError(f"{where}: {problem}")
     return buffers
-
-
-def _l2_masks(weight_decay: Any, mask: Any, task: _LeafMask, kd: _LeafMask) -> tuple[_LeafMask, _LeafMask]:
-    """Which gradient the L2 penalty joins: the task's, or the other where only the distillation loss reaches."""
-    check_scalar("weight_decay", weight_decay, low=0)
-    if is_number(weight_decay) and weight_decay == 0:
-        return _leaf_mask(False, "mask"), _leaf_mask(False, "mask")
-    decayed = _leaf_mask(True if mask is None else mask, "mask")
-    only_kd = _where(lambda t, k: k and not t, task, kd)
-    return _where(lambda d, o: d and not o, decayed, only_kd), _where(operator.and_, decayed, only_kd)
 
 
 def _add_l2(
     weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask, task: _LeafMask, kd: _LeafMask
 ) -> optax.GradientTransformation:
     """Adds `weight_decay * params` to the gradient of one loss, for each parameter that a mask selects."""
-    if is_number(weight_decay) and weight_decay == 0:
+    if _is_number(weight_decay) and weight_decay == 0:
         return optax.identity()
 
     def add(updates: Any, params: Any) -> Any:
@@ -283,7 +344,8 @@ def _add_l2(
 
         def penalized(tree: Any, joins: _LeafMask, reaches: _LeafMask) -> Any:
             def leaf(g: Any, p: Any, join: bool, reach: bool) -> Any:
-                return (g if reach else jnp.zeros_like(g)) + weight_decay * p if join else g
+                # Not rounded to the gradient's dtype again: in bfloat16 a small penalty would vanish in the sum.
+                return _widen(g if reach else jnp.zeros_like(g)) + weight_decay * _widen(p) if join else g
 
             return treedef.unflatten(map(leaf, jax.tree.leaves(tree), theta, joins(params), reaches(params)))
 
@@ -292,54 +354,9 @@ def _add_l2(
     return optax.stateless(add)
 
 
-def _reach(reached: Any) -> tuple[_LeafMask, _LeafMask]:
-    """The leaf masks of the `reached` argument: by default both losses reach every parameter."""
-    if reached is None:
-        reached = PerLoss(True, True)
-    keys = _TASK_AND_KD.match(reached, "reached")
-    masks, _ = _children(reached)
-    return _leaf_mask(masks[keys[0]], "reached, task"), _leaf_mask(masks[keys[1]], "reached, kd")
-
-
-def _where(function: Callable[..., Any], *masks: _LeafMask) -> Callable[[Any], list[Any]]:
-    return lambda tree: list(map(function, *(mask(tree) for mask in masks)))
-
-
-def _leaf_mask(mask: Any, name: str) -> _LeafMask:
-    """From a bool pytree prefix, or a callable that gives one, to one bool for each leaf of a tree."""
-
-    def leaves(tree: Any) -> list[bool]:
-        paths = [_plain(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        if not paths:  # also the placeholder with which optax.tree.map_params looks for parameters in a state
-            return []
-        rules = dict(_rules(mask(tree) if callable(mask) else mask, name))
-        return [_rule(rules, path, name) for path in paths]
-
-    return leaves
-
-
-def _rules(mask: Any, name: str) -> Any:
-    for path, value in jax.tree_util.tree_leaves_with_path(mask):
-        if not isinstance(value, (bool, np.bool_)):
-            where = jax.tree_util.keystr(path)
-            raise ValueError(f"{name}{where}: expected True or False, known before tracing; got {describe(value)}")
-        yield _plain(path), bool(value)
-
-
-def _rule(rules: dict[tuple[Any, ...], bool], path: tuple[Any, ...], name: str) -> bool:
-    for length in range(len(path), -1, -1):
-        if path[:length] in rules:
-            return rules[path[:length]]
-    raise ValueError(f"{name}: no entry for the parameter {'/'.join(map(str, path))}; give one for it or for a prefix")
-
-
-def _plain(path: Any) -> tuple[Any, ...]:
-    return tuple(map(_key, path))
-
-
 def _check_learning_rate(learning_rate: Any) -> None:
     if not callable(learning_rate):
-        check_scalar("learning_rate", learning_rate)
+        _check_scalar("learning_rate", learning_rate)
 
 
 def _canonical_accumulator_dtype(dtype: Any) -> Any:
@@ -350,5 +367,5 @@ def _canonical_accumulator_dtype(dtype: Any) -> Any:
     except TypeError:
         canonical = None
     if canonical is None or not jnp.issubdtype(canonical, jnp.inexact):
-        raise TypeError(f"accumulator_dtype must be None or a floating point or complex dtype, got {describe(dtype)}")
+        raise TypeError(f"accumulator_dtype must be None or a floating point or complex dtype, got {_describe(dtype)}")
     return canonical

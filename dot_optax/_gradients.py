@@ -1,6 +1,7 @@
 """Gradients of several losses from one forward pass, and which loss reaches which parameter."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dot_optax._checks import describe
+from dot_optax._checks import _describe, _shape_and_dtype
 from dot_optax._per_loss import _children, _entry_name
 
 
@@ -48,6 +49,7 @@ def value_and_grads(
         4.0 4.0 2.0
     """
     _check_callable(loss_fn, "value_and_grads")
+    argnums = _check_argnums(argnums)
 
     @functools.wraps(loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -74,7 +76,7 @@ def value_and_grads(
     return wrapped
 
 
-def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> Any:
+def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
     r"""Which loss reaches which parameter: whether its gradient can be other than zero.
 
     .. math::
@@ -84,10 +86,11 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
     enters a `jax.lax.scan`, `cond` or `while_loop` counts as reached by every loss that depends on the result.
 
     Args:
-        loss_fn: as for `value_and_grads`: `loss_fn(params, *args)` returns a container of scalars.
+        loss_fn: as for `value_and_grads`: `loss_fn(params, *args, **kwargs)` returns a container of scalars.
         params: the parameters: arrays, or `jax.ShapeDtypeStruct`.
         *args: the other arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
         has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
+        **kwargs: the keyword arguments, likewise.
 
     Returns:
         A container of the type that `loss_fn` returns, with one tree of bools of the structure of `params` per loss:
@@ -110,16 +113,18 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
     _check_callable(loss_fn, "reached")
     leaves, treedef = jax.tree.flatten(params)
     _check_differentiable(params, "reached: params")
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves(args)]
+    arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
+    # Python and NumPy scalars may be static: a flag, a number of layers.
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
 
     def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
-        arg_leaves, args_treedef = jax.tree.flatten(args)
         remaining = iter(arrays)
-        arg_leaves = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
-        output = loss_fn(treedef.unflatten(leaves), *args_treedef.unflatten(arg_leaves))
+        filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
+        positional, keywords = args_treedef.unflatten(filled)
+        output = loss_fn(treedef.unflatten(leaves), *positional, **keywords)
         return _check_losses(_split_aux(output, "reached")[0] if has_aux else output, "reached")
 
-    arrays = [leaf for array, leaf in zip(is_array, jax.tree.leaves(args), strict=True) if array]
+    arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
     entries, rebuild = _children(jax.eval_shape(call, leaves, arrays))
 
     def reaches(key: Any) -> Any:
@@ -171,25 +176,34 @@ def _differentiated(
     return [args[index] for index in indices], call
 
 
+def _check_argnums(argnums: Any) -> int | tuple[int, ...]:
+    try:
+        checked = tuple(map(operator.index, argnums)) if isinstance(argnums, Sequence) else operator.index(argnums)
+    except TypeError:
+        raise TypeError(f"value_and_grads: argnums must be an int or several, got {_describe(argnums)}") from None
+    if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
+        raise ValueError(f"value_and_grads: argnums must name one argument or more, each once; got {checked}")
+    return checked
+
+
 def _check_callable(loss_fn: Any, where: str) -> None:
     if not callable(loss_fn):
-        raise TypeError(f"{where}: expected a function that returns one scalar per loss, got {describe(loss_fn)}")
+        raise TypeError(f"{where}: expected a function that returns one scalar per loss, got {_describe(loss_fn)}")
 
 
 def _check_differentiable(tree: Any, what: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:
-            raise TypeError(f"{what}{jax.tree_util.keystr(path)}: expected an array, got {describe(leaf)}") from None
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        kind = _shape_and_dtype(leaf)
+        if kind is None:
+            raise TypeError(f"{what}{jax.tree_util.keystr(path)}: expected an array, got {_describe(leaf)}")
+        if not jnp.issubdtype(kind[1], jnp.inexact):
             path = jax.tree_util.keystr(path)
-            raise TypeError(f"{what}{path} must be floating point or complex to be differentiated, got {dtype}")
+            raise TypeError(f"{what}{path} must be floating point or complex to be differentiated, got {kind[1]}")
 
 
 def _split_aux(output: Any, where: str) -> tuple[Any, Any]:
     if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {describe(output)}")
+        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {_describe(output)}")
     return output
 
 
@@ -198,18 +212,14 @@ def _check_losses(losses: Any, where: str) -> Any:
     if not isinstance(losses, (tuple, Mapping)) or not len(losses):
         raise TypeError(
             f"{where}: loss_fn must return one scalar per loss, such as PerLoss(task=..., kd=...), got "
-            f"{describe(losses)}. Return the losses apart instead of their sum (has_aux=True if it also returns more)"
+            f"{_describe(losses)}. Return the losses apart instead of their sum (has_aux=True if it also returns more)"
         )
     entries, rebuild = _children(losses)
     for key, value in entries.items():
-        try:
-            dtype, shape = jnp.result_type(value), np.shape(value)
-            is_loss = shape == () and jnp.issubdtype(dtype, jnp.floating)
-        except (TypeError, ValueError):
-            is_loss = False
-        if not is_loss:
+        kind = _shape_and_dtype(value)
+        if kind is None or kind[0] != () or not jnp.issubdtype(kind[1], jnp.floating):
             raise TypeError(
                 f"{where}: the loss{_entry_name(losses, key)} must be a real floating point scalar, got "
-                f"{describe(value)}: reduce it, for example with jnp.mean"
+                f"{_describe(value)}: reduce it, for example with jnp.mean (has_aux=True if it is auxiliary data)"
             )
     return rebuild({key: jnp.asarray(value) for key, value in entries.items()})

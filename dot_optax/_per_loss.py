@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import LOOKS_SINGLE, check_transformation, describe, difference
+from dot_optax._checks import _LOOKS_SINGLE, _check_transformation, _describe, _difference
 
 
 class PerLoss(NamedTuple):
@@ -27,6 +27,11 @@ class PerLoss(NamedTuple):
 
     Wherever a `PerLoss` is expected a plain 2-tuple in this order is accepted too, and so is a mapping with the keys
     `'task'` and `'kd'`, or 0 and 1.
+
+    If an error of JAX names this class ("pytree structure error: different types", "cond branch outputs must have the
+    same pytree structure"), a transformation or wrapper of Optax met gradients per loss where it expected one tree like
+    the parameters. The remedy is a line: put a transformation inside `per_loss` or `joint`, a wrapper inside `wrap`, or
+    either behind `sum_losses`.
 
     Attributes:
         task: the entry of the task loss (cross-entropy with the labels).
@@ -43,7 +48,14 @@ class PerLoss(NamedTuple):
     kd: Any
 
 
-def per_loss(*transformations: Any) -> optax.GradientTransformationExtraArgs:
+PerLoss.__module__ = "dot_optax"  # where errors and pickles should look for it
+
+
+def per_loss(
+    *transformations: optax.GradientTransformation
+    | tuple[optax.GradientTransformation, ...]
+    | Mapping[Any, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
     r"""Gives each loss its own transformation: container in, container out.
 
     .. math::
@@ -84,14 +96,14 @@ def per_loss(*transformations: Any) -> optax.GradientTransformationExtraArgs:
     losses = _Losses(_as_container(transformations))
     for name, tx in zip(losses.names, losses.values(losses.template), strict=True):
         if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(f"per_loss: expected an optax.GradientTransformation for {name!r}, got {describe(tx)}")
+            raise TypeError(f"per_loss: expected an optax.GradientTransformation for {name!r}, got {_describe(tx)}")
     txs = [optax.with_extra_args_support(tx) for tx in losses.values(losses.template)]
 
     def init(params: optax.Params) -> Any:
         return losses.pack([tx.init(params) for tx in txs])
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = losses.unpack(updates, params)
+        grads, repack = losses.unpack(updates, _params_in_state(init, state) if params is None else params)
         results = [
             tx.update(g, s, params, **extra_args) for tx, g, s in zip(txs, grads, losses.values(state), strict=True)
         ]
@@ -109,7 +121,8 @@ def sum_losses() -> optax.GradientTransformationExtraArgs:
 
     Returns:
         A stateless transformation from a container (any tuple, NamedTuple or mapping, with one entry or more) to a
-        tree of the structure of the entries. Where `params` is given to `update`, the sum has the dtypes of `params`.
+        tree of the structure of the entries. Pass `params` to `update`: then the sum has their dtypes, and a dict of
+        parameters that is no container of losses is told from one.
 
     Raises:
         TypeError: from `update` if the updates are not a container.
@@ -165,19 +178,22 @@ def joint(
         [0.6] [0.8]
     """
     container = _Losses.named(losses, "joint")
-    inner = optax.with_extra_args_support(check_transformation(tx, "joint"))
+    inner = optax.with_extra_args_support(_check_transformation(tx, "joint"))
 
     def repeat(params: optax.Params) -> Any:
         return container.pack([params] * len(container.names))
 
+    def init(params: optax.Params) -> Any:
+        return inner.init(repeat(params))
+
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = container.unpack(updates, params)
+        grads, repack = container.unpack(updates, _params_in_state(init, state) if params is None else params)
         new_updates, state = inner.update(
             container.pack(grads), state, None if params is None else repeat(params), **extra_args
         )
         return repack(container.values(new_updates)), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(repeat(params)), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def wrap(
@@ -188,116 +204,118 @@ def wrap(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs an Optax wrapper of optimizers around a loss-space optimizer.
 
-    Wrappers such as `optax.MultiSteps` or `optax.apply_if_finite` expect updates that look like the parameters, before
-    and after the optimizer that they wrap. Here every leaf of the parameters becomes a small node that holds the summed
-    gradient and the gradient of each loss, so that the wrapper accumulates, checks, masks or skips them all alike:
+    Wrappers such as `optax.apply_if_finite` or `optax.partition` expect updates that look like the parameters. So the
+    wrapper is given the summed gradient, and everything in it (masks, labels, norms, other optimizers) means what it
+    means without losses; `tx`, where the wrapper calls it, gets the gradient of each loss instead:
 
     .. math::
-        \theta_j \mapsto \Big(\sum_i g_{ij},\; g_{1j}, \ldots, g_{Nj}\Big)
+        u = \mathrm{wrapper}\Big[\textstyle\sum_i g_i \mapsto \mathrm{tx}(g_1, \ldots, g_N)\Big]\Big(\textstyle\sum_i g_i\Big)
 
-    `tx` reads the gradients of the losses and answers with its update in the place of the sum. A leaf that the wrapper
-    keeps from `tx` (`optax.masked`) passes its summed gradient through, and another transformation in the wrapper
-    (`optax.partition`) sees, elementwise, the summed gradient as it would without losses.
+    `optax.MultiSteps` changes the gradients before it hands them on; it accumulates those of each loss.
 
     Args:
-        wrapper: a function from a transformation to the wrapped one, e.g.
-            `functools.partial(optax.MultiSteps, every_k_schedule=4)` or `lambda tx: optax.masked(tx, mask)`. Masks and
-            labels have the structure of `params` (or a prefix, or are callables, for which a key path has one more key
-            at its end).
-        tx: the loss-space optimizer, from container to tree, such as `dot(...)`.
+        wrapper: a function from a transformation to the wrapped one, e.g. `lambda tx: optax.masked(tx, mask)`, or
+            `functools.partial(optax.MultiSteps, every_k_schedule=4)`.
+        tx: the loss-space optimizer, from container to tree, such as `dot(...)`, or another `wrap`.
         losses: the names of the losses in order, or their number for an unnamed tuple of losses.
 
     Returns:
-        A transformation from container to tree. `MultiSteps` keeps one accumulator per loss and one for the sum.
+        A transformation from container to tree, with the state of the wrapper. For `MultiSteps` that holds one
+        accumulator per loss, and its `should_skip_update_fn` is given the container.
 
     Raises:
         TypeError: if `tx` or what `wrapper` returns is not a gradient transformation.
-        ValueError: from `update`, as `per_loss`; also if the wrapper hands `tx` updates that are no longer one node
-            per parameter (as `optax.flatten` does, which would mix the losses). Wrappers that reduce over all leaves
-            (a global norm) would count the sum and its parts: use `joint` or put them after `tx` instead.
+        ValueError: from `update`, as `per_loss`; also if the wrapper hands `tx` other arrays than the summed gradient
+            that it was given, or no keyword arguments, so that the losses cannot be told apart. `optax.flatten`
+            belongs inside `per_loss`; `optax.lookahead` and `optax.contrib.sam` need no `wrap`.
 
     Example:
-        Accumulate the gradients of two micro-batches:
+        Skip a step if either gradient has a NaN:
 
-        >>> import functools, optax, dot_optax
-        >>> tx = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=2), dot_optax.dot(0.1))
-        >>> params = {'w': 0.0}
+        >>> import jax.numpy as jnp, optax, dot_optax
+        >>> tx = dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=5), dot_optax.dot(0.1))
+        >>> params = {'w': jnp.zeros(())}
         >>> state = tx.init(params)
-        >>> for task, kd in [(1.0, 2.0), (3.0, 4.0)]:
-        ...     updates, state = tx.update(({'w': task}, {'w': kd}), state, params)
-        ...     print(round(float(updates['w']), 6))
-        0.0
-        -0.5
+        >>> for kd in (2.0, jnp.nan, 2.0):
+        ...     updates, state = tx.update(({'w': jnp.ones(())}, {'w': jnp.asarray(kd)}), state, params)
+        ...     print(f"{updates['w']:.4f}")
+        -0.3000
+        0.0000
+        -0.5775
     """
     container = _Losses.named(losses, "wrap")
-    inner = optax.with_extra_args_support(check_transformation(tx, "wrap"))
+    inner = optax.with_extra_args_support(_check_transformation(tx, "wrap"))
 
-    def inner_init(params: Any) -> optax.OptState:
-        return inner.init(_component(params, 0))
+    def split_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        split = extra_args.pop(_SPLIT, None)
+        if split is None:
+            raise ValueError(
+                "wrap: the wrapper passes no keyword arguments on to the optimizer: use it without wrap, or inside "
+                "per_loss(...), or return optax.MultiSteps itself, not its gradient_transformation()"
+            )
+        total, state = inner.update(container.pack(split.per_loss(updates)), state, params, **extra_args)
+        return _check_tree(total, updates), state
 
-    def inner_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads = container.pack([_component(updates, i + 1) for i in range(len(container.names))])
-        params = None if params is None else _component(params, 0)
-        total, state = inner.update(grads, state, params, **extra_args)
-        return jax.tree.map(_Node.answer, updates, total, is_leaf=_is_node), state
-
-    wrapped = wrapper(optax.GradientTransformationExtraArgs(inner_init, inner_update))
+    if not callable(wrapper):
+        raise TypeError(
+            f"wrap: `wrapper` must be a function from a transformation to another, got {_describe(wrapper)}"
+        )
+    wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, split_update))
     if isinstance(wrapped, optax.MultiSteps):
-        wrapped = wrapped.gradient_transformation()
-    outer = optax.with_extra_args_support(check_transformation(wrapped, "wrap: `wrapper`"))
-
-    def spread(params: optax.Params) -> Any:
-        # Zeros beside the parameters: a norm of them is still the norm of the parameters.
-        zeros = [optax.tree.zeros_like(params)] * len(container.names)
-        return jax.tree.map(_Node, params, *zeros)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return outer.init(spread(params))
+        wrapped = wrapper(_spread(inner, container))
+        return optax.chain(joint(wrapped.gradient_transformation(), losses=losses), sum_losses())
+    outer = optax.with_extra_args_support(_check_transformation(wrapped, "wrap: `wrapper`"))
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, _ = container.unpack(updates, params)
-        nodes = jax.tree.map(_Node, _sum_like(grads, params), *grads)
-        nodes, state = outer.update(nodes, state, None if params is None else spread(params), **extra_args)
-        return _component(nodes, 0), state
+        grads, _ = container.unpack(updates, _params_in_state(outer.init, state) if params is None else params)
+        total = _sum_like(grads, params)
+        return outer.update(total, state, params, **{_SPLIT: _Split(total, grads)}, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class _Node:
-    """One parameter as the wrapper in `wrap` sees it: the summed gradient, then that of each loss."""
-
-    def __init__(self, *components: Any):
-        self.components = components
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        return tuple((jax.tree_util.SequenceKey(i), c) for i, c in enumerate(self.components)), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, components: Sequence[Any]) -> "_Node":
-        return cls(*components)
-
-    def answer(self, update: Any) -> "_Node":
-        """The node that goes back to the wrapper: `update` in the place of the sum."""
-        return _Node(update, *map(optax.tree.zeros_like, self.components[1:]))
+    return optax.GradientTransformationExtraArgs(outer.init, update)
 
 
-def _is_node(x: Any) -> bool:
-    return isinstance(x, _Node)
-
-
-def _component(nodes: Any, index: int) -> Any:
-    """The tree of the `index`-th components; nodes that a mask removed stay as the mask left them."""
-
-    def pick(node: Any) -> Any:
-        if isinstance(node, _Node):
-            return node.components[index]
+def _check_tree(total: Any, like: Any) -> Any:
+    if not _same_structure(total, like):
         raise ValueError(
-            "wrap: the wrapper changed the tree so that the losses cannot be told apart any more (got "
-            f"{describe(node)} instead of one node per parameter). Put it inside per_loss(...), or after the optimizer"
+            f"wrap: `tx` must turn the gradients of the losses into one tree, but returned {_describe(total)}: "
+            "chain sum_losses() to it"
         )
+    return total
 
-    return jax.tree.map(pick, nodes, is_leaf=_is_node)
+
+_SPLIT = "dot_optax_split"  # the keyword under which `wrap` passes the gradients of each loss through the wrapper
+
+
+class _Split:
+    """The gradients of each loss, to be looked up by the arrays of the summed gradient that a wrapper passes on."""
+
+    def __init__(self, total: Any, grads: Sequence[Any]):
+        sums = jax.tree.leaves(total)
+        # The sums are kept: an id is only unique as long as its object lives.
+        self._entries = dict(zip(map(id, sums), zip(sums, *map(jax.tree.leaves, grads), strict=True), strict=True))
+        self._count = len(grads)
+
+    def per_loss(self, updates: Any) -> list[Any]:
+        """The gradients of each loss, each a tree of the structure of `updates`."""
+        if not all(id(leaf) in self._entries for leaf in jax.tree.leaves(updates)):
+            raise ValueError(
+                "wrap: the wrapper changed the summed gradient before the optimizer, so that the losses cannot be told "
+                "apart. Put it inside per_loss(...), or before the optimizer with joint(...)"
+            )
+        return [jax.tree.map(lambda leaf, i=i: self._entries[id(leaf)][i], updates) for i in range(1, self._count + 1)]
+
+
+def _spread(tx: optax.GradientTransformationExtraArgs, container: "_Losses") -> optax.GradientTransformationExtraArgs:
+    """`tx` from container to container: its update in the place of the first loss, and zeros."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        params = None if params is None else container.values(params)[0]
+        total, state = tx.update(updates, state, params, **extra_args)
+        first, *others = container.values(updates)
+        total, zeros = _check_tree(total, first), map(optax.tree.zeros_like, others)
+        return container.pack([total, *zeros]), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(container.values(params)[0]), update)
 
 
 class _Losses:
@@ -305,7 +323,8 @@ class _Losses:
 
     def __init__(self, template: Any, *, ordered: bool | None = None):
         self.template = template
-        self.names = tuple(_children(template)[0])
+        # JAX sorts the keys of a dict; where order matters it is that in which they were given.
+        self.names = tuple(template) if isinstance(template, Mapping) else tuple(_children(template)[0])
         self.ordered = isinstance(template, tuple) if ordered is None else ordered
 
     @classmethod
@@ -328,28 +347,28 @@ class _Losses:
         children, _ = _children(container)
         return [children[name] for name in self.names]
 
-    def match(self, container: Any, what: str = "updates") -> tuple[Any, ...]:
+    def match(self, container: Any, what: str = "updates", params: Any = None) -> tuple[Any, ...]:
         """The keys of a user's container, in the order of `names`."""
         children, _ = _children(_check_container(container, self, what=what))
         keys = self._keys(tuple(children), isinstance(container, tuple))
         if keys is None:
-            raise ValueError(f"{what}: expected {self._expected()}, got {describe(container)}")
+            hint = _hint(container, params)
+            raise ValueError(f"{what}: expected {self._expected()}, got {_describe(container)}{hint}")
         return keys
 
     def unpack(self, updates: Any, params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         """The checked gradients of a user's container, and the function that puts new ones in a container like it."""
-        hint = f"; {LOOKS_SINGLE}" if _same_structure(updates, params) else ""
-        try:
-            keys = self.match(updates)
-        except ValueError as error:
-            raise ValueError(f"{error}{hint}") from None
+        keys = self.match(updates, params=params)
         children, rebuild = _children(updates)
         entries = [children[key] for key in keys]
+        if isinstance(updates, Mapping) and not all(_same_structure(entry, params) for entry in entries):
+            # Flax's mappings keep plain dicts inside and only give them their type when one asks for them by key.
+            entries = [updates[key] for key in keys]
         reference, what = (entries[0], "the first loss") if params is None else (params, "params")
         for key, entry in zip(keys, entries, strict=True):
-            problem = difference(entry, reference, what)
+            problem = _difference(entry, reference, what)
             if problem:
-                raise ValueError(f"updates{_entry_name(updates, key)}{problem}{hint}")
+                raise ValueError(f"updates{_entry_name(updates, key)}{problem}{_hint(updates, params)}")
         return entries, lambda new: rebuild(dict(zip(keys, new, strict=True)))
 
     def _keys(self, found: tuple[Any, ...], is_tuple: bool) -> tuple[Any, ...] | None:
@@ -400,11 +419,31 @@ def _as_container(transformations: tuple[Any, ...]) -> Any:
 def _check_container(
     container: Any, losses: _Losses | None = None, *, what: str = "updates", entry: str = "gradient tree"
 ) -> Any:
-    if isinstance(container, (tuple, Mapping)) and len(container):
+    if isinstance(container, (tuple, Mapping)) and len(container) and _is_pytree_node(container):
         return container
     expected = losses._expected() if losses else f"a container with one {entry} per loss (a tuple or a mapping)"
-    hint = f"; {LOOKS_SINGLE}" if what == "updates" else ""
-    raise TypeError(f"{what}: expected {expected}, got {describe(container)}{hint}")
+    hint = f"; {_LOOKS_SINGLE}" if what == "updates" else ""
+    raise TypeError(f"{what}: expected {expected}, got {_describe(container)}{hint}")
+
+
+def _is_pytree_node(container: Any) -> bool:
+    """Whether JAX looks into the container: not into unregistered mappings, nor into dicts whose keys do not compare."""
+    try:
+        treedef = jax.tree.structure(container, is_leaf=lambda x: x is not container)
+    except (TypeError, ValueError):
+        return False
+    return not jax.tree_util.treedef_is_leaf(treedef)
+
+
+def _params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
+    """A tree in the state that looks like the parameters (a momentum), to check gradients against without them."""
+    found: list[Any] = []
+    try:
+        optax.tree.map_params(init, found.append, state, is_leaf=lambda _: True)
+    except Exception:  # an `init` that looks into the parameters does not take Optax's placeholder for them
+        return None
+    leaves = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return found[0] if found and not any(isinstance(x, optax.MaskedNode) for x in leaves) else None
 
 
 def _sum_like(trees: Sequence[Any], params: Any) -> Any:
@@ -416,5 +455,14 @@ def _entry_name(container: Any, key: Any) -> str:
     return f".{key}" if hasattr(container, "_fields") else f"[{key!r}]"
 
 
+def _hint(updates: Any, params: Any) -> str:
+    if isinstance(updates, tuple) and updates and all(isinstance(entry, PerLoss) for entry in updates):
+        return "; this looks like all that value_and_grads returned: unpack it, `values, grads = ...`"
+    return f"; {_LOOKS_SINGLE}" if _same_structure(updates, params) else ""
+
+
 def _same_structure(tree: Any, params: Any) -> bool:
     return params is not None and jax.tree.structure(tree) == jax.tree.structure(params)
+
+
+_TASK_AND_KD = _Losses(PerLoss(None, None))  # what `dot` and its parts expect

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dot_optax._checks import check_scalar, is_number
+from dot_optax._checks import _check_scalar, _describe, _is_number
 
 __all__ = ["kd_loss"]
 
@@ -15,7 +15,7 @@ __all__ = ["kd_loss"]
 def kd_loss(
     student_logits: jax.typing.ArrayLike,
     teacher_logits: jax.typing.ArrayLike,
-    temperature: Any = 4.0,
+    temperature: jax.typing.ArrayLike = 4.0,
     *,
     axis: int | tuple[int, ...] = -1,
     where: jax.typing.ArrayLike | None = None,
@@ -42,7 +42,8 @@ def kd_loss(
         The loss of each example in nats, of shape `[...]`.
 
     Raises:
-        ValueError: if the shapes differ, or `temperature` is a Python number that is not positive and finite.
+        ValueError: if the shapes differ, `where` does not fit them, or `temperature` is a Python number that is not
+            positive and finite.
         TypeError: if the logits are not real floating point numbers, or `temperature` is not a scalar.
 
     Example:
@@ -56,33 +57,54 @@ def kd_loss(
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
     student_logits, teacher_logits = _check_logits(student_logits, teacher_logits)
-    _check_temperature(temperature)
     dtype = jnp.result_type(student_logits, teacher_logits)
-    compute_dtype = jnp.promote_types(dtype, jnp.float32)
+    compute_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    temperature = jnp.asarray(_check_temperature(temperature), compute_dtype)
+    where = _check_where(where, student_logits.shape)
 
     def log_softmax(logits: jax.Array) -> jax.Array:
         log_probs = jax.nn.log_softmax(logits.astype(compute_dtype) / temperature, axis=axis, where=where)
-        # Outside `where` they are -inf, and -inf - -inf would poison the gradient although it is not summed.
+        # Outside `where` they are -inf, whose difference is NaN; two equal logarithms add nothing to the divergence.
         return log_probs if where is None else jnp.where(where, log_probs, 0.0)
 
     log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)
-    kl = optax.losses.kl_divergence_with_log_targets(log_p, log_q, axis=axis, where=where)
+    kl = optax.losses.kl_divergence_with_log_targets(log_p, log_q, axis=axis)
     return (temperature**2 * kl).astype(dtype)
 
 
 def _check_logits(student: Any, teacher: Any) -> tuple[jax.Array, jax.Array]:
     arrays = []
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
-            raise TypeError(f"{name} must be real floating point numbers, got {jnp.result_type(logits)}")
-        arrays.append(jnp.asarray(logits))
-    if np.shape(student) != np.shape(teacher):
-        shapes = f"{np.shape(student)} and {np.shape(teacher)}"
-        raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
+        try:
+            array = jnp.asarray(logits)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be an array, got {_describe(logits)}") from None
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be real floating point numbers, got {array.dtype}")
+        arrays.append(array)
+    shapes = [array.shape for array in arrays]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same shape [..., num_classes], got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
     return arrays[0], arrays[1]
 
 
-def _check_temperature(temperature: Any) -> None:
-    check_scalar("temperature", temperature, 0)
-    if is_number(temperature) and temperature == 0:
+def _check_temperature(temperature: Any) -> Any:
+    _check_scalar("temperature", temperature, 0)
+    if _is_number(temperature) and temperature == 0:
         raise ValueError("temperature must be greater than 0")
+    return temperature
+
+
+def _check_where(where: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    if where is None:
+        return None
+    try:
+        array = jnp.asarray(where)
+        if array.dtype == bool and np.broadcast_shapes(array.shape, shape) == shape:
+            return array
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"where must be bools of a shape that broadcasts to {shape}, got {_describe(where)}")

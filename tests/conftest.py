@@ -1,9 +1,9 @@
-"""Strict settings for every test, made before JAX starts: four virtual devices and no silent rank promotion."""
+"""Strict settings for every test, made before JAX starts: eight virtual devices and no silent rank promotion."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis

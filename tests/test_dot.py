@@ -284,10 +284,96 @@ def test_updates_and_state_keep_their_dtypes(dtype, accumulator_dtype, traced_be
     np.testing.assert_allclose(np.float32(updates["w"]), -0.34, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
+def test_a_bfloat16_buffer_is_rounded_once_a_step():
+    """Half a unit in the last place, at most 2**-8 of the exact value; in bfloat16 throughout it would be more."""
+    params, g, v = (jax.random.normal(jax.random.key(i), (10_000,)).astype(jnp.bfloat16) for i in range(3))
+    tx = dot_optax.scale_by_dot(0.825, 0.975)
+    state = optax.tree.map_params(tx, lambda _: v, tx.init(params))
+    _, new_state = jax.jit(tx.update)((g, g), state, params)
+    for beta, trace in zip((0.825, 0.975), new_state[0], strict=True):
+        exact = np.float64(g) + beta * np.float64(v)
+        assert (np.abs(np.float64(trace.trace) - exact) <= 1.001 * 2**-8 * np.maximum(np.abs(exact), 2**-120)).all()
+
+
+@pytest.mark.parametrize(
+    ("params_dtype", "grads_dtype", "accumulator_dtype"),
+    [
+        (jnp.float32, jnp.float32, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float32, None),
+        (jnp.float32, jnp.bfloat16, None),
+        (jnp.complex64, jnp.complex64, jnp.float32),
+    ],
+)
+def test_mixed_dtypes(params_dtype, grads_dtype, accumulator_dtype):
+    params = {"w": jnp.ones(3, params_dtype)}
+    grads = PerLoss(*(optax.tree.cast(params, grads_dtype),) * 2)
+    tx = dot_optax.dot(0.1, 0.5, 0.75, accumulator_dtype=accumulator_dtype)
+    state = tx.init(params)
+    updates, new_state = tx.update(grads, state, params)
+    assert updates["w"].dtype == params_dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+    np.testing.assert_allclose(np.complex64(updates["w"]), -0.2, rtol=2**-8)
+
+
+@pytest.mark.parametrize("learning_rate", [np.float64(0.1), jnp.float32(0.1), lambda count: jnp.float32(0.1)])
+def test_the_learning_rate_does_not_change_the_dtype(learning_rate):
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    for make in (dot_optax.dot, dot_optax.gain_matched_sgd):
+        tx = make(learning_rate, jnp.float32(0.825), jnp.float32(0.975))
+        for given in (params, None):
+            assert tx.update((params, params), tx.init(params), given)[0]["w"].dtype == jnp.bfloat16
+
+
+def test_the_defaults_are_the_papers():
+    params = {"w": jnp.ones(3)}
+    for make in (functools.partial(dot_optax.dot, 0.1), dot_optax.scale_by_dot):
+        results = []
+        for tx in (make(), make(*dot_optax.betas()), make(0.825, 0.975)):
+            state = tx.init(params)
+            for _ in range(3):
+                updates, state = tx.update((params, params), state, params)
+            results.append(updates["w"])
+        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+        np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_a_state_made_with_other_masks_is_refused():
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    reached = dot_optax.dot(0.1, reached=PerLoss(True, {"w": True, "b": False}))
+    everywhere = dot_optax.dot(0.1)
+    for tx, other in ((reached, everywhere), (everywhere, reached)):
+        with pytest.raises(ValueError, match=r"one loss\['b'\]: the state was made with other masks than `reached`"):
+            tx.update((params, params), other.init(params), params)
+    with pytest.raises(ValueError, match=r"one loss\['b'\]: shape \(2,\), but the state has shape \(4,\) there"):
+        everywhere.update((params, params), everywhere.init(params | {"b": jnp.ones(4)}), params)
+
+
 def test_betas():
     assert dot_optax.betas(0.5, 0.25) == PerLoss(task=0.25, kd=0.75)
     np.testing.assert_allclose(dot_optax.betas(), (0.825, 0.975))
     np.testing.assert_allclose(dot_optax.betas(jnp.float32(0.5), 0.25).kd, 0.75)
+    warm_up = dot_optax.betas(0.9, optax.linear_schedule(0.0, 0.1, 10))
+    np.testing.assert_allclose((warm_up.task(5), warm_up.kd(5)), (0.85, 0.95))
+
+
+def test_gains():
+    np.testing.assert_allclose(dot_optax.gains(0.5, 0.75), (2.0, 4.0))
+    with pytest.raises(ValueError, match=r"beta_kd must be in \[0, 1\), got 1.0"):
+        dot_optax.gains(0.5, 1.0)
+
+
+def test_gain_matched_sgd_goes_as_far_as_dot_on_a_steady_gradient():
+    params = {"w": jnp.ones(3)}
+    grads = PerLoss({"w": jnp.array([1.0, 0.0, 2.0])}, {"w": jnp.array([0.0, 1.0, -1.0])})
+    finals = []
+    for tx in (dot_optax.dot(0.1, 0.7, 0.9), dot_optax.gain_matched_sgd(0.1, 0.7, 0.9)):
+        state = tx.init(params)
+        for _ in range(300):
+            updates, state = tx.update(grads, state, params)
+        finals.append(updates["w"])
+    # 0.9**300 is 1e-14: what is left is float32 rounding.
+    np.testing.assert_allclose(finals[0], [-1 / 3, -1.0, -2 / 3 + 1], rtol=1e-5)
+    np.testing.assert_allclose(finals[0], finals[1], rtol=1e-5)
 
 
 P = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}

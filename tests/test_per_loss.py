@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from flax.core import FrozenDict
 
 import dot_optax
@@ -51,11 +50,11 @@ def test_every_container_of_two(container):
     chex.assert_trees_all_equal(dot_update(container), dot_update(PerLoss(TASK, KD)))
 
 
-def test_flax_nnx_state_as_the_container():
-    """`nnx.Optimizer.update` turns a tuple of gradients into a mapping with the keys 0 and 1."""
-    state = nnx.State({0: nnx.State(TASK), 1: nnx.State(KD)})
-    updates = dot_update(state, nnx.State(PARAMS))
-    chex.assert_trees_all_equal(dict(updates), dot_update(PerLoss(TASK, KD)))
+def test_frozen_containers_of_frozen_parameters():
+    """Flax's mappings keep plain dicts inside."""
+    deep = FrozenDict({"layer": PARAMS})
+    grads = FrozenDict({"task": {"layer": TASK}, "kd": {"layer": KD}})
+    chex.assert_trees_all_equal(dot_update(grads, deep), FrozenDict({"layer": dot_update(PerLoss(TASK, KD))}))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +201,81 @@ def test_wrap_three_named_losses():
     chex.assert_trees_all_close(updates, jax.tree.map(lambda t, k: 2 * t + k, TASK, KD), rtol=1e-6)
 
 
-def test_wrap_refuses_a_wrapper_that_mixes_the_losses():
-    tx = dot_optax.wrap(optax.flatten, dot_optax.dot(0.1))
-    with pytest.raises(ValueError, match="wrap: the wrapper changed the tree so that the losses cannot be told apart"):
-        tx.init(PARAMS)
+@pytest.mark.parametrize(
+    "wrapper", [lambda tx: optax.apply_if_finite(tx, 1), functools.partial(optax.MultiSteps, every_k_schedule=1)]
+)
+def test_wrap_takes_a_tuple_in_the_order_of_its_names(wrapper):
+    """Not in that of the sorted names."""
+    inner = optax.chain(dot_optax.per_loss({"kd": optax.scale(3.0), "ce": optax.identity()}), dot_optax.sum_losses())
+    tx = dot_optax.wrap(wrapper, inner, losses=("kd", "ce"))
+    updates, _ = tx.update((KD, TASK), tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda t, k: t + 3 * k, TASK, KD), rtol=1e-6)
+
+
+def test_a_transformation_that_looks_into_the_parameters_needs_no_params_in_update():
+    def init(params):
+        return {"trace": jnp.zeros_like(params["w"])}
+
+    def update(updates, state, params=None):
+        return updates, {"trace": state["trace"] + updates["w"]}
+
+    tx = dot_optax.per_loss(optax.GradientTransformation(init, update), optax.identity())
+    _, state = tx.update((TASK, KD), tx.init(PARAMS))
+    chex.assert_trees_all_equal(state.task["trace"], TASK["w"])
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (optax.flatten, "wrap: the wrapper changed the summed gradient before the optimizer"),
+        (lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "return optax.MultiSteps itself"),
+        (
+            lambda tx: optax.lookahead(tx, 2, 0.5),
+            "passes no keyword arguments on to the optimizer: use it without wrap",
+        ),
+    ],
+)
+def test_wrap_refuses_what_it_cannot_serve(wrapper, message):
+    tx = dot_optax.wrap(wrapper, dot_optax.dot(0.1))
+    params = optax.LookaheadParams(PARAMS, PARAMS) if "use it" in message else PARAMS
+    with pytest.raises(ValueError, match=message):
+        tx.update((TASK, KD), tx.init(params), params) if params is PARAMS else tx.update(
+            (optax.LookaheadParams(TASK, TASK), optax.LookaheadParams(KD, KD)), tx.init(params), params
+        )
+
+
+@pytest.mark.parametrize(
+    "wrapper", [lambda tx: optax.apply_if_finite(tx, 1), functools.partial(optax.MultiSteps, every_k_schedule=2)]
+)
+def test_wrap_wants_one_tree_from_the_optimizer(wrapper):
+    tx = dot_optax.wrap(wrapper, dot_optax.per_loss(optax.trace(0.9), optax.trace(0.9)))
+    with pytest.raises(ValueError, match=r"`tx` must turn the gradients of the losses into one tree.* sum_losses\(\)"):
+        tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
+
+
+def test_norms_in_a_wrapper_are_those_of_the_summed_gradient():
+    tx = dot_optax.wrap(
+        lambda tx: optax.partition(
+            {"dot": tx, "clipped": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))},
+            {"w": "dot", "b": "clipped"},
+        ),
+        dot_optax.dot(0.1),
+    )
+    updates, _ = tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
+    total = TASK["b"] + KD["b"]
+    np.testing.assert_allclose(updates["b"], -0.1 * total * 0.5 / jnp.linalg.norm(total), rtol=1e-5)
+
+
+def test_skip_large_updates_sees_the_joint_norm():
+    """`MultiSteps` is given the container: the square of its norm is the sum over the losses."""
+    square = sum(float((g**2).sum()) for g in jax.tree.leaves((TASK, KD)))
+    for limit, skipped in ((0.99 * square, True), (1.01 * square, False)):
+        skip = functools.partial(optax.skip_large_updates, max_squared_norm=limit)
+        tx = dot_optax.wrap(
+            lambda tx, skip=skip: optax.MultiSteps(tx, 1, should_skip_update_fn=skip), dot_optax.dot(0.1)
+        )
+        updates, _ = tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
+        assert updates["w"].any() != skipped
 
 
 def test_parameters_that_are_a_pair_themselves():
@@ -215,8 +285,15 @@ def test_parameters_that_are_a_pair_themselves():
     with pytest.raises(ValueError, match="looks like one gradient tree instead of one per loss"):
         dot_update(params, params)
     tx = dot_optax.dot(0.1)
-    with pytest.raises(ValueError, match=r"one loss\[0\]: missing, but the state has .* looks like one gradient tree"):
+    with pytest.raises(ValueError, match=r"updates\[0\]\[0\]: missing, but params has .* looks like one gradient"):
         tx.update(params, tx.init(params))
+
+
+def test_the_result_of_value_and_grads_wants_unpacking():
+    result = dot_optax.value_and_grads(lambda p: PerLoss(p["w"].sum(), p["b"].sum()))(PARAMS)
+    with pytest.raises(ValueError, match="looks like all that value_and_grads returned: unpack it"):
+        dot_update(result)
+    dot_update(result[1])
 
 
 @pytest.mark.parametrize("params", [{}, {"w": None, "b": jnp.ones(2)}, (), jnp.ones(())], ids=repr)
@@ -270,7 +347,7 @@ EXTRA = TASK | {"c": jnp.ones(1)}
             r"updates.kd\['c'\]: unexpected leaf \(an array .*\), params has none there",
         ),
         (PerLoss(TASK, None), ValueError, r"updates.kd\['b'\]: missing, but params"),
-        (PerLoss(TASK, KD | {"b": "x"}), ValueError, r"updates.kd\['b'\]: expected an array, got 'x' of type str"),
+        (PerLoss(TASK, KD | {"b": "x"}), ValueError, r"updates.kd\['b'\]: expected an array, got 'x'"),
         (
             PerLoss(TASK, KD | {"b": jnp.ones(3, int)}),
             ValueError,
@@ -328,6 +405,7 @@ def test_malformed_gradients(grads, error, message):
             TypeError,
             "wrap: `wrapper`: expected an optax.*got 3",
         ),
+        (lambda: dot_optax.wrap(3, dot_optax.dot(0.1)), TypeError, "wrap: `wrapper` must be a function .* got 3"),
         (
             lambda: dot_optax.per_loss({"a": optax.identity(), "b": optax.identity()}).update((TASK, KD), None, PARAMS),
             ValueError,

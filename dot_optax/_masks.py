@@ -1,0 +1,79 @@
+"""Which leaves of a tree a mask selects: the masks of `reached` and of the L2 penalty, and how they combine.
+
+A leaf mask is a function from a tree to one bool for each of its leaves, in their order, so that it applies to params,
+to gradients and to either with parts masked out.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dot_optax._checks import _check_scalar, _describe, _is_number
+from dot_optax._per_loss import _TASK_AND_KD, PerLoss, _children, _key
+
+# A pytree of bools of the structure of the parameters or a prefix of it, or a function from such a tree to the mask.
+Mask = Any | Callable[[Any], Any]
+_LeafMask = Callable[[Any], list[bool]]
+_LeafDecay = Callable[[Any], list[Any]]  # one momentum, or None, for each leaf
+
+
+def _reach(reached: Any) -> tuple[_LeafMask, _LeafMask]:
+    """The leaf masks of the `reached` argument: by default both losses reach every parameter."""
+    if reached is None:
+        reached = PerLoss(True, True)
+    keys = _TASK_AND_KD.match(reached, "reached")
+    masks, _ = _children(reached)
+    return _leaf_mask(masks[keys[0]], "reached, task"), _leaf_mask(masks[keys[1]], "reached, kd")
+
+
+def _where(function: Callable[..., Any], *masks: _LeafMask) -> Callable[[Any], list[Any]]:
+    return lambda tree: list(map(function, *(mask(tree) for mask in masks)))
+
+
+def _leaf_mask(mask: Any, name: str) -> _LeafMask:
+    """From a bool pytree prefix, or a callable that gives one, to one bool for each leaf of a tree."""
+
+    def leaves(tree: Any) -> list[bool]:
+        paths = [_plain(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        if not paths:  # also the placeholder with which optax.tree.map_params looks for parameters in a state
+            return []
+        rules = dict(_rules(mask(tree) if callable(mask) else mask, name))
+        return [_rule(rules, path, name) for path in paths]
+
+    return leaves
+
+
+def _rules(mask: Any, name: str) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    for path, value in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(value, (bool, np.bool_)):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"{name}{where}: expected True or False, known before tracing; got {_describe(value)}")
+        yield _plain(path), bool(value)
+
+
+def _rule(rules: dict[tuple[Any, ...], bool], path: tuple[Any, ...], name: str) -> bool:
+    for length in range(len(path), -1, -1):
+        if path[:length] in rules:
+            return rules[path[:length]]
+    # A Flax `nnx.Param` is one level deeper than the array that an optimizer is given.
+    deeper = {value for rule, value in rules.items() if rule[: len(path)] == path}
+    if len(deeper) == 1:
+        return deeper.pop()
+    raise ValueError(f"{name}: no entry for the parameter {'/'.join(map(str, path))}; give one for it or for a prefix")
+
+
+def _plain(path: Any) -> tuple[Any, ...]:
+    return tuple(map(_key, path))
+
+
+def _l2_masks(weight_decay: Any, mask: Any, task: _LeafMask, kd: _LeafMask) -> tuple[_LeafMask, _LeafMask]:
+    """Which gradient the L2 penalty joins: the task's, or the other where only the distillation loss reaches."""
+    _check_scalar("weight_decay", weight_decay, low=0)
+    if _is_number(weight_decay) and weight_decay == 0:
+        return _leaf_mask(False, "mask"), _leaf_mask(False, "mask")
+    decayed = _leaf_mask(True if mask is None else mask, "mask")
+    only_kd = _where(lambda t, k: k and not t, task, kd)
+    return _where(lambda d, o: d and not o, decayed, only_kd), _where(operator.and_, decayed, only_kd)
