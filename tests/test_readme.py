@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import dot_optax
 
@@ -28,6 +29,28 @@ def test_the_first_block_trains():
         params, opt_state, losses = namespace["train_step"](params, opt_state, batch)
         history.append(np.stack(losses))
     assert (history[-1] < history[0]).all()
+
+
+def test_the_block_with_batch_norm_trains():
+    class Student(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(4, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.layer(x))
+
+    namespace = {"student": Student(nnx.Rngs(0)), "teacher": lambda x: x[:, :3]}
+    exec(BLOCKS[2], namespace)
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    batch = {"image": x, "label": x[:, :3].argmax(-1)}
+    params, stats = namespace["params"], namespace["batch_stats"]
+    opt_state, history = namespace["optimizer"].init(params), []
+    for _ in range(30):
+        params, stats, opt_state, losses = namespace["train_step"](params, stats, opt_state, batch)
+        history.append(np.stack(losses))
+    assert (history[-1] < history[0]).all()
+    assert stats["norm"]["mean"][...].any()
 
 
 def test_the_sentences_are_optimizers():

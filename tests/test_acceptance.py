@@ -1,0 +1,363 @@
+"""What every optimizer here must do; a new one joins by one line in `OPTIMIZERS`."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from absl.testing import parameterized
+
+import dot_optax
+from dot_optax import PerLoss
+
+SHAPES = {"w": (2, 3), "b": (3,), "scale": ()}
+PARAMS = {k: 1.0 + jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 7 for k, shape in SHAPES.items()}
+
+
+# XLA may fuse a product into a sum, which saves one float32 rounding of numbers of order ten.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+
+
+class Entry(NamedTuple):
+    make: Callable[..., optax.GradientTransformationExtraArgs]  # (learning_rate, **hyperparameters)
+    losses: tuple[str, ...] = PerLoss._fields
+    hyperparameters: tuple[str, ...] = ("beta_task", "beta_kd")  # those that may be scheduled
+
+    def grads(self, params, seed=0, dtype=None):
+        keys = jax.random.split(jax.random.key(seed), len(self.losses))
+        grads = (optax.tree.random_like(key, params, dtype=dtype) for key in keys)
+        return self.container(*grads)
+
+    def container(self, *trees):
+        return PerLoss(*trees) if self.losses == PerLoss._fields else dict(zip(self.losses, trees, strict=True))
+
+
+def every_other(tree):
+    """A mask: True and False in turn."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([i % 2 == 0 for i in range(len(leaves))])
+
+
+def three_losses(learning_rate, beta_task=0.8, beta_kd=0.95, accumulator_dtype=None):
+    def trace(beta):
+        return optax.trace(beta, accumulator_dtype=accumulator_dtype)
+
+    return optax.chain(
+        dot_optax.per_loss({"ce": trace(beta_task), "hint": trace(0.9), "kd": trace(beta_kd)}),
+        dot_optax.sum_losses(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_dot(learning_rate, beta_task=0.825, beta_kd=0.975, accumulator_dtype=None):
+    momenta = dot_optax.scale_by_dot(beta_task, beta_kd, accumulator_dtype=accumulator_dtype)
+    return optax.chain(momenta, optax.scale_by_learning_rate(learning_rate))
+
+
+OPTIMIZERS = {
+    "dot": Entry(dot_optax.dot),
+    "dot, L2, Nesterov": Entry(functools.partial(dot_optax.dot, weight_decay=1e-4, nesterov=True)),
+    "dot, reached": Entry(functools.partial(dot_optax.dot, reached=PerLoss(True, every_other))),
+    "scale_by_dot": Entry(scale_by_dot),
+    "gain_matched_sgd": Entry(dot_optax.gain_matched_sgd, hyperparameters=()),
+    "three losses": Entry(three_losses, losses=("ce", "hint", "kd"), hyperparameters=()),
+}
+
+for_every_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def steps(tx, entry, params, count=3, update=None):
+    """The updates and the state after `count` steps."""
+    state, update = tx.init(params), update or tx.update
+    for seed in range(count):
+        updates, state = update(entry.grads(params, seed), state, params)
+        params = optax.apply_updates(params, updates)
+    return updates, state
+
+
+class VariantTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True)
+    @parameterized.named_parameters((name.replace(" ", "_").replace(",", ""), name) for name in OPTIMIZERS)
+    def test_compiled_or_not_it_is_the_same(self, name):
+        entry = OPTIMIZERS[name]
+        tx = entry.make(0.1)
+        expected, expected_state = steps(tx, entry, PARAMS)
+        state, params = tx.init(PARAMS), PARAMS
+        update = self.variant(tx.update)
+        for seed in range(3):
+            updates, state = jax.block_until_ready(update(entry.grads(PARAMS, seed), state, params))
+            params = optax.apply_updates(params, updates)
+        chex.assert_trees_all_close((updates, state), (expected, expected_state), **ROUNDING)
+
+
+@for_every_optimizer
+def test_it_tolerates_an_unexpected_keyword(entry):
+    tx = entry.make(0.1)
+    expected, _ = tx.update(entry.grads(PARAMS), tx.init(PARAMS), PARAMS)
+    updates, _ = jax.jit(tx.update)(entry.grads(PARAMS), tx.init(PARAMS), PARAMS, unexpected=jnp.ones(2))
+    chex.assert_trees_all_close(updates, expected, **ROUNDING)
+
+
+@for_every_optimizer
+def test_it_compiles_once(entry):
+    tx = entry.make(0.1)
+    update = jax.jit(tx.update)
+    steps(tx, entry, PARAMS, update=update)
+    assert update._cache_size() == 1
+
+
+@for_every_optimizer
+def test_map_params_finds_the_buffers(entry):
+    tx = entry.make(0.1)
+    _, state = steps(tx, entry, PARAMS)
+    unchanged = optax.tree.map_params(tx, lambda v: v, state)
+    chex.assert_trees_all_equal(unchanged, state)
+    marked = optax.tree.map_params(tx, lambda v: "buffer", state, transform_non_params=lambda v: "other")
+    buffers = [leaf for leaf in jax.tree.leaves(marked) if leaf == "buffer"]
+    assert len(buffers) == len(
+        [x for x in jax.tree.leaves(state) if x.shape in SHAPES.values() and x.dtype == jnp.float32]
+    )
+    assert buffers
+
+
+def parabola(params):
+    return sum(jnp.sum(jnp.abs(p - target) ** 2) for p, target in zip(params, TARGET, strict=True))
+
+
+def rosenbrock(params):
+    x, y = params
+    return (1.0 - x) ** 2 + 100.0 * (y - x**2) ** 2
+
+
+TARGET = (jnp.float32(1.0), jnp.array([-2.0, 0.5]), jnp.array([[1.0, 2.0]]))
+COMPLEX_TARGET = tuple(t * (1.0 + 2.0j) for t in TARGET)
+
+
+@for_every_optimizer
+@pytest.mark.parametrize(
+    ("objective", "start", "end", "learning_rate"),
+    [
+        (parabola, tuple(map(jnp.zeros_like, TARGET)), TARGET, 0.002),
+        (rosenbrock, (jnp.float32(0.0), jnp.float32(0.0)), (jnp.float32(1.0), jnp.float32(1.0)), 1e-4),
+        (
+            lambda params: sum(jnp.sum(jnp.abs(p - t) ** 2) for p, t in zip(params, COMPLEX_TARGET, strict=True)),
+            tuple(map(jnp.zeros_like, COMPLEX_TARGET)),
+            COMPLEX_TARGET,
+            0.002,
+        ),
+    ],
+    ids=["parabola", "rosenbrock", "complex parabola"],
+)
+def test_it_converges(entry, objective, start, end, learning_rate):
+    tx = entry.make(learning_rate)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            n = len(entry.losses)
+            _, grads = dot_optax.value_and_grads(lambda p: entry.container(*(objective(p) / n for _ in range(n))))(
+                params
+            )
+            grads = jax.tree.map(jnp.conj, grads)  # the caller's part, as everywhere in JAX and Optax
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=20_000)[0][0]
+
+    # An L2 penalty of 1e-4 moves the minimum of a parabola by 1e-4 / 2 of its size, and Rosenbrock's by less than 1%.
+    chex.assert_trees_all_close(train(start), end, rtol=1e-2)
+
+
+@for_every_optimizer
+def test_inject_hyperparams_gives_the_same_numbers(entry):
+    betas = dict(zip(("beta_task", "beta_kd"), (0.8, 0.9), strict=True))
+    values = {"learning_rate": 0.1} | {name: betas[name] for name in entry.hyperparameters}
+    plain, _ = steps(entry.make(**values), entry, PARAMS)
+    for wrap in (lambda value: value, optax.constant_schedule):
+        tx = optax.inject_hyperparams(entry.make)(**{name: wrap(value) for name, value in values.items()})
+        updates, state = steps(tx, entry, PARAMS, update=jax.jit(tx.update))
+        chex.assert_trees_all_close(updates, plain, **ROUNDING)
+        assert float(state.hyperparams["learning_rate"]) == np.float32(0.1)
+
+
+@for_every_optimizer
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_updates_have_the_dtype_of_the_parameters(entry, dtype, scheduled):
+    params = optax.tree.cast(PARAMS, dtype)
+    schedules = {name: optax.linear_schedule(0.8, 0.9, 3) for name in entry.hyperparameters} if scheduled else {}
+    tx = entry.make(optax.linear_schedule(0.1, 0.0, 10) if scheduled else 0.1, **schedules)
+    updates, state = steps(tx, entry, params, update=jax.jit(tx.update))
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(params), state)
+
+
+@for_every_optimizer
+def test_gradient_accumulation(entry):
+    k, tx = 3, entry.make(0.1)
+    accumulating = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=k), tx, losses=entry.losses)
+    state, update = accumulating.init(PARAMS), jax.jit(accumulating.update)
+    grads = [entry.grads(PARAMS, seed) for seed in range(k)]
+    for i, g in enumerate(grads):
+        updates, state = update(g, state, PARAMS)
+        if i < k - 1:
+            assert not any(u.any() for u in jax.tree.leaves(updates))
+    full_batch = jax.tree.map(lambda *g: sum(g) / k, *grads)
+    expected, _ = tx.update(full_batch, tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, expected, **ROUNDING)
+
+
+@for_every_optimizer
+def test_old_and_new_state_can_be_mixed(entry):
+    tx = entry.make(optax.linear_schedule(0.1, 0.0, 10))
+
+    @jax.jit
+    def maybe(condition, state):
+        _, new_state = tx.update(entry.grads(PARAMS), state, PARAMS)
+        return jax.lax.cond(condition, lambda: state, lambda: new_state)
+
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal(maybe(True, state), state)
+    chex.assert_trees_all_close(maybe(False, state), tx.update(entry.grads(PARAMS), state, PARAMS)[1], **ROUNDING)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+
+
+@for_every_optimizer
+def test_a_constant_schedule_is_the_number(entry):
+    betas = {name: 0.8 for name in entry.hyperparameters}
+    schedules = {name: optax.constant_schedule(value) for name, value in betas.items()}
+    updates, _ = steps(entry.make(optax.constant_schedule(0.1), **schedules), entry, PARAMS)
+    expected, _ = steps(entry.make(0.1, **betas), entry, PARAMS)
+    chex.assert_trees_all_close(updates, expected, **ROUNDING)
+
+
+@for_every_optimizer
+def test_accumulator_dtype(entry):
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+    tx = entry.make(0.1, accumulator_dtype=jnp.float32)
+    for state in (tx.init(params), steps(tx, entry, params)[1]):
+        traces = [trace for _, trace in optax.tree.get_all_with_path(state, "trace")]
+        assert traces
+        assert {leaf.dtype for leaf in jax.tree.leaves(traces)} == {jnp.dtype(jnp.float32)}
+
+
+@for_every_optimizer
+def test_init_takes_abstract_parameters(entry):
+    tx = entry.make(0.1)
+    abstract = tx.init(jax.eval_shape(lambda: PARAMS))
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, tx.init(PARAMS))
+
+
+@for_every_optimizer
+def test_the_state_is_sharded_like_the_parameters(entry):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    assert mesh.size == 8
+    spec = jax.sharding.PartitionSpec
+    shardings = {"w": spec(None, "data"), "b": spec("data"), "scale": spec()}
+    shardings = {k: jax.sharding.NamedSharding(mesh, s) for k, s in shardings.items()}
+    params = jax.device_put({"w": jnp.ones((3, 8)), "b": jnp.ones(16), "scale": jnp.ones(())}, shardings)
+    tx = entry.make(0.1)
+    grads = entry.container(*[params] * len(entry.losses))
+    state = jax.jit(tx.init)(params)
+    updates, state = jax.block_until_ready(jax.jit(tx.update)(grads, state, params))
+    for tree in [updates, *(trace for _, trace in optax.tree.get_all_with_path(state, "trace"))]:
+        for name, leaf in tree.items():
+            if not isinstance(leaf, optax.MaskedNode):
+                assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), name
+                assert leaf.dtype == params[name].dtype
+
+
+@for_every_optimizer
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_mixed_precision_leaves_keep_their_dtypes(entry, scheduled):
+    with jax.enable_x64(True):
+        params = {"single": jnp.ones(2, jnp.float32), "double": jnp.ones(3, jnp.float64)}
+        rate = optax.linear_schedule(0.1, 0.0, 10) if scheduled else 0.1
+        tx = entry.make(
+            rate, **({name: lambda count: jnp.float64(0.8) for name in entry.hyperparameters} if scheduled else {})
+        )
+        updates, state = steps(tx, entry, params, update=jax.jit(tx.update))
+        for tree in [updates, *(trace for _, trace in optax.tree.get_all_with_path(state, "trace"))]:
+            for name, leaf in tree.items():
+                assert isinstance(leaf, optax.MaskedNode) or leaf.dtype == params[name].dtype
+
+
+@for_every_optimizer
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        (),
+        {"w": None, "b": jnp.ones(2)},
+        (jnp.ones(3), jnp.ones(3)),
+        [jnp.ones(1)],
+        jnp.ones(2),
+        {"deep": {"er": jnp.ones(1)}},
+    ],
+    ids=["empty dict", "empty tuple", "None leaf", "2-tuple", "list", "array", "nested"],
+)
+def test_every_kind_of_tree(entry, params):
+    updates, _ = steps(entry.make(0.1), entry, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert all(u.any() for u in jax.tree.leaves(updates))
+
+
+@for_every_optimizer
+def test_vmap_over_seeds_and_over_learning_rates(entry):
+    rates = jnp.array([0.1, 0.2])
+
+    def run(seed, rate):
+        params = jax.tree.map(lambda p: p * (1.0 + seed), PARAMS)
+        return steps(entry.make(rate), entry, params)[0]
+
+    batched = jax.vmap(lambda seed: jax.vmap(lambda rate: run(seed, rate))(rates))(jnp.arange(2.0))
+    for i in range(2):
+        for j in range(2):
+            one = jax.tree.map(lambda x, i=i, j=j: x[i, j], batched)
+            chex.assert_trees_all_close(one, run(float(i), rates[j]), **ROUNDING)
+
+
+@for_every_optimizer
+def test_scan_over_steps_with_donated_state(entry):
+    tx = entry.make(0.1)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train(params, state, seeds):
+        def step(carry, seed):
+            params, state = carry
+            keys = jax.random.split(jax.random.key(seed), len(entry.losses))
+            grads = entry.container(*(optax.tree.random_like(key, params) for key in keys))
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        (params, state), updates = jax.lax.scan(step, (params, state), seeds)
+        return params, state, jax.tree.map(lambda u: u[-1], updates)
+
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = tx.init(params)
+    donated = jax.tree.leaves((params, state))
+    _, new_state, updates = jax.block_until_ready(train(params, state, jnp.arange(3)))
+    assert all(x.is_deleted() for x in donated)
+    expected, expected_state = steps(tx, entry, PARAMS)
+    chex.assert_trees_all_close((updates, new_state), (expected, expected_state), **ROUNDING)
+
+
+@for_every_optimizer
+def test_orbax_saves_and_restores_bit_for_bit(entry, tmp_path):
+    tx = entry.make(optax.linear_schedule(0.1, 0.0, 10))
+    update = jax.jit(tx.update)
+    _, state = steps(tx, entry, PARAMS, update=update)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", tx.init(PARAMS))
+    chex.assert_trees_all_equal(restored, state)
+    grads = entry.grads(PARAMS, 9)
+    chex.assert_trees_all_equal(update(grads, restored, PARAMS), update(grads, state, PARAMS))
