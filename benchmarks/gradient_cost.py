@@ -58,10 +58,10 @@ FORMS = {
 }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="also write the FLOPs to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     array = jax.ShapeDtypeStruct
     kernels = [array((3, 3, i, o), jnp.float32) for i, o in itertools.pairwise(WIDTHS)]
