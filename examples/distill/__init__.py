@@ -1,7 +1,9 @@
 """Knowledge distillation with and without DOT, from the dataset to the picture: `python -m examples.distill`.
 
-    __main__.py     the command line: which config, which overrides, errors as one line
     configs/        one experiment per file; start reading here
+    __main__.py     the process and its interruption
+    command_line.py which config, which overrides, errors as one line
+    settings.py     the fields of a config and the values that they may have
     experiment.py   teacher, then a student for every method, then the report
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
     steps.py        the train step and the evaluation step
@@ -9,7 +11,8 @@
     data.py         TFDS and Grain; datasets/ holds the TFDS builders
     models/         Flax NNX modules, used as pure functions
     checkpoint.py   Orbax
-    workdir.py      which config a working directory belongs to
+    workdir.py      which config and which run a working directory belongs to
+    records.py      JSON files
     report.py       table and picture
 
 A working directory holds `config.json`, `losses.png`, and one folder for the teacher and for each method, with

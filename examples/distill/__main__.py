@@ -1,88 +1,39 @@
-"""Command line of the example: `python -m examples.distill --config=NAME --workdir=FOLDER --config.FIELD=VALUE`.
+"""`python -m examples.distill`: the process and its interruption; the command line itself is in `command_line.py`."""
 
-NAME is a file in examples/distill/configs/ (default: digits) or the path of a .py file with `get_config()`; FOLDER
-defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.delta=0.05.
-"""
-
-import difflib
-import re
-import runpy
+import _thread
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
-
-from examples.distill import workdir
-from examples.distill.errors import UserError
-
-_CONFIGS = Path(__file__).parent / "configs"
+import threading
+from typing import Any
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line `argv` (without the program's name) and returns the exit code."""
-    # Before the imports below: TFDS and Orbax log hints for their developers at the level of warnings.
-    logging.set_verbosity(logging.ERROR)
-    try:
-        config, name, directory = parse(argv)
-        from examples.distill import experiment  # A mistyped flag need not wait for Flax and Orbax.
-
-        experiment.run(config, name, directory)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+def _interrupt_imports(*_: object) -> None:
+    print("interrupted before anything was begun", file=sys.stderr)
+    _exit_at_once()
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
-    """Returns the config with its overrides, its name, and the working directory."""
-    # Two passes, each with flags of its own: which fields can be overridden depends on which config is chosen.
-    choice = flags.FlagValues()
-    flags.DEFINE_string("config", "digits", "name or path of a config", flag_values=choice)
-    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures", flag_values=choice)
-    flags.DEFINE_boolean("help", False, "show how to use the program", flag_values=choice)
-    try:
-        program, *overrides = choice(["examples.distill", *argv], known_only=True)
-        if choice.help:
-            print(f"{__doc__}\nConfigs: {', '.join(_known_configs())}")
-            raise SystemExit(0)
-        config = _load(choice.config)
-        _check_fields(overrides, config)
-        fields = flags.FlagValues()
-        config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=overrides)
-        unused = fields([program, *overrides])[1:]
-    except (flags.Error, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if unused:
-        raise UserError(f"unexpected argument {unused[0]!r}")
-    name = Path(choice.config).stem
-    return fields.config, name, Path(choice.workdir or f"runs/{name}")
+def _interrupt_again(unraisable: Any) -> None:
+    """Python drops an exception that is raised while the garbage collector runs, and JAX hooks into the collector."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
-def _load(name: str) -> ConfigDict:
-    path = Path(name) if name.endswith(".py") else _CONFIGS / f"{name}.py"
-    if not path.is_file() or path.stem == "__init__":
-        raise UserError(f"unknown config {name!r}; known: {', '.join(_known_configs())}, or the path of a .py file")
-    return runpy.run_path(str(path))["get_config"]()
-
-
-def _check_fields(overrides: Sequence[str], config: ConfigDict) -> None:
-    # ml_collections would refuse these fields too, but with the bare name for a message.
-    known = workdir.fields(config)
-    for field in re.findall(r"^--?(?:no)?config\.([^=\s]+)", "\n".join(overrides), re.MULTILINE):
-        if field not in known:
-            close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"the config has no field {field!r}; {hint}")
-
-
-def _known_configs() -> list[str]:
-    return sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem != "__init__")
+def _exit_at_once() -> None:
+    # The interpreter's shutdown can crash when XLA was interrupted while it compiled.
+    sys.stdout.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # An interrupt of an import can surface as an ImportError or not at all; `main` ends this when all is imported.
+    signal.signal(signal.SIGINT, _interrupt_imports)
+    sys.unraisablehook = _interrupt_again
+    from examples.distill.command_line import main
+
+    code = main(sys.argv[1:])
+    if code == 130:
+        _exit_at_once()
+    sys.exit(code)

@@ -15,6 +15,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from examples.distill.errors import UserError
 from examples.distill.steps import TrainState
 
 
@@ -70,8 +71,15 @@ def restore_latest(
     return TrainState(**restored.variables, **restored.optimizer), Progress(**restored.progress)
 
 
+def saved_steps(arm_dir: Path) -> list[int]:
+    """Returns the steps of the checkpoints that were saved to the end."""
+    return ocp.utils.checkpoint_steps(_directory(arm_dir))
+
+
 def load_variables(arm_dir: Path) -> tuple[Any, Any]:
     """Returns the (params, rest) of a trained network: nested dicts of arrays, ready for `models.apply`."""
+    if not saved_steps(arm_dir):
+        raise UserError(f"no checkpoint in {_directory(arm_dir)}; delete {arm_dir} to train it again")
     with ocp.CheckpointManager(_directory(arm_dir)) as checkpoints:
         args = ocp.args.Composite(variables=ocp.args.StandardRestore())
         variables = checkpoints.restore(checkpoints.latest_step(), args=args).variables

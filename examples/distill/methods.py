@@ -18,8 +18,6 @@ _PerLossOptimizer = optax.GradientTransformationExtraArgs
 
 def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """Piecewise constant. A drop at 150 takes effect in epoch 151, counted from 1, as papers count."""
-    if not all(isinstance(epoch, int) for epoch in config.drop_epochs):
-        raise UserError(f"bad drop_epochs {config.drop_epochs!r}: give whole numbers, for example 150,180,210")
     drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
@@ -45,35 +43,17 @@ def kd(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.Scal
     )
 
 
-def dot(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule) -> _PerLossOptimizer:
-    """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
-    betas = dot_optax.betas(config.momentum, config.delta)
-    return optax.chain(
-        _weight(weights), dot_optax.dot(learning_rate, betas.task, betas.kd, weight_decay=config.weight_decay)
-    )
-
-
-def relative_gains(config: ConfigDict) -> dot_optax.PerLoss:
-    """How much further DOT's momenta carry a steady gradient than plain momentum does, for each loss.
-
-    A momentum buffer multiplies a steady gradient by its gain 1 / (1 - beta); these are DOT's two gains divided by the
-    gain of plain momentum.
-    """
-    betas = dot_optax.betas(config.momentum, config.delta)
-    return dot_optax.PerLoss(*((1 - config.momentum) / (1 - beta) for beta in betas))
-
-
 def kd_gain_matched(
     config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule
 ) -> _PerLossOptimizer:
-    """Plain distillation with the loss weights (and the L2 on the task side) multiplied by DOT's relative gains.
+    """Plain knowledge distillation with DOT's gains, but not its two momenta: it tells the two apart."""
+    matched = dot_optax.gain_matched_sgd(learning_rate, *betas(config), weight_decay=config.weight_decay)
+    return optax.chain(_weight(weights), matched)
 
-    It has DOT's gains but not DOT's two momenta, so it separates the two.
-    """
-    gains = relative_gains(config)
-    matched = config.copy_and_resolve_references()
-    matched.weight_decay = config.weight_decay * gains.task
-    return kd(matched, dot_optax.PerLoss(weights.task * gains.task, weights.kd * gains.kd), learning_rate)
+
+def dot(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule) -> _PerLossOptimizer:
+    """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
+    return optax.chain(_weight(weights), dot_optax.dot(learning_rate, *betas(config), weight_decay=config.weight_decay))
 
 
 METHODS: dict[str, Callable[..., _PerLossOptimizer]] = {
@@ -95,12 +75,17 @@ def parse(method: str) -> list[str]:
     return names
 
 
+def betas(config: ConfigDict) -> dot_optax.PerLoss:
+    """DOT's two momenta; `config` is an `optimizer` part of a config."""
+    try:
+        return dot_optax.betas(config.momentum, config.delta)
+    except ValueError as error:
+        raise UserError(f"bad --config.optimizer.delta={config.delta}: {error}") from error
+
+
 def build(method: str, config: ConfigDict, weights: dot_optax.PerLoss, steps_per_epoch: int) -> _PerLossOptimizer:
     """Returns the optimizer of `method`; `config` is an `optimizer` part of a config."""
-    try:
-        return METHODS[method](config, weights, learning_rate_schedule(config, steps_per_epoch))
-    except ValueError as error:
-        raise UserError(f"bad --config.optimizer: {error}") from error
+    return METHODS[method](config, weights, learning_rate_schedule(config, steps_per_epoch))
 
 
 def _weight(weights: dot_optax.PerLoss) -> optax.GradientTransformationExtraArgs:

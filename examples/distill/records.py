@@ -2,31 +2,73 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from examples.distill.errors import UserError
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes so that an interruption leaves the old file or the new one, never half of one."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(unfinished, path)
+Record = dict[str, Any]
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def write_json(path: Path, record: Record) -> None:
+    _replace(path, json.dumps(record, indent=2) + "\n")
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
+def read_json(path: Path, keys: Collection[str] = ()) -> Record:
+    """Reads a record, which must have the `keys`."""
+    return _decode(_read(path), keys, path)
+
+
+def append_line(path: Path, record: Record) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(_line(record))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Record]:
+    """Reads the first `count` records of a log, which must be there and have the `keys`."""
+    lines = _read(path).splitlines()
+    if len(lines) < count:
+        raise _damaged(path, f"it has {len(lines)} lines instead of {count}")
+    return [_decode(line, keys, path) for line in lines[:count]]
 
 
 def keep_lines(path: Path, count: int) -> None:
-    """Keeps the first `count` lines of a log, which is created if it does not exist."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:count]))
+    """Keeps the first `count` records of a log; with `count=0` it begins a new one."""
+    kept = read_lines(path, count) if count else []
+    _replace(path, "".join(map(_line, kept)))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    # An interruption leaves the old file or the new one, never half of one.
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _decode(text: str, keys: Collection[str], path: Path) -> Record:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(record, dict):
+        raise _damaged(path, f"a JSON object was expected, not {text.strip():.40}")
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise _damaged(path, f"it lacks {', '.join(missing)}")
+    return record
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged ({what}); restore it, or choose another --workdir")

@@ -27,9 +27,15 @@ Results = dict[str, dict[str, Any]]
 def write(config: ConfigDict, name: str, directory: Path) -> None:
     """Prints the table of every finished arm in `directory` and draws `losses.png` there."""
     finished = [method for method in methods.METHODS if train.is_finished(directory / method)]
-    results = {method: records.read_json(directory / method / "result.json") for method in finished}
-    curves = {method: records.read_lines(directory / method / "metrics.jsonl") for method in finished}
-    teacher = records.read_json(directory / "teacher" / "result.json")
+    results = {
+        arm: records.read_json(directory / arm / "result.json", ("seconds", "train", "test"))
+        for arm in ("teacher", *finished)
+    }
+    curves = {
+        method: records.read_lines(directory / method / "metrics.jsonl", config.epochs, ("task_loss", "kd_loss"))
+        for method in finished
+    }
+    teacher = results.pop("teacher")
     print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; teacher: test accuracy {_accuracy(teacher)}\n")
     print(table(results))
     print("\n" + "\n".join(notes(config)) + "\n")
@@ -56,15 +62,14 @@ def table(results: Results) -> str:
 
 def notes(config: ConfigDict) -> list[str]:
     """What a reader should know before believing the table."""
-    gains = methods.relative_gains(config.optimizer)
-    task, kd = (1 / (1 - beta) for beta in dot_optax.betas(config.optimizer.momentum, config.optimizer.delta))
-    plain = 1 / (1 - config.optimizer.momentum)
+    dot = dot_optax.gains(*methods.betas(config.optimizer))
+    plain, _ = dot_optax.gains(config.optimizer.momentum, config.optimizer.momentum)
     return [
         "One seed. The ± is the standard error that comes from the size of the test split; seeds differ as well.",
-        f"DOT's two momenta multiply a steady task gradient by {task:.3g} and a KD gradient by {kd:.3g}, where plain"
+        f"DOT's two momenta multiply a steady task gradient by {dot.task:.3g} and a KD gradient by {dot.kd:.3g}, where plain"
         f" momentum multiplies both by {plain:.3g}.",
-        f"--config.method=kd_gain_matched gives plain KD the same gains (task weight and L2 x {gains.task:.3g}, KD"
-        f" weight x {gains.kd:.3g}): only what DOT does better than that is due to its two momenta.",
+        f"--config.method=kd_gain_matched gives plain KD the same gains (task weight and L2 x {dot.task / plain:.3g}, KD"
+        f" weight x {dot.kd / plain:.3g}): only what DOT does better than that is due to its two momenta.",
         "Every method has the same learning rate here, as in the paper; with one tuned for each method the difference"
         " closes on digits: python -m benchmarks.digits_learning_rates",
     ]
@@ -76,7 +81,8 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     FigureCanvasAgg(figure)
     over_epochs_task, over_epochs_kd, plane = figure.subplots(1, 3)
     for method, lines in curves.items():
-        epochs, task, kd = ([line[key] for line in lines] for key in ("epoch", "task_loss", "kd_loss"))
+        epochs = range(1, len(lines) + 1)
+        task, kd = ([line[key] for line in lines] for key in ("task_loss", "kd_loss"))
         style = {"color": _COLORS[method], "label": _LABELS[method], "linewidth": 1.2}
         over_epochs_task.plot(epochs, task, **style)
         over_epochs_kd.plot(epochs, kd, **style)

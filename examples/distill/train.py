@@ -38,8 +38,8 @@ class Arm(NamedTuple):
     model: ConfigDict  # name and options for `models.build`
     optimizer: optax.GradientTransformation  # over per-loss gradients, see methods.py
     epochs: int
-    teacher: steps.Teacher | None
     remedy: str  # what to change when the loss is not finite
+    teacher: steps.Teacher | None = None  # whom the student imitates
 
 
 _TrainEpoch = Callable[[steps.TrainState, Iterable[data.Batch]], tuple[steps.TrainState, list[dot_optax.PerLoss]]]
@@ -81,7 +81,11 @@ def fit(arm: Arm, config: ConfigDict, dataset: data.Dataset) -> None:
         means = {name: float(sum(batch[name] for batch in sums)) / len(split) for name in sums[0]}
         return means | {"count": len(split)}
 
-    state, seconds = _train(arm, config, dataset, steps.init_state(params, rest, arm.optimizer), train_epoch, evaluate)
+    state = steps.init_state(params, rest, arm.optimizer)
+    try:
+        state, seconds = _train(arm, config, dataset, state, train_epoch, evaluate)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
     splits = {name: evaluate(state, getattr(dataset, name)) for name in ("train", "validation", "test")}
     records.write_json(arm.directory / "result.json", {"method": arm.name, "seconds": seconds, **splits})
 
@@ -111,6 +115,13 @@ def _train(
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
                     checkpoint.save(checkpoints, state, batches, progress)
     return state, progress.seconds
+
+
+def _how_to_go_on(arm: Arm, steps_per_epoch: int) -> str:
+    step = max(checkpoint.saved_steps(arm.directory), default=0)
+    if step:
+        return f"the same command goes on from the checkpoint of epoch {step // steps_per_epoch} of {arm.name}"
+    return f"the same command starts {arm.name} again, of which no checkpoint was saved yet"
 
 
 def _check_finite(

@@ -4,7 +4,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
-from examples.distill.__main__ import main
+from examples.distill.command_line import main
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,12 @@ def test_builder_has_exactly_the_digits_of_scikit_learn(data_dir):
     assert stored == original
 
 
+def test_preparing_prints_one_line(config, tmp_path, capsys):
+    config.data_dir = str(tmp_path)
+    data.load(config)
+    assert capsys.readouterr() == (f"Preparing dataset 'sklearn_digits' in {tmp_path}/sklearn_digits/1.0.0\n", "")
+
+
 def test_splits_share_no_image_and_miss_none(dataset):
     splits = [_identities([{"image": [e["image"] for e in split]}]) for split in dataset[:3]]
     assert [len(split) for split in splits] == [900, 450, 447]

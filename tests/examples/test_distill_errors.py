@@ -1,33 +1,71 @@
 """Bad input: one line on stderr that says what to do, exit code 1, no traceback."""
 
+import fcntl
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
+import jax
 import pytest
 
-from examples.distill.__main__ import main
+from examples.distill import __main__, checkpoint, records, settings, workdir
+from examples.distill.command_line import main
+from examples.distill.configs.digits import get_config
+from examples.distill.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--config=digit"], "error: unknown config 'digit'; known: digits, or the path of a .py file"),
+        ([f"--config={settings.__file__}"], "defines no get_config()"),
         (["--config=no/such/file.py"], "error: unknown config 'no/such/file.py'; known: digits"),
         (
             ["--config.optimizer.detla=0.05"],
             "error: the config has no field 'optimizer.detla'; did you mean 'optimizer.delta'?",
         ),
         (["--config.zzz", "1"], "error: the config has no field 'zzz'; known: "),
-        (["--config.optimizer.drop_epochs=150,x"], "error: bad drop_epochs ('150,x',): give whole numbers"),
-        (["--config.epochs=0"], "error: bad --config.epochs=0: it must be at least 1"),
-        (["--config.epochs=many"], "--config.epochs=many"),
+        (
+            ["--config.optimizer=3"],
+            "error: --config.optimizer is a section of the config; its fields: optimizer.delta, ",
+        ),
         (["--confg=digits"], "confg"),
         (["digits"], "error: unexpected argument 'digits'"),
         (["--config.method=dto"], "error: bad --config.method='dto': give one or more of ce, kd, kd_gain_matched, dot"),
-        (["--config.dataset.name=no_such_digits"], "error: unknown --config.dataset.name='no_such_digits'"),
-        (["--config.dataset.test=exam"], "error: cannot read split 'exam' of dataset 'sklearn_digits'"),
+        (["--config.seed=-1"], "error: bad --config.seed=-1: give a whole number that is not negative"),
+        (["--config.epochs=0"], "error: bad --config.epochs=0: give a whole number of at least 1"),
+        (["--config.epochs=many"], "--config.epochs=many"),
+        (["--config.teacher.epochs=-2"], "error: bad --config.teacher.epochs=-2: give a whole number of at least 1"),
+        (["--config.student.model.hidden=0,"], "error: bad --config.student.model.hidden=(0,): give whole numbers"),
+        (["--config.student.model.hidden=(a,)"], "error: bad --config.student.model.hidden=('(a,)',): give whole"),
         (["--config.student.model.name=mpl"], "error: unknown model 'mpl'; known: mlp"),
-        (["--config.optimizer.delta=0.2"], "error: bad --config.optimizer: "),
+        (["--config.optimizer.drop_epochs=150,x"], "error: bad --config.optimizer.drop_epochs=('150,x',): give whole"),
+        (["--config.optimizer.drop_factor=nan"], "error: bad --config.optimizer.drop_factor=nan: give a finite number"),
+        (["--config.optimizer.learning_rate=-1"], "error: bad --config.optimizer.learning_rate=-1.0: give a finite"),
+        (["--config.teacher.optimizer.learning_rate=inf"], "error: bad --config.teacher.optimizer.learning_rate=inf"),
+        (["--config.optimizer.weight_decay=-1"], "error: bad --config.optimizer.weight_decay=-1.0: give a finite"),
+        (["--config.optimizer.momentum=1.5"], "error: bad --config.optimizer.momentum=1.5: give a number of at least"),
+        (["--config.optimizer.delta=0.2"], "error: bad --config.optimizer.delta=0.2: betas: momentum + delta must lie"),
+        (["--config.method=kd", "--config.optimizer.delta=0.2"], "error: bad --config.optimizer.delta=0.2"),
+        (["--config.distillation.temperature=0"], "error: bad --config.distillation.temperature=0.0: give a finite"),
+        (["--config.distillation.task_weight=nan"], "error: bad --config.distillation.task_weight=nan: give a finite"),
+        (
+            ["--config.distillation.task_weight=0", "--config.distillation.kd_weight=0"],
+            "error: bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0",
+        ),
+        (["--config.dataset.mean=(a,)"], "error: bad --config.dataset.mean=('(a,)',): give finite numbers"),
+        (["--config.dataset.std=(0.,)"], "error: bad --config.dataset.std=(0.0,): give finite numbers above 0"),
+        (["--config.dataset.std=(1.,2.)"], "error: bad --config.dataset.std=(1.0, 2.0): give one number for each"),
+        (["--config.dataset.name=no_such_digits"], "error: unknown --config.dataset.name='no_such_digits'"),
+        (["--config.dataset.test=exam"], "error: bad --config.dataset.test='exam': Unknown split"),
+        (
+            ["--config.dataset.train=train[:99999%]"],
+            "error: bad --config.dataset.train='train[:99999%]': Error parsing",
+        ),
+        (["--config.dataset.validation=train[:0]"], "error: bad --config.dataset.validation='train[:0]': it has no"),
         (["--config.batch_size=1000"], "error: batch size 1000 is larger than the training split (900 images)"),
     ],
 )
@@ -36,8 +74,7 @@ def test_bad_input(arguments, message, data_dir, tmp_path, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
-    # A mistake does not claim the folder: after correcting it, the same folder is fine.
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not list(tmp_path.iterdir())  # A mistake leaves nothing behind.
 
 
 def test_an_unprepared_dataset(tmp_path, capsys):
@@ -63,7 +100,7 @@ def test_a_workdir_of_another_config(finished, distill, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "optimizer.delta is 0.075 there and 0.05 here" in line
     assert "student.model.hidden is [32] there and [16, 16] here" in line
-    assert "another --workdir" in line
+    assert "choose another --workdir, or delete that folder" in line
 
 
 def test_a_folder_of_something_else(tmp_path, capsys):
@@ -81,7 +118,111 @@ def test_the_command_prints_one_line_and_exits_with_1():
     assert process.stderr == "error: unknown config 'digit'; known: digits, or the path of a .py file\n"
 
 
-def test_help(capsys):
+def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "Configs: digits" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "Configs: digits" in lines
+    for method in ("ce", "kd", "kd_gain_matched", "dot"):
+        assert any(line.split()[:1] == [method] for line in lines)
+    listed = [line.strip().split("=")[0] for line in lines if line.startswith("  --")]
+    assert listed == [f"--config.{field}" for field in settings.fields(get_config())]
+    assert "  --config.optimizer.delta=0.075" in lines
+
+
+@pytest.mark.parametrize(
+    ("saved", "field", "refused"),
+    [
+        ((), "dataset.train", False),
+        (("teacher",), "optimizer.delta", False),
+        (("teacher",), "student.model.hidden", False),
+        (("teacher",), "dataset.train", True),
+        (("teacher",), "teacher.epochs", True),
+        (("teacher", "kd"), "optimizer.delta", True),
+    ],
+)
+def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
+    config = get_config()
+    with workdir.claim(tmp_path, config):
+        for arm in ("teacher", "kd"):
+            (tmp_path / arm / "checkpoints").mkdir(parents=True)
+            (tmp_path / arm / "metrics.jsonl").touch()
+        for arm in saved:
+            (tmp_path / arm / "result.json").touch()
+    record = records.read_json(tmp_path / "config.json")
+    records.write_json(tmp_path / "config.json", record | {field: "something else"})
+    if refused:
+        with pytest.raises(UserError, match=f"belongs to another config: {field} is 'something else' there"):
+            workdir.check(tmp_path, config)
+    else:
+        with workdir.claim(tmp_path, config):
+            assert records.read_json(tmp_path / "config.json") == record
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", lambda text: text[: len(text) // 2]),
+        ("config.json", lambda text: "[]"),
+        ("teacher/result.json", lambda text: ""),
+        ("dot/result.json", lambda text: "{}"),
+        ("dot/metrics.jsonl", lambda text: text[:-20]),
+        ("dot/metrics.jsonl", lambda text: text[: text.rindex("{")]),
+        ("kd/metrics.jsonl", lambda text: ""),
+        ("kd/metrics.jsonl", lambda text: "\udcff" + text),
+        ("kd/metrics.jsonl", None),
+    ],
+)
+def test_a_damaged_file_is_named(finished, distill, tmp_path, capsys, file, damage):
+    path = tmp_path / "run" / file
+    shutil.copytree(finished, tmp_path / "run")
+    if damage:
+        path.write_text(damage(path.read_text()), errors="surrogateescape")
+    else:
+        path.unlink()
+    assert distill(tmp_path / "run") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path} is damaged (")
+
+
+def test_a_log_that_is_shorter_than_the_checkpoint_is_damaged(tmp_path):
+    records.append_line(tmp_path / "metrics.jsonl", {"epoch": 1})
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(it has 1 lines instead of 2\)"):
+        records.keep_lines(tmp_path / "metrics.jsonl", 2)
+
+
+def test_a_network_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path / 'kd' / 'checkpoints'}"):
+        checkpoint.load_variables(tmp_path / "kd")
+
+
+def test_two_runs_in_one_workdir(finished, distill, capsys):
+    with (finished / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert distill(finished) == 1
+    assert capsys.readouterr().err == f"error: another run is using --workdir={finished}\n"
+    assert distill(finished) == 0
+
+
+def test_only_the_first_host_claims_the_workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with workdir.claim(tmp_path / "run", get_config()):
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_of_the_imports():
+    # With `importtime` Python reports each module, so the interrupt can wait for one that is imported early.
+    command = [sys.executable, "-X", "importtime", "-m", "examples.distill"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stderr if "absl" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted before anything was begun"
+
+
+def test_an_interrupt_that_python_drops_is_sent_again(monkeypatch):
+    again = threading.Event()
+    monkeypatch.setattr(__main__._thread, "interrupt_main", again.set)
+    __main__._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+    assert again.wait(timeout=60)

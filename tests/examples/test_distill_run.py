@@ -9,20 +9,24 @@ import pytest
 from matplotlib.image import imread
 
 from examples.distill import checkpoint, data, models, records, train
-from examples.distill.__main__ import parse
+from examples.distill.command_line import parse
 
 
 def _assert_same_student(a, b):
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load_variables(a), checkpoint.load_variables(b))
 
 
+def _lines(arm):
+    return [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
+
+
 def _epochs(arm):
-    return [line["epoch"] for line in records.read_lines(arm / "metrics.jsonl")]
+    return [line["epoch"] for line in _lines(arm)]
 
 
 def test_metrics_have_one_line_per_epoch(finished):
     for arm, epochs in (("teacher", 2), ("kd", 6), ("dot", 6)):
-        lines = records.read_lines(finished / arm / "metrics.jsonl")
+        lines = _lines(finished / arm)
         assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
         assert [line["step"] for line in lines] == [14 * epoch for epoch in range(1, epochs + 1)]
         for line in lines:
@@ -41,7 +45,8 @@ def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monk
     before = (finished / "dot" / "metrics.jsonl").read_bytes()
     assert distill(finished) == 0
     printed = capsys.readouterr().out
-    assert "Nothing left to train" in printed
+    assert printed.startswith(f"Working directory: {finished}\nNothing left to train.\n")
+    assert f"Picture: {finished}/losses.png" in printed
     result = records.read_json(finished / "dot" / "result.json")
     table = {row.split("  ")[0]: row for row in printed.splitlines()}
     assert f"{result['train']['task_loss']:.4f}" in table["train task loss"]
@@ -65,8 +70,14 @@ def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, dat
     assert accuracy == pytest.approx(records.read_json(finished / "dot" / "result.json")["test"]["accuracy"])
 
 
-@pytest.mark.parametrize("epoch", [2, 5])
-def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path, monkeypatch, capsys, epoch):
+@pytest.mark.parametrize(
+    ("epoch", "next_run"),
+    [
+        (2, "starts dot again, of which no checkpoint was saved yet"),
+        (5, "goes on from the checkpoint of epoch 4 of dot"),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path, monkeypatch, capsys, epoch, next_run):
     append_line = records.append_line
 
     def interrupted(path, record):
@@ -77,16 +88,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(records, "append_line", interrupted)
         assert distill(tmp_path / "run", "--config.method=dot") == 130
-    assert "same command" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; the same command {next_run}"
     assert _epochs(tmp_path / "run" / "dot") == list(range(1, epoch + 1))
     assert distill(tmp_path / "run", "--config.method=dot") == 0
     _assert_same_student(tmp_path / "run" / "dot", finished / "dot")
     assert _epochs(tmp_path / "run" / "dot") == [1, 2, 3, 4, 5, 6]
-    for resumed, whole in zip(
-        records.read_lines(tmp_path / "run" / "dot" / "metrics.jsonl"),
-        records.read_lines(finished / "dot" / "metrics.jsonl"),
-        strict=True,
-    ):
+    for resumed, whole in zip(_lines(tmp_path / "run" / "dot"), _lines(finished / "dot"), strict=True):
         assert resumed | {"seconds": 0} == whole | {"seconds": 0}
 
 
@@ -131,6 +138,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(distil
     assert found[2] == str(workdir / "kd" / "checkpoints" / "28")
     assert np.isfinite(checkpoint.load_variables(workdir / "kd")[0]["classifier"]["kernel"]).all()
     assert _epochs(workdir / "kd") == [1, 2, 3]
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_hold_the_folder(distill, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert distill(workdir, "--config.method=kd", "--config.optimizer.learning_rate=1e30") == 1
+    assert "no checkpoint was saved yet" in capsys.readouterr().err
+    teacher = (workdir / "teacher" / "result.json").stat().st_mtime_ns
+    assert distill(workdir, "--config.method=kd", "--config.epochs=2") == 0
+    assert (workdir / "teacher" / "result.json").stat().st_mtime_ns == teacher
+    assert _epochs(workdir / "kd") == [1, 2]
+
+
+def test_the_workdir_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse([])[2] == tmp_path / "runs" / "digits"
 
 
 def test_config_is_recorded_without_what_may_change(finished):

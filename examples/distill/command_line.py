@@ -1,0 +1,109 @@
+"""Usage: python -m examples.distill --config=NAME --workdir=FOLDER --config.FIELD=VALUE
+
+NAME is a file in examples/distill/configs/ (default: digits) or the path of a .py file with `get_config()`; FOLDER
+defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.delta=0.05.
+"""
+
+import difflib
+import re
+import runpy
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from examples.distill import settings
+from examples.distill.errors import UserError
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (without the program's name) and returns the exit code."""
+    # Before the imports below: TFDS and Orbax log hints for their developers at the level of warnings.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config, name, directory = parse(argv)
+        from examples.distill import experiment  # A mistyped flag need not wait for Flax and Orbax.
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        experiment.run(config, name, directory)
+    except UserError as error:
+        print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print("interrupted;", str(interrupt) or "the same command goes on with whatever was saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
+    """Returns the config with its overrides, its name, and the working directory as an absolute path."""
+    # Two passes, each with flags of its own: which fields can be overridden depends on which config is chosen.
+    choice = flags.FlagValues()
+    flags.DEFINE_string("config", "digits", "name or path of a config", flag_values=choice)
+    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures", flag_values=choice)
+    flags.DEFINE_boolean("help", False, "show how to use the program", short_name="h", flag_values=choice)
+    try:
+        program, *overrides = choice(["examples.distill", *argv], known_only=True)
+        config = _load(choice.config)
+        if choice.help:
+            print(_help(config, choice.config))
+            raise SystemExit(0)
+        _check_fields(overrides, config)
+        fields = flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=overrides)
+        unused = fields([program, *overrides])[1:]
+    except (flags.Error, ValueError) as error:
+        raise UserError(str(error)) from error
+    if unused:
+        raise UserError(f"unexpected argument {unused[0]!r}")
+    name = Path(choice.config).stem
+    return fields.config, name, Path(choice.workdir or f"runs/{name}").absolute()
+
+
+def _load(name: str) -> ConfigDict:
+    path = Path(name) if name.endswith(".py") else _CONFIGS / f"{name}.py"
+    if not path.is_file() or path.stem == "__init__":
+        raise UserError(f"unknown config {name!r}; known: {', '.join(_known_configs())}, or the path of a .py file")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config={name} defines no get_config()")
+    return get_config()
+
+
+def _check_fields(overrides: Sequence[str], config: ConfigDict) -> None:
+    # ml_collections would refuse these fields too, but with the bare name for a message.
+    known = settings.fields(config)
+    for field in re.findall(r"^--?(?:no)?config\.([^=\s]+)", "\n".join(overrides), re.MULTILINE):
+        if field in known:
+            continue
+        inside = [name for name in known if name.startswith(f"{field}.")]
+        if inside:
+            raise UserError(f"--config.{field} is a section of the config; its fields: {', '.join(inside)}")
+        close = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        raise UserError(f"the config has no field {field!r}; {hint}")
+
+
+def _help(config: ConfigDict, name: str) -> str:
+    from examples.distill import methods  # Imports JAX.
+
+    return "\n".join(
+        [
+            str(__doc__),
+            f"Configs: {', '.join(_known_configs())}",
+            "\nMethods, one or more for --config.method, separated by commas:",
+            *(f"  {method:<16} {str(make.__doc__).splitlines()[0]}" for method, make in methods.METHODS.items()),
+            f"\nFields of --config={name} and their defaults:",
+            *(f"  --config.{field}={shlex.quote(str(value))}" for field, value in settings.fields(config).items()),
+        ]
+    )
+
+
+def _known_configs() -> list[str]:
+    return sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem != "__init__")
