@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from dot_optax._checks import _LOOKS_SINGLE, _check_scalar, _describe, _difference, _is_number, _leaf_difference
+from dot_optax._containers import _TASK_AND_KD, PerLoss
 from dot_optax._masks import Mask, _l2_masks, _LeafDecay, _LeafMask, _reach, _where
-from dot_optax._per_loss import _TASK_AND_KD, PerLoss, per_loss, sum_losses
+from dot_optax._per_loss import per_loss, sum_losses
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:

@@ -4,9 +4,10 @@ import jax
 import optax
 
 from dot_optax._checks import _check_scalar
+from dot_optax._containers import PerLoss
 from dot_optax._dot import _add_l2, _check_learning_rate, _keep_dtypes, _trace
 from dot_optax._masks import Mask, _l2_masks, _reach, _where
-from dot_optax._per_loss import PerLoss, per_loss, sum_losses
+from dot_optax._per_loss import per_loss, sum_losses
 
 
 def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike = 0.975) -> PerLoss:

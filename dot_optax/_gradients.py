@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dot_optax._checks import _describe, _shape_and_dtype
-from dot_optax._per_loss import _children, _entry_name
+from dot_optax._containers import _children, _entry_name
 
 
 def value_and_grads(

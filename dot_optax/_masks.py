@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dot_optax._checks import _check_scalar, _describe, _is_number
-from dot_optax._per_loss import _TASK_AND_KD, PerLoss, _children, _key
+from dot_optax._containers import _TASK_AND_KD, PerLoss, _children, _key
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from such a tree to the mask.
 Mask = Any | Callable[[Any], Any]

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dot_optax import PerLoss
-from tests import uses
+from tests import by_hand, uses
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 PARAMS = {"w": np.array([[0.5, -1.0, 2.0], [0.1, 0.3, -0.7]]), "b": np.array([1.0, -0.2, 0.4])}
@@ -56,10 +56,10 @@ CASES = [(use, nan) for use in uses.USES for nan in ((0, 1) if use.nan else (Non
 def test_it_does_what_the_hand_written_loop_does(use, nan):
     with jax.enable_x64(True):
         theta = use.params or PARAMS
-        grads, by_hand = stream(theta, nan), use.by_hand()
+        grads, step_by_hand = stream(theta, nan), use.by_hand()
         for step, params in enumerate(run(use, use.line, grads)):
-            update = by_hand(theta, *grads[step], **(use.extra[step] if use.extra else {}))
-            theta = uses.each(np.add, theta, update)
+            update = step_by_hand(theta, *grads[step], **(use.extra[step] if use.extra else {}))
+            theta = by_hand.each(np.add, theta, update)
             for k in theta:
                 np.testing.assert_allclose(params[k], theta[k], rtol=0, atol=use.tolerance, err_msg=f"step {step}, {k}")
 
