@@ -41,9 +41,20 @@ def _leaf_mask(mask: Any, name: str) -> _LeafMask:
         if not paths:  # also the placeholder with which optax.tree.map_params looks for parameters in a state
             return []
         rules = dict(_rules(mask(tree) if callable(mask) else mask, name))
+        _check_no_strangers(rules, tree, name)
         return [_rule(rules, path, name) for path in paths]
 
     return leaves
+
+
+def _check_no_strangers(rules: dict[tuple[Any, ...], bool], tree: Any, name: str) -> None:
+    """Raises if an entry of a mask belongs to nothing in the tree; to an empty or a masked part of it, it may."""
+    parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
+    ends = {_plain(path) for path, _ in parts}
+    inner = {path[:length] for path in ends for length in range(len(path))}
+    for rule in rules:
+        if rule not in inner and not any(rule[:length] in ends for length in range(len(rule) + 1)):
+            raise ValueError(f"{name}: the entry {'/'.join(map(str, rule))} belongs to no parameter")
 
 
 def _rules(mask: Any, name: str) -> Iterator[tuple[tuple[Any, ...], bool]]:

@@ -247,6 +247,19 @@ def test_an_unreached_parameter_is_moved_by_its_l2_alone():
         assert all(not u.any() for u in jax.tree.leaves(updates[name]))
 
 
+def test_a_mask_may_speak_of_empty_and_of_masked_parts():
+    params = {"w": jnp.ones(2), "empty": {}, "none": None, "deep": {"er": jnp.ones(1)}}
+    mask = {"w": True, "empty": True, "none": True, "deep": {"er": False}}
+    tx = dot_optax.dot(0.1, weight_decay=0.1, mask=mask)
+    for wrapper in (
+        lambda tx: optax.apply_if_finite(tx, 1),
+        lambda tx: optax.masked(tx, {"w": True, "empty": False, "none": None, "deep": False}),
+    ):
+        wrapped = dot_optax.wrap(wrapper, tx)
+        updates, _ = wrapped.update((params, params), wrapped.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.21, rtol=1e-6)
+
+
 def test_l2_joins_the_distillation_gradient_where_only_that_reaches():
     params = {"shared": jnp.ones(1), "proj": jnp.ones(1)}
     reached = PerLoss(task={"shared": True, "proj": False}, kd=True)
@@ -427,6 +440,11 @@ P = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
             lambda: dot_optax.dot(0.1, weight_decay=0.1, mask={"w": True}).init(P),
             ValueError,
             "mask: no entry for the parameter b",
+        ),
+        (
+            lambda: dot_optax.dot(0.1, weight_decay=0.1, mask={"w": True, "b": True, "bais": False}).init(P),
+            ValueError,
+            "mask: the entry bais belongs to no parameter",
         ),
         (
             lambda: dot_optax.dot(0.1, weight_decay=0.1).update((P, P), dot_optax.dot(0.1, weight_decay=0.1).init(P)),
