@@ -35,6 +35,10 @@ def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike
         >>> task, kd = dot_optax.gains(*dot_optax.betas(momentum=0.9, delta=0.075))
         >>> print(f'{task:.2f} {kd:.2f}')  # where SGD with momentum 0.9 has 10 and 10
         5.71 40.00
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose two
+        momenta these are the gains of.
     """
     _check_scalar("beta_task", beta_task, 0, 1)
     _check_scalar("beta_kd", beta_kd, 0, 1)
@@ -88,6 +92,9 @@ def gain_matched_sgd(
         ...     print(f'{updates:.3f}')
         -4.571
         -4.571
+
+    References:
+        A control of ours; `python -m benchmarks.digits_learning_rates` compares it with `dot`.
     """
     _check_learning_rate(learning_rate)
     both = gains(beta_task, beta_kd)

@@ -47,6 +47,10 @@ def value_and_grads(
         >>> values, grads = dot_optax.value_and_grads(loss_fn)({'w': 3.0}, 1.0)
         >>> print(values.task, grads.task['w'], grads.kd['w'])
         4.0 4.0 2.0
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, which
+        takes the same gradients with two backward passes.
     """
     _check_callable(loss_fn, "value_and_grads")
     argnums = _check_argnums(argnums)
@@ -109,6 +113,10 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         >>> params = {'body': 1.0, 'head': 1.0, 'projector': 1.0}
         >>> dot_optax.reached(loss_fn, params, 2.0).kd
         {'body': True, 'head': False, 'projector': True}
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose
+        published optimizer finds it by which gradients are missing.
     """
     _check_callable(loss_fn, "reached")
     leaves, treedef = jax.tree.flatten(params)

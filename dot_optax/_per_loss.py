@@ -109,6 +109,9 @@ def sum_losses() -> optax.GradientTransformationExtraArgs:
         >>> updates, _ = tx.update(({'w': 1.0}, {'w': 3.0}), tx.init(params), params)
         >>> print(updates['w'])
         -0.4
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
 
     def update(updates: Any, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any) -> Any:
@@ -148,6 +151,10 @@ def joint(
         >>> updates, _ = tx.update(({'w': jnp.array([3.0])}, {'w': jnp.array([4.0])}), tx.init(params), params)
         >>> print(updates[0]['w'], updates[1]['w'])
         [0.6] [0.8]
+
+    References:
+        Pascanu et al., `On the difficulty of training recurrent neural networks <https://arxiv.org/abs/1211.5063>`_,
+        2013, for the norm over all gradients of the example.
     """
     container = _Losses.named(losses, "joint")
     inner = optax.with_extra_args_support(_check_transformation(tx, "joint"))
@@ -214,6 +221,9 @@ def wrap(
         -0.3000
         0.0000
         -0.5775
+
+    References:
+        `Optax's wrappers <https://optax.readthedocs.io/en/latest/api/transformations.html>`_.
     """
     container = _Losses.named(losses, "wrap")
     inner = optax.with_extra_args_support(_check_transformation(tx, "wrap"))
