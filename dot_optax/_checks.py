@@ -82,6 +82,8 @@ def _leaf_difference(leaf: Any, reference: Any, what: str) -> str:
     (shape, dtype), (wanted_shape, wanted_dtype) = kind, wanted
     if shape != wanted_shape:
         return f"shape {shape}, but {what} has shape {wanted_shape} there"
+    if not jnp.issubdtype(wanted_dtype, jnp.inexact):
+        return f"{what} is {wanted_dtype} there, which cannot be moved: leave it out, for example with optax.partition"
     if not jnp.issubdtype(dtype, jnp.inexact):
         return f"a gradient must be floating point or complex, got {dtype}"
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.issubdtype(wanted_dtype, jnp.complexfloating):

@@ -34,7 +34,7 @@ def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule 
         `PerLoss(task, kd)` of the two momenta, or of two schedules if an argument is one.
 
     Raises:
-        TypeError: if an argument is neither a number nor a scalar array.
+        TypeError: if an argument is neither a number, nor a scalar array, nor a schedule.
         ValueError: if both are Python numbers and a momentum would leave [0, 1).
 
     Example:
@@ -161,6 +161,8 @@ def dot(
             moved by its L2 penalty alone.
         nesterov: whether to use Nesterov momentum for each loss.
         accumulator_dtype: the dtype of the buffers; by default that of the parameters.
+
+    `optax.inject_hyperparams` takes every callable for a schedule: give it `static_args=('mask', 'accumulator_dtype')`.
 
     Returns:
         A transformation from a container of two gradient trees (`PerLoss`, a 2-tuple, or a mapping with the keys

@@ -1,13 +1,15 @@
 """The baseline that DOT should beat: one momentum, and the gains of DOT."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import optax
 
 from dot_optax._checks import _check_scalar
-from dot_optax._containers import PerLoss
-from dot_optax._dot import _add_l2, _check_learning_rate, _keep_dtypes, _trace
+from dot_optax._containers import _TASK_AND_KD, PerLoss
+from dot_optax._dot import _add_l2, _check_learning_rate, _keep_dtypes, _trace, _widen
 from dot_optax._masks import Mask, _l2_masks, _reach, _where
-from dot_optax._per_loss import per_loss, sum_losses
 
 
 def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike = 0.975) -> PerLoss:
@@ -63,8 +65,8 @@ def gain_matched_sgd(
         v &\leftarrow g + \mu v \\
         \theta &\leftarrow \theta - \eta v
 
-    A steady gradient of either loss moves the parameters exactly as far as under `dot` with the same arguments, so what
-    `dot` does better than this is due to its two momenta and not to its larger effective learning rate.
+    Under a steady gradient of either loss, the steps become those of `dot` with the same arguments, so what `dot` does
+    better than this is due to its two momenta and not to its larger effective learning rate.
 
     Args:
         learning_rate: :math:`\eta`, a scalar or a schedule.
@@ -100,10 +102,26 @@ def gain_matched_sgd(
     both = gains(beta_task, beta_kd)
     mu = (beta_task + beta_kd) / 2
     task, kd = _reach(None)
-    return optax.chain(
+    tx = optax.chain(
         _add_l2(weight_decay, *_l2_masks(weight_decay, mask, task, kd), task, kd),
-        per_loss(*(_keep_dtypes(optax.scale((1 - mu) * gain)) for gain in both)),
-        sum_losses(),
+        _weighted_sum([(1 - mu) * gain for gain in both]),
         _trace(_where(lambda _: mu, task), nesterov, accumulator_dtype),
         _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        like = _TASK_AND_KD.unpack(updates, params)[0][0] if params is None else params
+        new_updates, state = tx.update(updates, state, params, **extra_args)
+        return optax.tree.cast_like(new_updates, like), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _weighted_sum(weights: Sequence[Any]) -> optax.GradientTransformation:
+    """The sum of the losses' gradients with weights, in float32 or wider: the momentum rounds it."""
+
+    def weighted(updates: Any, params: Any) -> Any:
+        grads, _ = _TASK_AND_KD.unpack(updates, params)
+        return jax.tree.map(lambda *g: sum(w * _widen(x) for w, x in zip(weights, g, strict=True)), *grads)
+
+    return optax.stateless(weighted)

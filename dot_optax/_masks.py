@@ -85,6 +85,11 @@ def _l2_masks(weight_decay: Any, mask: Any, task: _LeafMask, kd: _LeafMask) -> t
     _check_scalar("weight_decay", weight_decay, low=0)
     if _is_number(weight_decay) and weight_decay == 0:
         return _leaf_mask(False, "mask"), _leaf_mask(False, "mask")
+    if isinstance(mask, (bool, np.bool_)):
+        raise ValueError(
+            f"mask must be a tree of bools or a function of the parameters, got {mask}; if inject_hyperparams called "
+            "your function, give it static_args='mask'"
+        )
     decayed = _leaf_mask(True if mask is None else mask, "mask")
     only_kd = _where(lambda t, k: k and not t, task, kd)
     return _where(lambda d, o: d and not o, decayed, only_kd), _where(operator.and_, decayed, only_kd)

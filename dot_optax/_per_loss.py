@@ -11,6 +11,7 @@ container with one gradient tree per loss, `PerLoss(task=..., kd=...)`, while `p
 Nothing here knows about momentum: the optimizers built from this algebra live in their own modules.
 """
 
+import contextvars
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -190,11 +191,12 @@ def wrap(
     .. math::
         u = \mathrm{wrapper}\Big[\textstyle\sum_i g_i \mapsto \mathrm{tx}(g_1, \ldots, g_N)\Big]\Big(\textstyle\sum_i g_i\Big)
 
-    `optax.MultiSteps` changes the gradients before it hands them on; it accumulates those of each loss.
+    `optax.MultiSteps` changes the gradients before it hands them on; around `tx` alone, it accumulates those of each
+    loss. To put more inside it, nest: `wrap(MultiSteps, wrap(other, tx))`.
 
     Args:
         wrapper: a function from a transformation to the wrapped one, e.g. `lambda tx: optax.masked(tx, mask)`, or
-            `functools.partial(optax.MultiSteps, every_k_schedule=4)`.
+            `functools.partial(optax.MultiSteps, every_k_schedule=4)`. It may be called twice.
         tx: the loss-space optimizer, from container to tree, such as `dot(...)`, or another `wrap`.
         losses: the names of the losses in order, or their number for an unnamed tuple of losses.
 
@@ -204,9 +206,10 @@ def wrap(
 
     Raises:
         TypeError: if `tx` or what `wrapper` returns is not a gradient transformation.
-        ValueError: from `update`, as `per_loss`; also if the wrapper hands `tx` other arrays than the summed gradient
-            that it was given, or no keyword arguments, so that the losses cannot be told apart. `optax.flatten`
-            belongs inside `per_loss`; `optax.lookahead` and `optax.contrib.sam` need no `wrap`.
+        ValueError: if `MultiSteps` holds more than `tx`; from `update`, as `per_loss`, and if the wrapper hands `tx`
+            other arrays than the summed gradient that it was given, so that the losses cannot be told apart.
+            `optax.flatten` belongs inside `per_loss`; `optax.lookahead` and `optax.contrib.split_real_and_imaginary`
+            need no `wrap`.
 
     Example:
         Skip a step if either gradient has a NaN:
@@ -228,14 +231,12 @@ def wrap(
     container = _Losses.named(losses, "wrap")
     inner = optax.with_extra_args_support(_check_transformation(tx, "wrap"))
 
+    # What `update` below was given, for the calls of `split_update` that it makes by way of the wrapper.
+    current: contextvars.ContextVar[_Split] = contextvars.ContextVar("split")
+
     def split_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        split = extra_args.pop(_SPLIT, None)
-        if split is None:
-            raise ValueError(
-                "wrap: the wrapper passes no keyword arguments on to the optimizer: use it without wrap, or inside "
-                "per_loss(...), or return optax.MultiSteps itself, not its gradient_transformation()"
-            )
-        total, state = inner.update(container.pack(split.per_loss(updates)), state, params, **extra_args)
+        grads = container.pack(current.get().per_loss(updates))
+        total, state = inner.update(grads, state, params, **extra_args)
         return _check_tree(total, updates), state
 
     if not callable(wrapper):
@@ -244,14 +245,17 @@ def wrap(
         )
     wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, split_update))
     if isinstance(wrapped, optax.MultiSteps):
-        wrapped = wrapper(_spread(inner, container))
-        return optax.chain(joint(wrapped.gradient_transformation(), losses=losses), sum_losses())
+        return _accumulated(wrapper, inner, container, losses)
     outer = optax.with_extra_args_support(_check_transformation(wrapped, "wrap: `wrapper`"))
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
         grads, _ = container.unpack(updates, _params_in_state(outer.init, state) if params is None else params)
         total = _sum_like(grads, params)
-        return outer.update(total, state, params, **{_SPLIT: _Split(total, grads)}, **extra_args)
+        token = current.set(_Split(total, grads))
+        try:
+            return outer.update(total, state, params, **extra_args)
+        finally:
+            current.reset(token)
 
     return optax.GradientTransformationExtraArgs(outer.init, update)
 
@@ -263,9 +267,6 @@ def _check_tree(total: Any, like: Any) -> Any:
             "chain sum_losses() to it"
         )
     return total
-
-
-_SPLIT = "dot_optax_split"  # the keyword under which `wrap` passes the gradients of each loss through the wrapper
 
 
 class _Split:
@@ -282,12 +283,34 @@ class _Split:
         if not all(id(leaf) in self._entries for leaf in jax.tree.leaves(updates)):
             raise ValueError(
                 "wrap: the wrapper changed the summed gradient before the optimizer, so that the losses cannot be told "
-                "apart. Put it inside per_loss(...), or before the optimizer with joint(...)"
+                "apart. Put it inside per_loss(...), or before the optimizer with joint(...), or use it without wrap; "
+                "return optax.MultiSteps itself, not its gradient_transformation()"
             )
         return [jax.tree.map(lambda leaf, i=i: self._entries[id(leaf)][i], updates) for i in range(1, self._count + 1)]
 
 
-def _spread(tx: optax.GradientTransformationExtraArgs, container: "_Losses") -> optax.GradientTransformationExtraArgs:
+def _accumulated(
+    wrapper: Callable[[Any], Any], tx: optax.GradientTransformationExtraArgs, container: _Losses, losses: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`wrap` of `optax.MultiSteps`, which accumulates any tree: here, the container."""
+    spread = _spread(tx, container)
+    multi_steps = wrapper(spread)
+    if multi_steps.inner_opt is not spread:
+        raise ValueError(
+            "wrap: optax.MultiSteps must hold the optimizer alone, since all inside it sees the gradients of each loss; "
+            "nest instead: wrap(MultiSteps, wrap(other, optimizer))"
+        )
+    steps = joint(optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update), losses=losses)
+
+    def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = steps.update(updates, state, params, **extra_args)
+        total, _ = sum_losses().update(updates, optax.EmptyState(), params)
+        return total, state
+
+    return optax.GradientTransformationExtraArgs(steps.init, update)
+
+
+def _spread(tx: optax.GradientTransformationExtraArgs, container: _Losses) -> optax.GradientTransformationExtraArgs:
     """`tx` from container to container: its update in the place of the first loss, and zeros."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

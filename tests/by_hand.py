@@ -318,3 +318,8 @@ def with_mechanic(s_init=1e-6, decay=1e-2, eps=1e-8):
         return each(lambda x0, d, x: x0 - s.sum() * d - x, start, delta, theta)
 
     return step
+
+
+def gain_matched_with_l2():
+    step = gain_matched()
+    return lambda theta, task, kd: step(theta, {k: x + 0.01 * MASK[k] * theta[k] for k, x in task.items()}, kd)

@@ -90,7 +90,7 @@ def test_a_thousand_steps_in_bfloat16(params_dtype, accumulator_dtype):
 
     bfloat16 parameters stop where an update is less than half the distance to the next bfloat16 number, 2**-8 for
     numbers in [1, 2): where the gradient is below 2**-8 / (learning rate x gain). float32 parameters only see the
-    relative error of at most 2**-8 of each gradient, which averages out.
+    relative error of at most 2**-8 of each gradient, which averages out: 2**-12 is twice what was measured.
     """
     learning_rate, betas = 0.002, dot_optax.betas()
     noise = 0.1 * jax.random.normal(jax.random.key(0), (1000, 2, 64))
@@ -115,7 +115,7 @@ def test_a_thousand_steps_in_bfloat16(params_dtype, accumulator_dtype):
     # The two gradients differ by the weights 1/2, so the gain of their sum is the mean of the two.
     stall = 2**-8 / (learning_rate * sum(dot_optax.gains(*betas)) / 2)
     print(f"{params_dtype.__name__}, accumulators {accumulator_dtype}: {difference:.4f}, stall {stall:.4f}")
-    assert difference <= (stall if params_dtype == jnp.bfloat16 else 2**-8)
+    assert difference <= (stall if params_dtype == jnp.bfloat16 else 2**-12)
 
 
 @pytest.mark.parametrize("beta", [0.825, 0.975, 0.999])

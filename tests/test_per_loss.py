@@ -97,6 +97,7 @@ def test_keywords_reach_the_transformations_that_want_them():
         dot_optax.per_loss(wants, optax.identity()),
         dot_optax.joint(wants),
         dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), optax.chain(dot_optax.sum_losses(), wants)),
+        dot_optax.wrap(lambda tx: optax.MultiSteps(tx, 1), optax.chain(dot_optax.sum_losses(), wants)),
     ):
         seen.clear()
         tx.update((TASK, KD), tx.init(PARAMS), PARAMS, value=3.0, other="x")
@@ -224,24 +225,101 @@ def test_a_transformation_that_looks_into_the_parameters_needs_no_params_in_upda
     chex.assert_trees_all_equal(state.task["trace"], TASK["w"])
 
 
+def in_jit(tx):
+    return optax.GradientTransformationExtraArgs(tx.init, lambda u, s, p=None, **extra: jax.jit(tx.update)(u, s, p))
+
+
 @pytest.mark.parametrize(
     ("wrapper", "message"),
     [
         (optax.flatten, "wrap: the wrapper changed the summed gradient before the optimizer"),
+        (in_jit, "wrap: the wrapper changed the summed gradient before the optimizer"),
         (lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "return optax.MultiSteps itself"),
-        (
-            lambda tx: optax.lookahead(tx, 2, 0.5),
-            "passes no keyword arguments on to the optimizer: use it without wrap",
-        ),
+        (lambda tx: optax.contrib.split_real_and_imaginary(tx), "or use it without wrap"),
     ],
 )
 def test_wrap_refuses_what_it_cannot_serve(wrapper, message):
+    params = jax.tree.map(lambda p: p * (1 + 1j), PARAMS)
     tx = dot_optax.wrap(wrapper, dot_optax.dot(0.1))
-    params = optax.LookaheadParams(PARAMS, PARAMS) if "use it" in message else PARAMS
     with pytest.raises(ValueError, match=message):
-        tx.update((TASK, KD), tx.init(params), params) if params is PARAMS else tx.update(
-            (optax.LookaheadParams(TASK, TASK), optax.LookaheadParams(KD, KD)), tx.init(params), params
-        )
+        tx.update((params, params), tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
+        lambda tx: optax.chain(optax.clip_by_global_norm(0.1), tx),
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+    ],
+)
+def test_multi_steps_holds_the_optimizer_alone(inside):
+    """Whatever stood beside it in there would see the gradients of each loss; nested, it sees their sum."""
+    with pytest.raises(ValueError, match=r"MultiSteps must hold the optimizer alone.* wrap\(MultiSteps, wrap\(other"):
+        dot_optax.wrap(lambda tx: optax.MultiSteps(inside(tx), 1), dot_optax.dot(0.1))
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        lambda tx: optax.partition({True: tx, False: optax.adam(0.1)}, {"w": True, "b": False}),
+    ],
+)
+def test_nested_wraps_accumulate_and_then_do_the_rest(inside):
+    inner = dot_optax.wrap(inside, dot_optax.dot(0.1))
+    nested = dot_optax.wrap(lambda tx: optax.MultiSteps(tx, 1), inner)
+    results = [tx.update((TASK, KD), tx.init(PARAMS), PARAMS)[0] for tx in (nested, inner)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_the_state_of_wrapped_multi_steps_is_its_own():
+    multi_steps = optax.MultiSteps(optax.identity(), 2)
+    tx = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=2), dot_optax.dot(0.1))
+    state, updated = tx.init(PARAMS), []
+    for _ in range(4):
+        _, state = tx.update((TASK, KD), state, PARAMS)
+        updated.append(bool(multi_steps.has_updated(state)))
+    assert updated == [False, True, False, True]
+
+
+def test_predicates_of_a_wrapper_see_the_users_keywords_alone():
+    seen = []
+
+    def predicate(step, **extra):
+        seen.append(sorted(extra))
+        return extra["value"] > 1
+
+    tx = dot_optax.wrap(
+        lambda tx: optax.conditionally_transform(tx, predicate, forward_extra_args=True), dot_optax.dot(0.1)
+    )
+    for value, expected in ((2.0, -0.1), (0.5, 1.0)):
+        updates, _ = tx.update((TASK, KD), tx.init(PARAMS), PARAMS, value=value)
+        np.testing.assert_allclose(updates["w"], expected * (TASK["w"] + KD["w"]), rtol=1e-6)
+    assert seen == [["value"]] * 2
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        lambda tx: optax.conditionally_transform(tx, lambda step: step % 2 == 0),
+        lambda tx: optax.apply_if_finite(tx, 2),
+        functools.partial(optax.MultiSteps, every_k_schedule=2),
+    ],
+)
+def test_wrap_in_scan_with_wider_gradients_than_parameters(wrapper):
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+    tx = dot_optax.wrap(wrapper, dot_optax.dot(0.1))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update((TASK, KD), state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (_, _), updates = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), length=3))()
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(

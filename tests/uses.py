@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,7 +21,14 @@ from tests import by_hand
 
 FLOAT32 = 1e-6  # Optax evaluates its schedules and accumulates micro-batches in float32
 NAMESPACE = {name: getattr(dot_optax, name) for name in dir(dot_optax) if not name.startswith("_")}
-NAMESPACE |= {"optax": optax, "jnp": jnp, "functools": functools, "lr": by_hand.LEARNING_RATE, "mask": by_hand.MASK}
+NAMESPACE |= {
+    "optax": optax,
+    "jax": jax,
+    "jnp": jnp,
+    "functools": functools,
+    "lr": by_hand.LEARNING_RATE,
+    "mask": by_hand.MASK,
+}
 
 
 class Use(NamedTuple):
@@ -167,6 +175,14 @@ USES = [
         by_hand.plain,
     ),
     Use(
+        "... and a mask that is a function",
+        "optax.inject_hyperparams(dot, static_args='mask')(lr, weight_decay=0.01, mask=lambda p: mask)",
+        by_hand.before(
+            lambda task, kd, theta: ({k: x + 0.01 * by_hand.MASK[k] * theta[k] for k, x in task.items()}, kd)
+        ),
+        instead_of="optax.inject_hyperparams(dot)(lr, weight_decay=0.01, mask=lambda p: jax.tree.map(jnp.isscalar, p))",
+    ),
+    Use(
         "... that follow schedules",
         "optax.inject_hyperparams(dot)(lr, optax.linear_schedule(0.9, 0.825, 4), optax.linear_schedule(0.9, 0.975, 4))",
         by_hand.with_schedules(lambda count: 0.075 * min(1.0, count / 4)),
@@ -257,7 +273,7 @@ USES = [
     ),
     Use(
         "sharpness-aware DOT",
-        "optax.contrib.sam(dot(lr), optax.chain(sum_losses(), optax.contrib.normalize(), optax.sgd(0.05)))",
+        "wrap(lambda tx: optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05))), dot(lr))",
         by_hand.with_sam,
         instead_of="optax.contrib.sam(dot(lr), optax.chain(optax.contrib.normalize(), optax.sgd(0.05)))",
     ),
@@ -279,6 +295,11 @@ USES = [
         lambda: lambda theta, task, kd: by_hand.down(by_hand.each(np.add, task, kd)),
     ),
     Use("... with DOT's gains, as a baseline", "gain_matched_sgd(lr)", lambda: by_hand.gain_matched()),
+    Use(
+        "... and with the L2 of some parameters",
+        "gain_matched_sgd(lr, weight_decay=0.01, mask=mask)",
+        by_hand.gain_matched_with_l2,
+    ),
 ]
 
 
