@@ -14,6 +14,7 @@
     workdir.py      which config and which run a working directory belongs to
     records.py      JSON files
     report.py       table and picture
+    import_teacher.py   a command of its own: makes a teacher of a PyTorch state dict
 
 A working directory holds `config.json`, `losses.png`, and one folder for the teacher and for each method, with
 `checkpoints/`, `metrics.jsonl` and `result.json`. To use a trained student:

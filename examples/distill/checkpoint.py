@@ -76,6 +76,11 @@ def saved_steps(arm_dir: Path) -> list[int]:
     return ocp.utils.checkpoint_steps(_directory(arm_dir))
 
 
+def is_imported(arm_dir: Path) -> bool:
+    """Whether the network comes from `import_teacher`: training saves after an epoch, hence never at step 0."""
+    return (_directory(arm_dir) / "0").is_dir()
+
+
 def load_variables(arm_dir: Path) -> tuple[Any, Any]:
     """Returns the (params, rest) of a trained network: nested dicts of arrays, ready for `models.apply`."""
     if not saved_steps(arm_dir):

@@ -33,7 +33,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         return
     if (workdir / "config.json").exists():
         _check_config(workdir, config)
-    elif any(path.name != _LOCK for path in workdir.iterdir()):
+    elif any(path.name not in (_LOCK, "teacher") for path in workdir.iterdir()):  # an imported teacher may come first
         raise UserError(f"--workdir={workdir} is not empty, but no run of this program; choose another folder")
 
 
