@@ -82,10 +82,14 @@ def fit(arm: Arm, config: ConfigDict, dataset: data.Dataset) -> None:
         return means | {"count": len(split)}
 
     state = steps.init_state(params, rest, arm.optimizer)
-    try:
-        state, seconds = _train(arm, config, dataset, state, train_epoch, evaluate)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
+    if checkpoint.is_imported(arm.directory):
+        params, rest = checkpoint.load_variables(arm.directory)
+        state, seconds = state._replace(params=params, rest=rest), 0.0
+    else:
+        try:
+            state, seconds = _train(arm, config, dataset, state, train_epoch, evaluate)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
     splits = {name: evaluate(state, getattr(dataset, name)) for name in ("train", "validation", "test")}
     records.write_json(arm.directory / "result.json", {"method": arm.name, "seconds": seconds, **splits})
 

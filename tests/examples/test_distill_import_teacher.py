@@ -358,3 +358,17 @@ def test_the_command(tensors, tmp_path):
     assert first.stdout == f"{tmp_path / 'teacher'}: resnet8x4 with 7 classes, 1,209,639 parameters\n"
     message = f"error: --to={tmp_path / 'teacher'} exists already; choose another folder\n"
     assert (second.returncode, second.stdout, second.stderr) == (1, "", message)
+
+
+def test_a_run_uses_an_imported_teacher_and_does_not_train_it(distill, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    params, rest = models.split(models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(256, 256), rngs=nnx.Rngs(7)))[1:]
+    import_teacher._write(workdir / "teacher", params, rest)
+    assert distill(workdir, "--config.method=kd") == 0, capsys.readouterr().err
+    assert not (workdir / "teacher" / "metrics.jsonl").exists()
+    kept, _ = checkpoint.load_variables(workdir / "teacher")
+    for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (workdir / "kd" / "result.json").exists()
+    assert distill(workdir, "--config.method=kd") == 0
+    assert "Nothing left to train" in capsys.readouterr().out
