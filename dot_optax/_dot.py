@@ -156,7 +156,8 @@ def dot(
             momentum; where only the distillation loss reaches a parameter, it joins that gradient. For decoupled decay
             chain `scale_by_dot`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
         mask: which parameters `weight_decay` applies to: a pytree of bools of the structure of `params` or a prefix of
-            it, or a callable from such a tree to the mask. By default all, norms and biases included, as in the paper.
+            it (but no single bool), or a callable from such a tree to the mask. By default all, norms and biases
+            included, as in the paper.
         reached: which loss reaches which parameter; see `scale_by_dot`. A decayed parameter that no loss reaches is
             moved by its L2 penalty alone.
         nesterov: whether to use Nesterov momentum for each loss.
