@@ -8,15 +8,19 @@ A checkpoint has four items, so that each reader takes only what it needs:
     progress    JSON: epoch, seconds
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from examples.distill.errors import UserError
 from examples.distill.steps import TrainState
+
+_SHOWN_PROBLEMS = 5
 
 
 class Progress(NamedTuple):
@@ -76,9 +80,20 @@ def saved_steps(arm_dir: Path) -> list[int]:
     return ocp.utils.checkpoint_steps(_directory(arm_dir))
 
 
+def save_variables(arm_dir: Path, params: Any, rest: Any) -> None:
+    """Writes a network that was not trained here, as one that `has_network`."""
+    with manager(arm_dir) as checkpoints:
+        checkpoints.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave({"params": params, "rest": rest})))
+
+
 def is_imported(arm_dir: Path) -> bool:
-    """Whether the network comes from `import_teacher`: training saves after an epoch, hence never at step 0."""
+    """Whether the network comes from `save_variables`: training saves after an epoch, hence never at step 0."""
     return (_directory(arm_dir) / "0").is_dir()
+
+
+def has_network(arm_dir: Path) -> bool:
+    """Whether the folder holds a network to be used: imported, or trained to the end."""
+    return is_imported(arm_dir) or (bool(saved_steps(arm_dir)) and (arm_dir / "result.json").exists())
 
 
 def load_variables(arm_dir: Path) -> tuple[Any, Any]:
@@ -89,6 +104,21 @@ def load_variables(arm_dir: Path) -> tuple[Any, Any]:
         args = ocp.args.Composite(variables=ocp.args.StandardRestore())
         variables = checkpoints.restore(checkpoints.latest_step(), args=args).variables
     return variables["params"], variables["rest"]
+
+
+def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names the arrays that are missing, superfluous, or not of the wanted shape or kind."""
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    for name, array in found.items():
+        if name not in wanted:
+            problems.append(f"unexpected {name}")
+        elif array.shape != wanted[name]:
+            problems.append(f"{name} has shape {array.shape} instead of {wanted[name]}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"{name} holds {array.dtype}, not floating-point numbers")
+    if problems:
+        more = [f"and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+        raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))
 
 
 def _directory(arm_dir: Path) -> Path:

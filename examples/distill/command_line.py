@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
 
 def _load(name: str) -> ConfigDict:
     path = Path(name) if name.endswith(".py") else _CONFIGS / f"{name}.py"
-    if not path.is_file() or path.stem == "__init__":
+    if not path.is_file() or path.stem.startswith("_"):
         raise UserError(f"unknown config {name!r}; known: {', '.join(_known_configs())}, or the path of a .py file")
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
@@ -106,4 +106,4 @@ def _help(config: ConfigDict, name: str) -> str:
 
 
 def _known_configs() -> list[str]:
-    return sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in _CONFIGS.glob("[!_]*.py"))

@@ -1,46 +1,80 @@
-"""From a TFDS dataset to batches: prepare, read, normalize, shuffle, batch.
+"""From a TFDS dataset to batches on the device: prepare, read, decode, augment, shuffle, batch, transfer.
 
 TFDS keeps the examples in ArrayRecord files, which can be read at random, and Grain does the rest; TensorFlow is not
-needed. A batch is a dict of NumPy arrays: `image` float32 [batch, height, width, channels], `label` int32 [batch];
-evaluation batches also have `valid` bool [batch], which is False where the last batch was padded.
+needed. A batch is a dict of arrays: `image` uint8 [batch, height, width, channels], as the network sees it but not yet
+normalized, and `label` int32 [batch]; evaluation batches also have `valid` bool [batch], which is False for the images
+that only fill up the batches.
+
+On several hosts each reads and decodes its own part of every batch, no image twice. Which images make up a batch, and
+how they are augmented, depends on the seed and on nothing else: not on the number of hosts or worker processes.
 """
 
 import contextlib
+import functools
 import io
+import math
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import flags
+from grain.experimental import ElasticIterator
 from ml_collections import ConfigDict
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
+from examples.distill import images, synthetic
 from examples.distill.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
+
+_BATCHES_AHEAD = 2  # that wait on the device, and at each worker process
 
 
 class Dataset(NamedTuple):
-    """The three splits, read and normalized but neither shuffled nor batched, and what a model must know of them."""
+    """The three splits, as stored images and labels, and what becomes of them."""
 
     train: grain.MapDataset
     validation: grain.MapDataset
     test: grain.MapDataset
     num_classes: int
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, int, int]  # as the network sees it
+    preprocessing: images.Preprocessing
+    workers: int
 
 
 def load(config: ConfigDict) -> Dataset:
     """Opens the dataset that `config` (the `dataset` part of a config) describes, preparing it if need be."""
     builder = _builder(config)
-    if not builder.is_prepared():
-        _prepare(builder, config)
-    splits = {name: _read(builder, config, name) for name in ("train", "validation", "test")}
+    image_shape = (config.image_size, config.image_size, builder.info.features["image"].shape[-1])
+    num_classes = builder.info.features["label"].num_classes
+    if config.synthetic:
+        sizes = synthetic.split_sizes(config.split_sizes)
+        preprocessing, workers = images.PREPROCESSING["none"], 0
+    else:
+        _check_image_size(builder, config)
+        if not builder.is_prepared():
+            _prepare(builder, config)
+        sizes = builder.info.splits
+        preprocessing = images.PREPROCESSING[config.preprocessing]
+        workers = 0 if config.in_memory else min(config.workers, os.cpu_count() or 1)
+
+    @functools.cache  # A split that is named twice is read once.
+    def examples(split: str) -> grain.MapDataset:
+        if config.synthetic:
+            return synthetic.examples(sizes[split].num_examples, image_shape, num_classes)
+        return _read(builder, split, in_memory=config.in_memory, reuse=preprocessing.resizes)
+
+    names = ("train", "validation", "test")
+    for name in names:
+        _check_split(sizes, config, name)
+    splits = {name: examples(config[name]) for name in names}
     return Dataset(
-        **splits,
-        num_classes=builder.info.features["label"].num_classes,
-        image_shape=splits["train"][0]["image"].shape,
+        **splits, num_classes=num_classes, image_shape=image_shape, preprocessing=preprocessing, workers=workers
     )
 
 
@@ -52,18 +86,82 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return steps
 
 
-def train_batches(examples: grain.MapDataset, batch_size: int, seed: int, epochs: int) -> grain.DatasetIterator:
-    """Iterates over `epochs` epochs, each in an order of its own; the ragged last batch of each epoch is dropped.
+def train_batches(
+    dataset: Dataset, batch_size: int, seed: int, epochs: int, host: grain.sharding.ShardOptions | None = None
+) -> grain.DatasetIterator:
+    """Iterates over this host's part of `epochs` epochs, each in an order and with augmentations of its own.
 
-    The iterator's state is a small dict, which Orbax saves beside the model.
+    The ragged last batch of each epoch is dropped. The iterator's state is a small dict, which Orbax saves beside the
+    model: how many images were consumed, over all hosts. Close the iterator to end its threads and processes.
     """
-    batches = examples.seed(seed).shuffle().batch(batch_size, drop_remainder=True)
-    return iter(batches.repeat(epochs).to_iter_dataset())
+    augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
+
+    def augmented(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return example | {"image": augment(example["image"], size, rng)}
+
+    host = host or _this_host()
+    _check_divides(batch_size, host, "batch_size")
+    whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
+    examples = dataset.train.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
+    batches = ElasticIterator(
+        examples,
+        batch_size,
+        host,
+        read_options=_read_options(dataset),
+        multiprocessing_options=_worker_options(dataset) if dataset.workers else None,
+    )
+    return _to_device(batches)
 
 
-def eval_batches(examples: grain.MapDataset, batch_size: int) -> grain.MapDataset:
-    """Every example once, in order. The last batch is padded, so that all have one shape and compile once."""
-    return examples.batch(batch_size, drop_remainder=False).map(lambda batch: _pad(batch, batch_size))
+def eval_batches(
+    dataset: Dataset,
+    examples: grain.MapDataset,
+    batch_size: int,
+    host: grain.sharding.ShardOptions | None = None,
+) -> Iterator[Batch]:
+    """Every example of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
+    view, size = dataset.preprocessing.view, dataset.image_shape[0]
+    host = host or _this_host()
+    _check_divides(batch_size, host, "eval_batch_size")
+    local_batch = batch_size // host.shard_count
+    first, step, count = host.shard_index, host.shard_count, len(examples)
+
+    def example(slot: int) -> dict[str, Any]:
+        index = first + slot * step
+        found = examples[index if index < count else 0]
+        return {"image": view(found["image"], size), "label": found["label"], "valid": np.bool_(index < count)}
+
+    slots = math.ceil(count / batch_size) * local_batch
+    batches = grain.MapDataset.range(slots).map(example).batch(local_batch).to_iter_dataset(_read_options(dataset))
+    if dataset.workers:
+        batches = batches.mp_prefetch(_worker_options(dataset))
+    with contextlib.closing(_to_device(batches)) as iterator:
+        yield from iterator
+
+
+def _to_device(batches: grain.IterDataset) -> grain.DatasetIterator:
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags, which this program does not define.
+    on_device = batches.map(jax.device_put)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(on_device, prefetch_buffer_size=_BATCHES_AHEAD))
+
+
+def _read_options(dataset: Dataset) -> grain.ReadOptions:
+    # Threads share one interpreter, but decoding and resizing let others in. A worker process is busy enough with one.
+    threads = 1 if dataset.workers else os.cpu_count() or 1
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+
+
+def _worker_options(dataset: Dataset) -> grain.MultiprocessingOptions:
+    return grain.MultiprocessingOptions(num_workers=dataset.workers, per_worker_buffer_size=_BATCHES_AHEAD)
+
+
+def _this_host() -> grain.sharding.ShardOptions:
+    return grain.sharding.ShardOptions(shard_index=jax.process_index(), shard_count=jax.process_count())
+
+
+def _check_divides(batch_size: int, host: grain.sharding.ShardOptions, field: str) -> None:
+    if batch_size % host.shard_count:
+        raise UserError(f"bad --config.{field}={batch_size}: it must be a multiple of the {host.shard_count} hosts")
 
 
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -86,8 +184,9 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
 def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
     if not config.prepare:
         raise UserError(
-            f"dataset {config.name!r} is not prepared in {builder.data_dir}; run with --config.dataset.prepare=True to"
-            " prepare it, or point --config.dataset.data_dir to the folder that has it"
+            f"dataset {config.name!r} is not prepared in {builder.data_dir}; prepare it with tfds build, see"
+            " examples/distill/README.md, or with --config.dataset.prepare=True, or point --config.dataset.data_dir to"
+            " the folder that has it"
         )
     print(f"Preparing dataset {config.name!r} in {builder.data_dir}")
     if not sys.stderr.isatty():
@@ -95,31 +194,53 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it does not know.
             builder.download_and_prepare()
-    except OSError as error:
+    except ModuleNotFoundError as error:
         raise UserError(
-            f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({error.strerror or error});"
-            " choose another folder with --config.dataset.data_dir"
+            f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs {error.name}; prepare it in an"
+            " environment that has it, see examples/distill/README.md"
+        ) from error
+    except (AssertionError, OSError) as error:  # TFDS asserts that files which it cannot download are there.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({reason.rstrip('.')}); choose another"
+            " folder with --config.dataset.data_dir, or see examples/distill/README.md"
         ) from error
 
 
-def _read(builder: tfds.core.DatasetBuilder, config: ConfigDict, name: str) -> grain.MapDataset:
-    mean, std = np.float32(config.mean), np.float32(config.std)
+def _check_image_size(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
+    stored = builder.info.features["image"].shape[:2]
+    size = (config.image_size, config.image_size)
+    if stored != size and not images.PREPROCESSING[config.preprocessing].resizes:
+        raise UserError(
+            f"bad --config.dataset.image_size={config.image_size}: the images of {config.name!r} are stored with"
+            f" {stored[0]} x {stored[1]} pixels, and --config.dataset.preprocessing={config.preprocessing} keeps that"
+        )
 
-    def normalize(example: dict[str, Any]) -> Batch:
-        return {"image": (example["image"] - mean) / std, "label": np.int32(example["label"])}
 
+def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> None:
     try:
-        if builder.info.splits[config[name]].num_examples == 0:
+        if splits[config[name]].num_examples <= 0:
             raise ValueError("it has no images")
-        source = builder.as_data_source(split=config[name])
     except ValueError as error:
         raise UserError(f"bad --config.dataset.{name}={config[name]!r}: {error}") from error
-    examples = grain.MapDataset.source(source).map(normalize)
+
+
+def _read(builder: tfds.core.DatasetBuilder, split: str, *, in_memory: bool, reuse: bool) -> grain.MapDataset:
+    channels = builder.info.features["image"].shape[-1]
+    data_dir = str(builder.data_dir)
+    reuse = reuse and not in_memory
+
+    def decode(example: dict[str, Any]) -> dict[str, Any]:
+        try:
+            image = images.decode(example["image"], channels, reuse=reuse)
+        except OSError as error:
+            raise UserError(
+                f"split {split!r} of the dataset in {data_dir} has an image that cannot be decoded ({error}); delete"
+                " that folder and prepare the dataset again"
+            ) from error
+        return {"image": image, "label": np.int32(example["label"])}
+
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    examples = grain.MapDataset.source(source).map(decode)
     # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory.
-    return grain.MapDataset.source(list(examples)) if config.in_memory else examples
-
-
-def _pad(batch: Batch, batch_size: int) -> Batch:
-    count = len(batch["label"])
-    padded = {k: np.pad(v, [(0, batch_size - count)] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
-    return padded | {"valid": np.arange(batch_size) < count}
+    return grain.MapDataset.source(list(examples)) if in_memory else examples

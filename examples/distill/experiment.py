@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 import dot_optax
 from examples.distill import checkpoint, data, methods, report, settings, train, workdir
+from examples.distill.errors import UserError
 from examples.distill.steps import Teacher
 
 
@@ -19,24 +21,44 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     missing = [method for method in wanted if not train.is_finished(directory / method)]
     if missing:
         # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
+        teacher_folder = _find_teacher(missing, config, directory)
         dataset = data.load(config.dataset)
-        teacher, students = _build(missing, config, directory, dataset)
+        teacher, students = _arms(missing, config, directory, dataset)
+        given = _load_teacher(teacher, teacher_folder, config, dataset)
     with workdir.claim(directory, config):
         if missing:
-            _train(teacher, students, config, dataset)
+            _train(teacher, students, given, config, dataset)
         else:
             print("Nothing left to train.")
         report.write(config, name, directory)
 
 
-def _build(
+def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Path | None:
+    """Returns the folder of a teacher that is there; None if it is to be trained, or if no method needs one."""
+    wanted = f"a {config.teacher.model.name} (import one with python -m examples.distill.import_teacher, or train one)"
+    if config.teacher.checkpoint:
+        folder = Path(config.teacher.checkpoint).absolute()
+        if not checkpoint.has_network(folder):
+            raise UserError(f"no trained network in --config.teacher.checkpoint={folder}; give the folder of {wanted}")
+        return folder
+    if checkpoint.has_network(directory / "teacher"):
+        return directory / "teacher"
+    if config.teacher.train or missing == ["ce"]:
+        return None
+    raise UserError(
+        f"no teacher: give --config.teacher.checkpoint=FOLDER of {wanted}, or --config.teacher.train=True to train it"
+        " first; see examples/distill/README.md"
+    )
+
+
+def _arms(
     missing: list[str], config: ConfigDict, directory: Path, dataset: data.Dataset
 ) -> tuple[train.Arm, list[train.Arm]]:
     """Returns the teacher and the students that are missing."""
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
     weights = dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
     for model in (config.teacher.model, config.student.model):
-        train.new_network(model, dataset, config.seed)
+        train.new_network(model, config, dataset)
     teacher = train.Arm(
         name="teacher",
         directory=directory / "teacher",
@@ -59,10 +81,39 @@ def _build(
     return teacher, students
 
 
-def _train(teacher: train.Arm, students: list[train.Arm], config: ConfigDict, dataset: data.Dataset) -> None:
-    if not train.is_finished(teacher.directory):
+def _load_teacher(arm: train.Arm, folder: Path | None, config: ConfigDict, dataset: data.Dataset) -> Teacher | None:
+    """Loads the teacher in `folder`, which must fit the config."""
+    if folder is None:
+        return None
+    graphdef, *expected = train.new_network(arm.model, config, dataset)
+    variables = checkpoint.load_variables(folder)
+    wanted, found = (
+        {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
+    )
+    try:
+        checkpoint.check_fit({name: leaf.shape for name, leaf in wanted.items()}, found)
+    except ValueError as error:
+        raise UserError(
+            f"the teacher in {folder} is no {arm.model.name} with {dataset.num_classes} classes: {error}"
+        ) from error
+    return Teacher(graphdef, variables)
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path[1:], simple=True, separator=".")  # The first key tells params from rest.
+
+
+def _train(
+    teacher: train.Arm,
+    students: list[train.Arm],
+    given: Teacher | None,
+    config: ConfigDict,
+    dataset: data.Dataset,
+) -> None:
+    if given is None and config.teacher.train:
         train.fit(teacher, config, dataset)
-    graphdef, _, _ = train.new_network(teacher.model, dataset, config.seed)
-    trained = Teacher(graphdef, checkpoint.load_variables(teacher.directory))
+        given = _load_teacher(teacher, teacher.directory, config, dataset)
+    elif given is not None and not train.is_finished(teacher.directory):
+        train.write_result(teacher, config, dataset, *given, splits=("test",))
     for student in students:
-        train.fit(student._replace(teacher=trained), config, dataset)
+        train.fit(student._replace(teacher=given), config, dataset)

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 
@@ -55,8 +54,6 @@ _RULES = {
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
-_SHOWN_PROBLEMS = 5
-
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit code."""
@@ -82,7 +79,11 @@ def import_teacher(model: str, num_classes: int, source: Path, target: Path) -> 
         params, rest = to_variables(model, num_classes, read_state_dict(source))
     except ValueError as error:
         raise UserError(f"{source} does not fit {model} with {num_classes} classes: {error}") from error
-    _write(target, params, rest)
+    try:
+        target.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --to={target}: {error.strerror}") from error
+    checkpoint.save_variables(target, params, rest)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{target}: {model} with {num_classes} classes, {count:,} parameters")
 
@@ -115,7 +116,7 @@ def to_variables(model: str, num_classes: int, tensors: dict[str, np.ndarray]) -
         _torch_name(path, model): tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
         for path, leaf in jax.tree.leaves_with_path(tuple(variables))
     }
-    _check_fit(wanted, tensors)
+    checkpoint.check_fit(wanted, tensors)
 
     def convert(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.asarray(tensors[_torch_name(path, model)].transpose(_TO_FLAX[leaf.ndim]), leaf.dtype)
@@ -128,20 +129,6 @@ def _torch_name(path: jax.tree_util.KeyPath, model: str) -> str:
     for pattern, replacement in _RULES[model]:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _check_fit(wanted: dict[str, tuple[int, ...]], tensors: dict[str, np.ndarray]) -> None:
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in wanted:
-            problems.append(f"unexpected {name}")
-        elif tensor.shape != wanted[name]:
-            problems.append(f"{name} has shape {tensor.shape} instead of {wanted[name]}")
-        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
-    if problems:
-        more = [f"and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
-        raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -162,16 +149,6 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
         str(name): (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
         for name, tensor in loaded.items()
     }
-
-
-def _write(target: Path, params: Any, rest: Any) -> None:
-    try:
-        target.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --to={target}: {error.strerror}") from error
-    with checkpoint.manager(target) as checkpoints:
-        variables = ocp.args.StandardSave({"params": params, "rest": rest})
-        checkpoints.save(0, args=ocp.args.Composite(variables=variables))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

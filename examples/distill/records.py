@@ -33,10 +33,11 @@ def read_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Recor
     return [_decode(line, keys, path) for line in lines[:count]]
 
 
-def keep_lines(path: Path, count: int) -> None:
-    """Keeps the first `count` records of a log; with `count=0` it begins a new one."""
+def keep_lines(path: Path, count: int) -> list[Record]:
+    """Keeps the first `count` records of a log, and returns them; with `count=0` it begins a new one."""
     kept = read_lines(path, count) if count else []
     _replace(path, "".join(map(_line, kept)))
+    return kept
 
 
 def _line(record: Record) -> str:

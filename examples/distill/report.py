@@ -28,15 +28,14 @@ def write(config: ConfigDict, name: str, directory: Path) -> None:
     """Prints the table of every finished arm in `directory` and draws `losses.png` there."""
     finished = [method for method in methods.METHODS if train.is_finished(directory / method)]
     results = {
-        arm: records.read_json(directory / arm / "result.json", ("seconds", "train", "test"))
-        for arm in ("teacher", *finished)
+        method: records.read_json(directory / method / "result.json", ("seconds", "train", "test"))
+        for method in finished
     }
     curves = {
         method: records.read_lines(directory / method / "metrics.jsonl", config.epochs, ("task_loss", "kd_loss"))
         for method in finished
     }
-    teacher = results.pop("teacher")
-    print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; teacher: test accuracy {_accuracy(teacher)}\n")
+    print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; {_teacher(directory / 'teacher')}\n")
     print(table(results))
     print("\n" + "\n".join(notes(config)) + "\n")
     plot(curves, directory / "losses.png")
@@ -48,9 +47,10 @@ def table(results: Results) -> str:
     """One column for each method. The losses are those of the final student over the whole training split."""
     rows = [
         ("", *(_LABELS[method] for method in results)),
-        ("train task loss", *(f"{r['train']['task_loss']:.4f}" for r in results.values())),
-        ("train KD loss", *(f"{r['train']['kd_loss']:.4f}" for r in results.values())),
-        ("test accuracy", *(_accuracy(r) for r in results.values())),
+        ("train task loss", *(_loss(r["train"], "task_loss") for r in results.values())),
+        ("train KD loss", *(_loss(r["train"], "kd_loss") for r in results.values())),
+        ("test top-1", *(_accuracy(r["test"], "top1") for r in results.values())),
+        ("test top-5", *(_accuracy(r["test"], "top5") for r in results.values())),
         ("seconds", *(f"{r['seconds']:.1f}" for r in results.values())),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -85,9 +85,12 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         task, kd = ([line[key] for line in lines] for key in ("task_loss", "kd_loss"))
         style = {"color": _COLORS[method], "label": _LABELS[method], "linewidth": 1.2}
         over_epochs_task.plot(epochs, task, **style)
+        if None in kd:  # trained without a teacher
+            continue
         over_epochs_kd.plot(epochs, kd, **style)
         plane.plot(task, kd, **style)
         plane.plot(task[-1], kd[-1], "o", color=_COLORS[method], markersize=8, markeredgecolor="white", zorder=3)
+        first = {"xy": (task[0], kd[0]), "xytext": (-6, 0), "textcoords": "offset points"}
     for axes, title, x_label, y_label in (
         (over_epochs_task, "Task loss", "epoch", "cross-entropy"),
         (over_epochs_kd, "Distillation loss", "epoch", "T² KL(teacher ‖ student)"),
@@ -95,7 +98,8 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     ):
         _decorate(axes, title, x_label, y_label)
     plane.set_xscale("log")
-    plane.annotate("first epoch", (task[0], kd[0]), (-6, 0), textcoords="offset points", ha="right", fontsize="small")
+    if plane.lines:
+        plane.annotate("first epoch", **first, ha="right", fontsize="small")
     for axes in (over_epochs_task, over_epochs_kd):
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True))
     over_epochs_task.legend(frameon=False)
@@ -111,7 +115,17 @@ def _decorate(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _accuracy(result: dict[str, Any]) -> str:
-    """Test accuracy with its binomial standard error."""
-    accuracy, count = result["test"]["accuracy"], result["test"]["count"]
+def _teacher(arm: Path) -> str:
+    if not train.is_finished(arm):
+        return "no teacher"
+    return f"teacher: test top-1 {_accuracy(records.read_json(arm / 'result.json', ('test',))['test'], 'top1')}"
+
+
+def _loss(means: dict[str, Any], name: str) -> str:
+    return f"{means[name]:.4f}" if name in means else "-"
+
+
+def _accuracy(means: dict[str, Any], name: str) -> str:
+    """An accuracy with its binomial standard error."""
+    accuracy, count = means[name], means["count"]
     return f"{accuracy:.4f} ± {math.sqrt(accuracy * (1 - accuracy) / count):.4f}"

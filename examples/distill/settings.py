@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from examples.distill.errors import UserError
+from examples.distill.images import PREPROCESSING
 
 
 def fields(config: ConfigDict) -> dict[str, Any]:
@@ -46,6 +47,10 @@ def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda values: isinstance(values, (tuple, list)) and all(map(holds, values))
 
 
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in names, f"one of {', '.join(names)}"
+
+
 _ANY = (lambda value: True, "")
 _COUNT = (_whole(1), "a whole number of at least 1")
 _COUNTS = (_each(_whole(1)), "whole numbers of at least 1, separated by commas")
@@ -59,6 +64,10 @@ _RULES = {
     "batch_size": _COUNT,
     "eval_batch_size": _COUNT,
     "checkpoint_every_epochs": _COUNT,
+    "image_size": _COUNT,
+    "workers": (_whole(0), "a whole number that is not negative"),
+    "preprocessing": _one_of(*PREPROCESSING),
+    "dtype": _one_of("float32", "bfloat16"),
     "hidden": _COUNTS,
     "drop_epochs": _COUNTS,
     "drop_factor": _POSITIVE,

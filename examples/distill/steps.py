@@ -12,6 +12,8 @@ from flax import nnx
 import dot_optax
 from examples.distill import models
 
+Metrics = dict[str, jax.Array]
+
 
 class TrainState(NamedTuple):
     """Everything that changes during training."""
@@ -29,61 +31,96 @@ class Teacher(NamedTuple):
     variables: tuple[Any, Any]  # (params, rest)
 
 
+class Problem(NamedTuple):
+    """What a step computes: the two networks, and how images and logits become losses."""
+
+    student: nnx.GraphDef
+    teacher: nnx.GraphDef | None  # without one there is no distillation loss
+    temperature: float
+    mean: tuple[float, ...]  # of the stored pixels, per channel
+    std: tuple[float, ...]
+
+
 def init_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, teacher: nnx.GraphDef | None, optimizer: optax.GradientTransformation, temperature: float
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dot_optax.PerLoss]]:
-    """Returns `train_step(state, teacher_variables, batch) -> (state, losses)`; the old state's memory is reused.
+    problem: Problem, optimizer: optax.GradientTransformation, *, gradient_metrics: bool = True
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, teacher_variables, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    The losses are batch means, unweighted. Without a teacher the distillation loss is zero.
+    The metrics are the two losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
+    gradients and the cosine between these; without a teacher, only those of the task.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, teacher_variables: Any, batch: Any) -> tuple[TrainState, dot_optax.PerLoss]:
-        teacher_logits = _teacher_logits(teacher, teacher_variables, batch)
+    def train_step(state: TrainState, teacher_variables: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        images = _normalize(problem, batch["image"])
+        teacher_logits = _teacher_logits(problem, teacher_variables, images)
 
         def loss_fn(params: Any) -> tuple[dot_optax.PerLoss, Any]:
-            logits, rest = models.apply(graphdef, params, state.rest, batch["image"], train=True)
-            losses = _losses(logits, teacher_logits, batch["label"], temperature)
+            logits, rest = models.apply(problem.student, params, state.rest, images, train=True)
+            losses = _losses(problem, logits, teacher_logits, batch["label"])
             return jax.tree.map(jnp.mean, losses), rest
 
         (losses, rest), grads = dot_optax.value_and_grads(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, rest, opt_state), losses
+        metrics = {"task_loss": losses.task, "kd_loss": losses.kd}
+        if gradient_metrics:
+            metrics |= _gradient_metrics(grads)
+        if problem.teacher is None:
+            metrics = {name: value for name, value in metrics.items() if name.startswith("task_")}
+        return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     return train_step
 
 
-def make_eval_step(
-    graphdef: nnx.GraphDef, teacher: nnx.GraphDef | None, temperature: float
-) -> Callable[[tuple[Any, Any], Any, Any], dict[str, jax.Array]]:
-    """Returns `eval_step(variables, teacher_variables, batch)`, which gives sums over the valid examples."""
+def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Metrics]:
+    """Returns `eval_step(variables, teacher_variables, batch)`, which gives sums over the valid examples.
+
+    `top1` and `top5` count the images whose label is the likeliest class, and among the five likeliest.
+    """
 
     @jax.jit
-    def eval_step(variables: tuple[Any, Any], teacher_variables: Any, batch: Any) -> dict[str, jax.Array]:
-        logits, _ = models.apply(graphdef, *variables, batch["image"], train=False)
-        losses = _losses(logits, _teacher_logits(teacher, teacher_variables, batch), batch["label"], temperature)
-        correct = jnp.argmax(logits, axis=-1) == batch["label"]
-        per_example = {"task_loss": losses.task, "kd_loss": losses.kd, "accuracy": correct}
+    def eval_step(variables: tuple[Any, Any], teacher_variables: Any, batch: Any) -> Metrics:
+        images, label = _normalize(problem, batch["image"]), batch["label"]
+        logits, _ = models.apply(problem.student, *variables, images, train=False)
+        losses = _losses(problem, logits, _teacher_logits(problem, teacher_variables, images), label)
+        per_example = {"task_loss": losses.task, "kd_loss": losses.kd}
+        if problem.teacher is None:
+            del per_example["kd_loss"]
+        for k in (1, 5):
+            _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+            per_example[f"top{k}"] = jnp.any(likeliest == label[:, None], axis=-1)
         return {name: jnp.sum(value, where=batch["valid"]) for name, value in per_example.items()}
 
     return eval_step
 
 
-def _teacher_logits(teacher: nnx.GraphDef | None, variables: Any, batch: Any) -> jax.Array | None:
-    return None if teacher is None else models.apply(teacher, *variables, batch["image"], train=False)[0]
+def _normalize(problem: Problem, images: jax.Array) -> jax.Array:
+    leading = range(images.ndim - 1)
+    mean, std = (jnp.expand_dims(jnp.float32(values), leading) for values in (problem.mean, problem.std))
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def _teacher_logits(problem: Problem, variables: Any, images: jax.Array) -> jax.Array | None:
+    return None if problem.teacher is None else models.apply(problem.teacher, *variables, images, train=False)[0]
 
 
 def _losses(
-    logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array, temperature: float
+    problem: Problem, logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array
 ) -> dot_optax.PerLoss:
     """Both losses of each example."""
     task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     if teacher_logits is None:
         return dot_optax.PerLoss(task, kd=jnp.zeros_like(task))
-    return dot_optax.PerLoss(task, kd=dot_optax.losses.kd_loss(logits, teacher_logits, temperature))
+    return dot_optax.PerLoss(task, kd=dot_optax.losses.kd_loss(logits, teacher_logits, problem.temperature))
+
+
+def _gradient_metrics(grads: dot_optax.PerLoss) -> Metrics:
+    task, kd = optax.tree.norm(grads.task), optax.tree.norm(grads.kd)
+    product = jnp.where(task * kd > 0, task * kd, 1.0)  # A gradient that vanishes has a cosine of 0 with any other.
+    return {"task_grad_norm": task, "kd_grad_norm": kd, "grad_cosine": optax.tree.vdot(*grads) / product}

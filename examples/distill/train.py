@@ -3,20 +3,18 @@
 It leaves in the arm's folder:
 
     checkpoints/    see checkpoint.py
-    metrics.jsonl   one line per epoch: epoch, step, task_loss, kd_loss, validation_accuracy, seconds (up to here)
-    result.json     losses and accuracy on each whole split; written last, so an arm that has it is finished
-
-Losses are means over images, unweighted; `kd_loss` is 0 for the teacher.
+    metrics.jsonl   one line per epoch, see log.py; events.out... says the same to TensorBoard
+    result.json     losses, top-1 and top-5 on each whole split; written last, so an arm that has it is finished
 """
 
+import collections
+import contextlib
 import itertools
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -25,9 +23,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import dot_optax
 from examples.distill import checkpoint, data, models, records, steps
 from examples.distill.errors import UserError
+from examples.distill.log import Log
+
+_STEPS_AHEAD = 2  # that the device has in hand while the host waits for the metrics of a step
+
+Variables = tuple[Any, Any]  # (params, rest)
 
 
 class Arm(NamedTuple):
@@ -42,83 +44,128 @@ class Arm(NamedTuple):
     teacher: steps.Teacher | None = None  # whom the student imitates
 
 
-_TrainEpoch = Callable[[steps.TrainState, Iterable[data.Batch]], tuple[steps.TrainState, list[dot_optax.PerLoss]]]
-_Evaluate = Callable[[steps.TrainState, grain.MapDataset], dict[str, float]]
-
-
 def is_finished(directory: Path) -> bool:
     """Whether the arm in this folder needs no more training."""
     return (directory / "result.json").exists()
 
 
-def new_network(model: ConfigDict, dataset: data.Dataset, seed: int) -> tuple[nnx.GraphDef, Any, Any]:
+def new_network(model: ConfigDict, config: ConfigDict, dataset: data.Dataset) -> tuple[nnx.GraphDef, Any, Any]:
     """Returns (graphdef, params, rest) of a freshly initialized network."""
     return models.split(
-        models.build(**model, num_classes=dataset.num_classes, input_shape=dataset.image_shape, rngs=nnx.Rngs(seed))
+        models.build(
+            **model,
+            num_classes=dataset.num_classes,
+            input_shape=dataset.image_shape,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(config.seed),
+        )
     )
 
 
 def fit(arm: Arm, config: ConfigDict, dataset: data.Dataset) -> None:
     """Trains `arm` to its last epoch and writes its result."""
-    graphdef, params, rest = new_network(arm.model, dataset, config.seed)
-    teacher_graphdef, teacher_variables = arm.teacher or (None, None)
-    temperature = config.distillation.temperature
-    train_step = steps.make_train_step(graphdef, teacher_graphdef, arm.optimizer, temperature)
-    eval_step = steps.make_eval_step(graphdef, teacher_graphdef, temperature)
-
-    def train_epoch(
-        state: steps.TrainState, batches: Iterable[data.Batch]
-    ) -> tuple[steps.TrainState, list[dot_optax.PerLoss]]:
-        losses = []
-        for batch in batches:
-            state, loss = train_step(state, teacher_variables, batch)
-            losses.append(loss)
-        return state, jax.device_get(losses)  # Once an epoch: a fetch in every step would hold up the next step.
-
-    def evaluate(state: steps.TrainState, split: grain.MapDataset) -> dict[str, float]:
-        batches = data.eval_batches(split, config.eval_batch_size)
-        sums = jax.device_get([eval_step((state.params, state.rest), teacher_variables, batch) for batch in batches])
-        means = {name: float(sum(batch[name] for batch in sums)) / len(split) for name in sums[0]}
-        return means | {"count": len(split)}
-
+    graphdef, params, rest = new_network(arm.model, config, dataset)
     state = steps.init_state(params, rest, arm.optimizer)
-    if checkpoint.is_imported(arm.directory):
-        params, rest = checkpoint.load_variables(arm.directory)
-        state, seconds = state._replace(params=params, rest=rest), 0.0
-    else:
-        try:
-            state, seconds = _train(arm, config, dataset, state, train_epoch, evaluate)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
-    splits = {name: evaluate(state, getattr(dataset, name)) for name in ("train", "validation", "test")}
-    records.write_json(arm.directory / "result.json", {"method": arm.name, "seconds": seconds, **splits})
+    try:
+        state, seconds = _train(arm, config, dataset, graphdef, state)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
+    write_result(arm, config, dataset, graphdef, (state.params, state.rest), seconds=seconds)
 
 
-def _train(
+def write_result(
     arm: Arm,
     config: ConfigDict,
     dataset: data.Dataset,
-    state: steps.TrainState,
-    train_epoch: _TrainEpoch,
-    evaluate: _Evaluate,
+    graphdef: nnx.GraphDef,
+    variables: Variables,
+    *,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    seconds: float | None = None,
+) -> None:
+    """Evaluates a network on whole splits and writes `result.json`, which declares the arm finished."""
+    evaluate = _evaluator(arm, config, dataset, graphdef)
+    means: dict[str, records.Record] = {}  # by what the config calls a split: the same one twice is evaluated once
+    for name in splits:
+        if config.dataset[name] not in means:
+            means[config.dataset[name]] = evaluate(variables, name)
+    by_name = {name: means[config.dataset[name]] for name in splits}
+    arm.directory.mkdir(exist_ok=True)
+    records.write_json(arm.directory / "result.json", {"method": arm.name, "seconds": seconds, **by_name})
+
+
+def _train(
+    arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef, state: steps.TrainState
 ) -> tuple[steps.TrainState, float]:
     """The loop over epochs: from the latest checkpoint to the last epoch. Returns the final state and the seconds."""
-    batches = data.train_batches(dataset.train, config.batch_size, config.seed, arm.epochs)
+    problem, teacher_variables = _problem(arm, config, graphdef)
+    train_step = steps.make_train_step(problem, arm.optimizer, gradient_metrics=config.gradient_metrics)
+    evaluate = _evaluator(arm, config, dataset, graphdef)
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
-    with checkpoint.manager(arm.directory) as checkpoints:
+
+    def train(batches: Iterable[data.Batch]) -> Iterator[steps.Metrics]:
+        nonlocal state
+        for batch in batches:
+            state, metrics = train_step(state, teacher_variables, batch)
+            yield metrics
+
+    batches = data.train_batches(dataset, config.batch_size, config.seed, arm.epochs)
+    with contextlib.closing(batches), checkpoint.manager(arm.directory) as checkpoints:
         state, progress = checkpoint.restore_latest(checkpoints, state, batches)
-        records.keep_lines(arm.directory / "metrics.jsonl", progress.epoch)
         started = time.perf_counter() - progress.seconds
-        with _progress_bar(arm, progress) as bar:
+        log = Log(arm.name, arm.directory, progress.epoch, arm.epochs, steps_per_epoch, config.batch_size)
+        with contextlib.closing(log):
             for epoch in range(progress.epoch + 1, arm.epochs + 1):
-                state, losses = train_epoch(state, itertools.islice(batches, steps_per_epoch))
-                validation = evaluate(state, dataset.validation)
-                _check_finite(arm, checkpoints, epoch, losses, validation)
+                for step_metrics in _fetched(train(itertools.islice(batches, steps_per_epoch))):
+                    log.step(step_metrics)
+                    _check_finite(arm, checkpoints, epoch, log.steps, step_metrics)
+                validation = evaluate((state.params, state.rest), "validation")
+                # What the last update of the epoch has done shows only here.
+                _check_finite(arm, checkpoints, epoch, log.steps, validation)
                 progress = checkpoint.Progress(epoch, time.perf_counter() - started)
-                _log_epoch(arm, progress, losses, validation, bar)
+                log.epoch(validation, progress.seconds)
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
                     checkpoint.save(checkpoints, state, batches, progress)
     return state, progress.seconds
+
+
+def _evaluator(
+    arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef
+) -> Callable[[Variables, str], records.Record]:
+    """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
+    problem, teacher_variables = _problem(arm, config, graphdef)
+    eval_step = steps.make_eval_step(problem)
+
+    def evaluate(variables: Variables, split: str) -> records.Record:
+        examples = getattr(dataset, split)
+        batches = data.eval_batches(dataset, examples, config.eval_batch_size)
+        sums: collections.Counter[str] = collections.Counter()
+        # The bar appears only where one would wonder.
+        with tqdm(desc=f"{arm.name}, {split} split", total=len(examples), unit=" images", delay=10, leave=False) as bar:
+            for batch_sums in _fetched(eval_step(variables, teacher_variables, batch) for batch in batches):
+                sums.update({name: float(value) for name, value in batch_sums.items()})
+                bar.update(min(config.eval_batch_size, len(examples) - bar.n))
+        return {name: value / len(examples) for name, value in sums.items()} | {"count": len(examples)}
+
+    return evaluate
+
+
+def _problem(arm: Arm, config: ConfigDict, graphdef: nnx.GraphDef) -> tuple[steps.Problem, Variables | None]:
+    """Returns what the steps of an arm compute, and the variables of its teacher."""
+    teacher, teacher_variables = arm.teacher or (None, None)
+    mean, std = config.dataset.mean, config.dataset.std
+    return steps.Problem(graphdef, teacher, config.distillation.temperature, mean, std), teacher_variables
+
+
+def _fetched(results: Iterable[steps.Metrics]) -> Iterator[dict[str, np.ndarray]]:
+    """Fetches what steps return, each when two more were dispatched: so the device never waits for the host."""
+    dispatched: collections.deque[steps.Metrics] = collections.deque()
+    for result in results:
+        dispatched.append(result)
+        if len(dispatched) > _STEPS_AHEAD:
+            yield jax.device_get(dispatched.popleft())
+    while dispatched:
+        yield jax.device_get(dispatched.popleft())
 
 
 def _how_to_go_on(arm: Arm, steps_per_epoch: int) -> str:
@@ -129,19 +176,11 @@ def _how_to_go_on(arm: Arm, steps_per_epoch: int) -> str:
 
 
 def _check_finite(
-    arm: Arm,
-    checkpoints: ocp.CheckpointManager,
-    epoch: int,
-    losses: list[dot_optax.PerLoss],
-    validation: dict[str, float],
+    arm: Arm, checkpoints: ocp.CheckpointManager, epoch: int, step: int, metrics: dict[str, np.ndarray | float]
 ) -> None:
-    """Raises if a loss of this epoch is not finite, before anything of the epoch is saved."""
-    finite = [np.isfinite(loss).all() for loss in losses]
-    # The last update of the epoch shows only afterwards, in the validation loss.
-    finite.append(np.isfinite(list(validation.values())).all())
-    if all(finite):
+    """Raises if a metric is not finite, before anything of the epoch is saved."""
+    if np.isfinite(list(metrics.values())).all():
         return
-    step = (epoch - 1) * len(losses) + min(finite.index(False) + 1, len(losses))
     checkpoints.wait_until_finished()
     latest = checkpoints.latest_step()
     kept = (
@@ -153,27 +192,3 @@ def _check_finite(
         f"{arm.name}: the loss is not finite at step {step} (epoch {epoch}); {kept}; {arm.remedy} and start again in a"
         " new --workdir"
     )
-
-
-def _log_epoch(
-    arm: Arm, progress: checkpoint.Progress, losses: list[dot_optax.PerLoss], validation: dict[str, float], bar: tqdm
-) -> None:
-    task_loss, kd_loss = (float(mean) for mean in np.mean(losses, axis=0))
-    record = {
-        "epoch": progress.epoch,
-        "step": progress.epoch * len(losses),
-        "task_loss": task_loss,
-        "kd_loss": kd_loss,
-        "validation_accuracy": validation["accuracy"],
-        "seconds": progress.seconds,
-    }
-    records.append_line(arm.directory / "metrics.jsonl", record)
-    shown = f"task loss {task_loss:.4f}, KD loss {kd_loss:.4f}" if arm.teacher else f"task loss {task_loss:.4f}"
-    bar.set_postfix_str(shown, refresh=False)
-    bar.update()
-
-
-def _progress_bar(arm: Arm, progress: checkpoint.Progress) -> tqdm:
-    # Into a log file, a line now and then; on a terminal, as often as the eye can follow.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=f"{arm.name:>15}", total=arm.epochs, initial=progress.epoch, unit="epoch", mininterval=interval)

@@ -1,7 +1,7 @@
 """The working directory of an experiment: one config, one teacher, one folder per finished or unfinished arm.
 
 `config.json` says which config the folder belongs to, `.lock` that a run is using it. Fields that do not change what
-an arm computes may differ from run to run: which arms to train, and where this machine keeps the dataset. So may
+an arm computes may differ from run to run: which arms to train, and how this machine comes by the images. So may
 fields that nothing depends on yet: a run that failed before it saved anything does not hold the folder.
 """
 
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from examples.distill import checkpoint, records, settings, train
 from examples.distill.errors import UserError
 
-_FREE_FIELDS = ("method", "dataset.data_dir", "dataset.prepare")
+_FREE_FIELDS = ("method", "dataset.data_dir", "dataset.prepare", "dataset.in_memory", "dataset.workers")
 _STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer")  # The teacher does not depend on these.
 _LOCK = ".lock"
 

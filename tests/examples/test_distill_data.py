@@ -1,12 +1,17 @@
 """The dataset and the order in which training and evaluation see it."""
 
+import contextlib
+import json
+
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
-from examples.distill import data
+from examples.distill import data, images
 from examples.distill.configs.digits import get_config
+from examples.distill.errors import UserError
 
 
 @pytest.fixture
@@ -21,9 +26,36 @@ def dataset(config):
     return data.load(config)
 
 
+@pytest.fixture
+def noisy(dataset):
+    """The digits with an augmentation that tells which random numbers it was given."""
+    return dataset._replace(preprocessing=images.Preprocessing(augment=_add_noise, view=_same))
+
+
+def _add_noise(image, size, rng):
+    return image + rng.integers(256, size=image.shape, dtype=np.uint8)
+
+
+def _same(image, size):
+    return image
+
+
+def _train(dataset, batch_size=64, seed=0, epochs=2, host=None):
+    with contextlib.closing(data.train_batches(dataset, batch_size, seed, epochs, host)) as batches:
+        return list(batches)
+
+
+def _host(index, count):
+    return grain.sharding.ShardOptions(shard_index=index, shard_count=count)
+
+
 def _identities(batches):
     """The images of some batches as comparable values, in order; no two digits of the dataset are equal."""
-    return [image.tobytes() for batch in batches for image in batch["image"]]
+    return [image.tobytes() for batch in batches for image in np.asarray(batch["image"])]
+
+
+def _valid(batches):
+    return [{"image": np.asarray(batch["image"])[np.asarray(batch["valid"])]} for batch in batches]
 
 
 def test_builder_has_exactly_the_digits_of_scikit_learn(data_dir):
@@ -50,18 +82,22 @@ def test_splits_share_no_image_and_miss_none(dataset):
     assert len(set().union(*splits)) == 1797
 
 
-def test_images_are_normalized(config):
-    config.mean, config.std = (4.0,), (8.0,)
-    dataset = data.load(config)
-    values = np.unique([example["image"] for example in dataset.train])
-    np.testing.assert_array_equal(values, (np.arange(17) - 4) / 8)
-    assert dataset.train[0]["image"].dtype == np.float32
+def test_batches_have_the_stored_pixels(dataset):
+    batch = next(iter(data.eval_batches(dataset, dataset.test, 447)))
+    np.testing.assert_array_equal(batch["image"], [example["image"] for example in dataset.test])
+    assert batch["image"].dtype == np.uint8
     assert dataset.image_shape == (8, 8, 1)
     assert dataset.num_classes == 10
 
 
+def test_a_split_that_is_named_twice_is_read_once(config):
+    config.validation = config.test
+    dataset = data.load(config)
+    assert dataset.validation is dataset.test
+
+
 def test_every_image_once_per_epoch_in_a_new_order(dataset):
-    batches = list(data.train_batches(dataset.train, batch_size=100, seed=0, epochs=2))
+    batches = _train(dataset, batch_size=100, epochs=2)
     first, second = _identities(batches[:9]), _identities(batches[9:])
     assert len(batches) == 18
     assert set(first) == set(second) == set(_identities([{"image": [e["image"] for e in dataset.train]}]))
@@ -70,34 +106,79 @@ def test_every_image_once_per_epoch_in_a_new_order(dataset):
 
 
 def test_the_ragged_training_batch_is_dropped(dataset):
-    batches = list(data.train_batches(dataset.train, batch_size=64, seed=0, epochs=1))
-    assert len(batches) == data.steps_per_epoch(dataset, 64) == 14
+    batches = _train(dataset, batch_size=64, epochs=2)
+    assert len(batches) == 2 * data.steps_per_epoch(dataset, 64) == 2 * 14
     assert {batch["image"].shape for batch in batches} == {(64, 8, 8, 1)}
-    assert len(set(_identities(batches))) == 14 * 64
+    assert len(set(_identities(batches[:14]))) == len(set(_identities(batches[14:]))) == 14 * 64
 
 
 def test_the_order_depends_on_the_seed_only(dataset, config):
-    def order(dataset, seed):
-        return _identities(data.train_batches(dataset.train, batch_size=64, seed=seed, epochs=2))
-
     config.in_memory = False
-    assert order(dataset, 0) == order(data.load(config), 0)
-    assert order(dataset, 0) != order(dataset, 1)
+    assert _identities(_train(dataset)) == _identities(_train(data.load(config)))
+    assert _identities(_train(dataset)) != _identities(_train(dataset, seed=1))
 
 
-def test_iterator_state_continues_in_the_middle_of_an_epoch(dataset):
-    whole = list(data.train_batches(dataset.train, batch_size=64, seed=0, epochs=2))
-    interrupted = data.train_batches(dataset.train, batch_size=64, seed=0, epochs=2)
-    for _ in range(17):
-        next(interrupted)
-    resumed = data.train_batches(dataset.train, batch_size=64, seed=0, epochs=2)
-    resumed.set_state(interrupted.get_state())
-    assert _identities(resumed) == _identities(whole[17:])
+def test_hosts_share_each_batch_and_its_augmentations(noisy):
+    whole = _train(noisy, batch_size=60)
+    parts = [_train(noisy, batch_size=60, host=_host(index, 3)) for index in range(3)]
+    assert {batch["image"].shape for part in parts for batch in part} == {(20, 8, 8, 1)}
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(_identities([batch])) == sorted(_identities(shares))
+
+
+def test_worker_processes_change_nothing(noisy):
+    whole = _train(noisy, batch_size=60)
+    workers = noisy._replace(workers=2)
+    assert _identities(_train(workers, batch_size=60)) == _identities(whole)
+    assert _identities(data.eval_batches(workers, noisy.test, 100)) == _identities(
+        data.eval_batches(noisy, noisy.test, 100)
+    )
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2)])
+def test_iterator_state_continues_in_the_middle_of_an_epoch(noisy, workers):
+    before, after = (noisy._replace(workers=count) for count in workers)
+    whole = _train(noisy)
+    with contextlib.closing(data.train_batches(before, 64, 0, 2)) as interrupted:
+        for _ in range(17):
+            next(interrupted)
+        state = json.loads(json.dumps(interrupted.get_state()))  # as a checkpoint keeps it
+    with contextlib.closing(data.train_batches(after, 64, 0, 2)) as resumed:
+        resumed.set_state(state)
+        assert _identities(resumed) == _identities(whole[17:])
 
 
 @pytest.mark.parametrize("batch_size", [64, 149, 447, 500])
 def test_evaluation_sees_every_image_once(dataset, batch_size):
-    batches = list(data.eval_batches(dataset.test, batch_size))
+    batches = list(data.eval_batches(dataset, dataset.test, batch_size))
     assert {batch["image"].shape for batch in batches} == {(batch_size, 8, 8, 1)}
-    valid = [{"image": batch["image"][batch["valid"]]} for batch in batches]
-    assert _identities(valid) == [example["image"].tobytes() for example in dataset.test]
+    assert _identities(_valid(batches)) == [example["image"].tobytes() for example in dataset.test]
+
+
+@pytest.mark.parametrize(("count", "hosts", "batch_size"), [(447, 4, 64), (9, 4, 8), (5, 3, 3), (1, 2, 4), (8, 2, 4)])
+def test_hosts_together_evaluate_every_image_once(dataset, count, hosts, batch_size):
+    test = dataset.test[:count]
+    parts = [list(data.eval_batches(dataset, test, batch_size, _host(index, hosts))) for index in range(hosts)]
+    assert len({len(part) for part in parts}) == 1  # a host with fewer batches would leave the others waiting
+    assert {batch["image"].shape[0] for part in parts for batch in part} == {batch_size // hosts}
+    seen = [image for part in parts for image in _identities(_valid(part))]
+    assert sorted(seen) == sorted(example["image"].tobytes() for example in test)
+
+
+def test_batch_sizes_that_hosts_cannot_share(dataset):
+    with pytest.raises(UserError, match=r"bad --config\.batch_size=64: it must be a multiple of the 3 hosts"):
+        data.train_batches(dataset, 64, 0, 1, _host(0, 3))
+    with pytest.raises(UserError, match=r"bad --config\.eval_batch_size=64"):
+        next(data.eval_batches(dataset, dataset.test, 64, _host(0, 3)))
+
+
+def test_synthetic_data_have_the_shapes_and_sizes_of_the_dataset(config):
+    config.synthetic, config.data_dir = True, "/nowhere"
+    config.test = "train[90%:]"
+    dataset = data.load(config)
+    assert [len(split) for split in dataset[:3]] == [900, 450, 180]
+    assert dataset.num_classes == 10
+    batch = next(data.eval_batches(dataset, dataset.train, 32))
+    assert batch["image"].shape == (32, 8, 8, 1)
+    assert batch["image"].dtype == np.uint8
+    assert set(np.asarray(batch["label"]).tolist()) == set(range(10))

@@ -16,13 +16,25 @@ from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
 from examples.distill.errors import UserError
 
+CONFIGS = [
+    "cifar100_r32x4_r8x4",
+    "cifar100_r32x4_shufflev2",
+    "cifar100_vgg13_vgg8",
+    "digits",
+    "imagenet_r34_r18",
+    "imagenet_r50_mobilenetv1",
+    "tiny_imagenet_r18_mobilenetv2",
+    "tiny_imagenet_r18_shufflev2",
+]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=digit"], "error: unknown config 'digit'; known: digits, or the path of a .py file"),
+        (["--config=digit"], f"error: unknown config 'digit'; known: {', '.join(CONFIGS)}, or the path of a .py file"),
+        (["--config=_imagenet"], "error: unknown config '_imagenet'; known: "),
         ([f"--config={settings.__file__}"], "defines no get_config()"),
-        (["--config=no/such/file.py"], "error: unknown config 'no/such/file.py'; known: digits"),
+        (["--config=no/such/file.py"], "error: unknown config 'no/such/file.py'; known: cifar100"),
         (
             ["--config.optimizer.detla=0.05"],
             "error: the config has no field 'optimizer.detla'; did you mean 'optimizer.delta'?",
@@ -66,6 +78,29 @@ from examples.distill.errors import UserError
             "error: bad --config.dataset.train='train[:99999%]': Error parsing",
         ),
         (["--config.dataset.validation=train[:0]"], "error: bad --config.dataset.validation='train[:0]': it has no"),
+        (["--config.dataset.validation=train[50%:20%]"], "error: bad --config.dataset.validation='train[50%:20%]': it"),
+        (["--config.dataset.workers=-1"], "error: bad --config.dataset.workers=-1: give a whole number that is not"),
+        (
+            ["--config.dataset.preprocessing=crop"],
+            "preprocessing='crop': give one of none, cifar, tiny_imagenet, imagenet",
+        ),
+        (
+            ["--config.dataset.image_size=16"],
+            "error: bad --config.dataset.image_size=16: the images of 'sklearn_digits' are stored with 8 x 8 pixels, and"
+            " --config.dataset.preprocessing=none keeps that",
+        ),
+        (["--config.dtype=int8"], "error: bad --config.dtype='int8': give one of float32, bfloat16"),
+        (
+            ["--config.teacher.checkpoint=/nowhere"],
+            "error: no trained network in --config.teacher.checkpoint=/nowhere; give the folder of a mlp (import one with"
+            " python -m examples.distill.import_teacher, or train one)",
+        ),
+        (
+            ["--config.teacher.train=False"],
+            "error: no teacher: give --config.teacher.checkpoint=FOLDER of a mlp (import one with python -m"
+            " examples.distill.import_teacher, or train one), or --config.teacher.train=True to train it first; see"
+            " examples/distill/README.md",
+        ),
         (["--config.batch_size=1000"], "error: batch size 1000 is larger than the training split (900 images)"),
     ],
 )
@@ -82,6 +117,7 @@ def test_an_unprepared_dataset(tmp_path, capsys):
     assert main(arguments) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert f"is not prepared in {tmp_path / 'sklearn_digits'}" in line
+    assert "tfds build, see examples/distill/README.md" in line
     assert "--config.dataset.prepare=True" in line
 
 
@@ -115,14 +151,14 @@ def test_the_command_prints_one_line_and_exits_with_1():
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert process.stdout == ""
-    assert process.stderr == "error: unknown config 'digit'; known: digits, or the path of a .py file\n"
+    assert process.stderr == f"error: unknown config 'digit'; known: {', '.join(CONFIGS)}, or the path of a .py file\n"
 
 
 def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert "Configs: digits" in lines
+    assert f"Configs: {', '.join(CONFIGS)}" in lines
     for method in ("ce", "kd", "kd_gain_matched", "dot"):
         assert any(line.split()[:1] == [method] for line in lines)
     listed = [line.strip().split("=")[0] for line in lines if line.startswith("  --")]

@@ -363,7 +363,7 @@ def test_the_command(tensors, tmp_path):
 def test_a_run_uses_an_imported_teacher_and_does_not_train_it(distill, tmp_path, capsys):
     workdir = tmp_path / "run"
     params, rest = models.split(models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(256, 256), rngs=nnx.Rngs(7)))[1:]
-    import_teacher._write(workdir / "teacher", params, rest)
+    checkpoint.save_variables(workdir / "teacher", params, rest)
     assert distill(workdir, "--config.method=kd") == 0, capsys.readouterr().err
     assert not (workdir / "teacher" / "metrics.jsonl").exists()
     kept, _ = checkpoint.load_variables(workdir / "teacher")

@@ -14,6 +14,7 @@ from examples.distill import methods, models, steps
 from examples.distill.configs.digits import get_config
 from examples.distill.errors import UserError
 from examples.distill.models import layers, shufflenetv2
+from tests import networks
 
 _PARAMETERS = [
     ("resnet8x4", 100, 1_233_540),
@@ -46,25 +47,6 @@ _FEATURES = {
 }
 
 
-def _abstract(name, num_classes=10, **options):
-    """The model with shapes in the place of arrays, which costs nothing."""
-    return nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options))
-
-
-def _network(name, **options):
-    """The model taken apart, initialized by NumPy: JAX would compile an initializer for every shape."""
-    graphdef, params, rest = models.split(_abstract(name, **options))
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        if path[-1].key == "kernel":
-            std = math.sqrt(2 / (math.prod(leaf.shape[:-2]) * leaf.shape[-1]))
-            return rng.normal(scale=std, size=leaf.shape).astype(leaf.dtype)
-        return np.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
-
-    return graphdef, *jax.tree.map_with_path(fill, (params, rest))
-
-
 def _images(size, batch=2):
     return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
 
@@ -77,13 +59,13 @@ def _shapes(graphdef, params, rest, *image_shape, train=False):
 
 @pytest.mark.parametrize(("name", "num_classes", "count"), _PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name, num_classes, count):
-    _, params, _ = models.split(_abstract(name, num_classes))
+    _, params, _ = models.split(networks.abstract(name, num_classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 @pytest.mark.parametrize("name", _FEATURES)
 def test_features(name):
-    (logits, features), _ = _shapes(*models.split(_abstract(name)), 64, 64, 3)
+    (logits, features), _ = _shapes(*models.split(networks.abstract(name)), 64, 64, 3)
     maps = [(2, size, size, width) for size, width in _FEATURES[name]]
     pooled = (2, maps[-1][-1])
     assert [feature.shape for feature in features] == [*maps, pooled]
@@ -93,21 +75,21 @@ def test_features(name):
 @pytest.mark.parametrize("name", _FEATURES)
 def test_any_input_size_and_number_of_channels(name):
     for image_shape in [(40, 72, 3), (33, 47, 1)]:
-        (logits, _), _ = _shapes(*models.split(_abstract(name, input_shape=image_shape)), *image_shape)
+        (logits, _), _ = _shapes(*models.split(networks.abstract(name, input_shape=image_shape)), *image_shape)
         assert logits.shape == (2, 10)
 
 
 def test_vgg_pools_four_times_at_64_pixels_only():
     sizes = {}
     for size in (32, 64, 96):
-        (_, features), _ = _shapes(*models.split(_abstract("vgg8")), size, size, 3)
+        (_, features), _ = _shapes(*models.split(networks.abstract("vgg8")), size, size, 3)
         sizes[size] = features[-2].shape[1]
     assert sizes == {32: 4, 64: 4, 96: 12}
 
 
 @pytest.mark.parametrize("name", _FEATURES)
 def test_forward_passes(name):
-    graphdef, params, rest = _network(name)
+    graphdef, params, rest = networks.random(name)
     apply = jax.jit(functools.partial(models.apply, graphdef, with_features=True), static_argnames="train")
     (logits, features), new_rest = apply(params, rest, _images(32), train=True)
     assert logits.dtype == jnp.float32
@@ -121,7 +103,7 @@ def test_forward_passes(name):
 @pytest.mark.parametrize("name", ["mlp", *_FEATURES])
 def test_bfloat16_is_for_computing_only(name):
     options = {"hidden": (8,)} if name == "mlp" else {}
-    graphdef, params, rest = models.split(_abstract(name, dtype="bfloat16", **options))
+    graphdef, params, rest = models.split(networks.abstract(name, dtype="bfloat16", **options))
     (logits, features), new_rest = _shapes(graphdef, params, rest, 32, 32, 3, train=True)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, rest, new_rest, logits))} == {jnp.dtype("float32")}
     maps = features if name == "mlp" else features[:-1]
@@ -130,10 +112,10 @@ def test_bfloat16_is_for_computing_only(name):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_bfloat16_logits_are_close(train):
-    _, params, rest = _network("resnet8x4")
+    _, params, rest = networks.random("resnet8x4")
 
     def logits(dtype):
-        graphdef, _, _ = models.split(_abstract("resnet8x4", dtype=dtype))
+        graphdef, _, _ = models.split(networks.abstract("resnet8x4", dtype=dtype))
         return jax.jit(functools.partial(models.apply, graphdef, train=train))(params, rest, _images(8))[0]
 
     exact, rounded = logits(None), logits("bfloat16")
@@ -150,7 +132,7 @@ def test_evaluation_does_not_round_the_running_statistics():
 
 @pytest.mark.parametrize("name", _FEATURES)
 def test_batch_norms_are_the_published_ones(name):
-    norms = [module for _, module in nnx.iter_modules(_abstract(name)) if isinstance(module, nnx.BatchNorm)]
+    norms = [module for _, module in nnx.iter_modules(networks.abstract(name)) if isinstance(module, nnx.BatchNorm)]
     assert {(norm.momentum, norm.epsilon) for norm in norms} == {(0.9, 1e-5)}
 
 
@@ -178,25 +160,27 @@ def test_channels_are_shuffled_in_two_groups():
 
 
 def test_hidden_activations_of_the_mlp():
-    graphdef, params, rest = _network("mlp", input_shape=(8, 8, 3), hidden=(5, 4))
+    graphdef, params, rest = networks.random("mlp", input_shape=(8, 8, 3), hidden=(5, 4))
     (logits, features), _ = models.apply(graphdef, params, rest, _images(8), train=False, with_features=True)
     assert [feature.shape for feature in features] == [(2, 5), (2, 4)]
     np.testing.assert_array_equal(logits, models.apply(graphdef, params, rest, _images(8), train=False)[0])
 
 
 def test_a_convolutional_pair_trains_in_bfloat16():
-    graphdef, params, rest = _network("resnet8x4", dtype="bfloat16")
-    teacher_graphdef, *teacher_variables = _network("vgg8")
+    graphdef, params, rest = networks.random("resnet8x4", dtype="bfloat16")
+    teacher_graphdef, *teacher_variables = networks.random("vgg8")
     optimizer = methods.build("dot", get_config().optimizer, dot_optax.PerLoss(task=0.1, kd=0.9), steps_per_epoch=1)
-    train_step = steps.make_train_step(graphdef, teacher_graphdef, optimizer, 4.0)
+    problem = steps.Problem(graphdef, teacher_graphdef, 4.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    train_step = steps.make_train_step(problem, optimizer)
     state = steps.init_state(*jax.tree.map(jnp.asarray, (params, rest)), optimizer)
     batch = {"image": _images(8, batch=8), "label": np.arange(8) % 10}
     losses = []
     for _ in range(6):
-        state, loss = train_step(state, tuple(teacher_variables), batch)
-        losses.append(loss)
-    assert losses[-1].task < losses[0].task
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.rest))} == {jnp.dtype("float32")}
+        state, metrics = train_step(state, tuple(teacher_variables), batch)
+        losses.append(metrics["task_loss"])
+    assert losses[-1] < losses[0]
+    arrays = [leaf for leaf in jax.tree.leaves((state, metrics)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in arrays} == {jnp.dtype("float32")}  # parameters, statistics, momenta and losses
 
 
 @pytest.mark.parametrize(

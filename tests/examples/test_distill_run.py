@@ -7,9 +7,14 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.distill import checkpoint, data, models, records, train
 from examples.distill.command_line import parse
+
+_TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
+_EVALUATION = ("task_loss", "kd_loss", "top1", "top5")
+_OF_DISTILLATION = {"kd_loss", "kd_grad_norm", "grad_cosine", "validation_kd_loss"}
 
 
 def _assert_same_student(a, b):
@@ -30,9 +35,31 @@ def test_metrics_have_one_line_per_epoch(finished):
         assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
         assert [line["step"] for line in lines] == [14 * epoch for epoch in range(1, epochs + 1)]
         for line in lines:
-            assert set(line) == {"epoch", "step", "task_loss", "kd_loss", "validation_accuracy", "seconds"}
+            assert set(line) == {
+                "epoch",
+                "step",
+                *_TRAINING,
+                *(f"validation_{name}" for name in _EVALUATION),
+                "seconds",
+            }
+            unknown = {name for name, value in line.items() if value is None}
+            assert unknown == (_OF_DISTILLATION if arm == "teacher" else set())
+            assert -1 <= (line["grad_cosine"] or 0) <= 1
+            assert line["validation_top1"] <= line["validation_top5"]
     assert lines[-1]["task_loss"] < lines[0]["task_loss"]
     assert lines[-1]["kd_loss"] < lines[0]["kd_loss"]
+
+
+def test_tensorboard_shows_the_metrics(finished):
+    for arm in ("teacher", "dot"):
+        events = EventAccumulator(str(finished / arm)).Reload()
+        lines = _lines(finished / arm)
+        assert set(events.Tags()["scalars"]) == {name for name, value in lines[0].items() if value is not None} - {
+            "step"
+        }
+        for name in events.Tags()["scalars"]:
+            seen = [(event.step, event.value) for event in events.Scalars(name)]
+            assert seen == [(line["step"], np.float32(line[name])) for line in lines]
 
 
 def test_the_picture_can_be_read(finished):
@@ -51,7 +78,8 @@ def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monk
     table = {row.split("  ")[0]: row for row in printed.splitlines()}
     assert f"{result['train']['task_loss']:.4f}" in table["train task loss"]
     assert f"{result['train']['kd_loss']:.4f}" in table["train KD loss"]
-    assert f"{result['test']['accuracy']:.4f}" in table["test accuracy"]
+    assert f"{result['test']['top1']:.4f}" in table["test top-1"]
+    assert f"{result['test']['top5']:.4f}" in table["test top-5"]
     assert f"{result['seconds']:.1f}" in table["seconds"]
     assert re.search(r"^ +KD +DOT$", printed, re.MULTILINE)
     assert "kd_gain_matched" in printed
@@ -62,12 +90,12 @@ def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monk
 def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, data_dir):
     config, _, _ = parse([f"--config.dataset.data_dir={data_dir}"])
     dataset = data.load(config.dataset)
-    graphdef, *_ = train.new_network(config.student.model, dataset, seed=1)
+    graphdef, *_ = train.new_network(config.student.model, config, dataset)
     params, rest = checkpoint.load_variables(finished / "dot")
-    [batch] = data.eval_batches(dataset.test, 447)
-    logits, _ = models.apply(graphdef, params, rest, batch["image"], train=False)
+    [batch] = data.eval_batches(dataset, dataset.test, 447)
+    logits, _ = models.apply(graphdef, params, rest, batch["image"] / 16, train=False)
     accuracy = np.mean(np.argmax(logits, axis=-1) == batch["label"])
-    assert accuracy == pytest.approx(records.read_json(finished / "dot" / "result.json")["test"]["accuracy"])
+    assert accuracy == pytest.approx(records.read_json(finished / "dot" / "result.json")["test"]["top1"])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +121,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path,
     assert distill(tmp_path / "run", "--config.method=dot") == 0
     _assert_same_student(tmp_path / "run" / "dot", finished / "dot")
     assert _epochs(tmp_path / "run" / "dot") == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(tmp_path / "run" / "dot")).Reload()
+    assert [event.step for event in events.Scalars("task_loss")] == [14, 28, 42, 56, 70, 84]
     for resumed, whole in zip(_lines(tmp_path / "run" / "dot"), _lines(finished / "dot"), strict=True):
         assert resumed | {"seconds": 0} == whole | {"seconds": 0}
 
@@ -158,4 +188,4 @@ def test_the_workdir_is_absolute(tmp_path, monkeypatch):
 def test_config_is_recorded_without_what_may_change(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["optimizer.delta"] == 0.075
-    assert not {"method", "dataset.data_dir", "dataset.prepare"} & set(config)
+    assert not {"method", "dataset.data_dir", "dataset.prepare", "dataset.workers"} & set(config)

@@ -1,6 +1,7 @@
 """The train and evaluation steps, with a model that has BatchNorm."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,6 +33,11 @@ def teacher():
     return steps.Teacher(graphdef, (params, rest))
 
 
+@pytest.fixture
+def problem(network, teacher):
+    return steps.Problem(network[0], teacher.graphdef, temperature=4.0, mean=(0.0,) * 4, std=(1.0,) * 4)
+
+
 def _optimizer(method):
     return methods.build(method, get_config().optimizer, dot_optax.PerLoss(task=0.1, kd=0.9), steps_per_epoch=1)
 
@@ -45,43 +51,120 @@ def _batch(size, valid):
     }
 
 
-def test_training_updates_the_batch_statistics_and_leaves_the_teacher_alone(network, teacher):
-    graphdef, params, rest = network
+def _step(problem, network, teacher, optimizer, batch, **options):
+    params, rest = jax.tree.map(jnp.copy, network[1:])  # the step overwrites them
+    train_step = steps.make_train_step(problem, optimizer, **options)
+    return train_step(steps.init_state(params, rest, optimizer), teacher.variables, batch)
+
+
+def test_training_updates_the_batch_statistics_and_leaves_the_teacher_alone(problem, network, teacher):
+    _, params, rest = network
     before = jax.tree.map(np.array, (params, rest, teacher.variables))
-    optimizer = _optimizer("dot")
-    train_step = steps.make_train_step(graphdef, teacher.graphdef, optimizer, 4.0)
-    state, losses = train_step(steps.init_state(params, rest, optimizer), teacher.variables, _batch(8, 8))
+    state, metrics = _step(problem, network, teacher, _optimizer("dot"), _batch(8, 8))
     assert int(state.step) == 1
-    assert losses.task.shape == losses.kd.shape == ()
+    assert all(value.shape == () for value in metrics.values())
     assert np.abs(state.rest["norm"]["mean"] - before[1]["norm"]["mean"]).max() > 0.01
     assert np.abs(state.params["classifier"]["kernel"] - before[0]["classifier"]["kernel"]).max() > 0
     jax.tree.map(np.testing.assert_array_equal, teacher.variables, before[2])
 
 
-def test_losses_are_the_unweighted_ones(network, teacher):
-    graphdef, params, rest = network
-    batch = _batch(8, 8)
-    logits, _ = models.apply(graphdef, params, rest, batch["image"], train=True)
+def _unweighted_losses(problem, network, teacher, batch):
+    _, params, rest = network
     teacher_logits, _ = models.apply(teacher.graphdef, *teacher.variables, batch["image"], train=False)
-    task = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-    kd = dot_optax.losses.kd_loss(logits, teacher_logits, 4.0).mean()
-    optimizer = _optimizer("kd")
-    train_step = steps.make_train_step(graphdef, teacher.graphdef, optimizer, 4.0)
-    _, losses = train_step(steps.init_state(params, rest, optimizer), teacher.variables, batch)
-    np.testing.assert_allclose(losses, (task, kd), rtol=1e-5)
+
+    def task(params):
+        logits, _ = models.apply(problem.student, params, rest, batch["image"], train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    def kd(params):
+        logits, _ = models.apply(problem.student, params, rest, batch["image"], train=True)
+        return dot_optax.losses.kd_loss(logits, teacher_logits, 4.0).mean()
+
+    return jax.value_and_grad(task)(params), jax.value_and_grad(kd)(params)
 
 
-def test_evaluation_ignores_padding_and_uses_running_statistics(network, teacher):
-    graphdef, params, rest = network
-    eval_step = steps.make_eval_step(graphdef, teacher.graphdef, 4.0)
+def test_metrics_are_those_of_the_unweighted_losses(problem, network, teacher):
+    batch = _batch(8, 8)
+    (task, task_grad), (kd, kd_grad) = _unweighted_losses(problem, network, teacher, batch)
+    a, b = (jax.flatten_util.ravel_pytree(grad)[0] for grad in (task_grad, kd_grad))
+    expected = {
+        "task_loss": task,
+        "kd_loss": kd,
+        "task_grad_norm": np.linalg.norm(a),
+        "kd_grad_norm": np.linalg.norm(b),
+        "grad_cosine": a @ b / np.linalg.norm(a) / np.linalg.norm(b),
+    }
+    _, metrics = _step(problem, network, teacher, _optimizer("kd"), batch)
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)  # sums of some ten float32 numbers
+
+
+def test_a_gradient_that_vanishes_has_no_conflict(network, teacher):
+    problem = steps.Problem(network[0], network[0], 4.0, (0.0,) * 4, (1.0,) * 4)
+    batch = _batch(8, 8) | {"image": np.zeros((8, 4), np.float32)}  # the student agrees with itself
+    _, metrics = _step(problem, network, steps.Teacher(network[0], network[1:]), _optimizer("kd"), batch)
+    assert metrics["kd_grad_norm"] == metrics["grad_cosine"] == 0
+
+
+def test_without_a_teacher_nothing_is_said_of_distillation(problem, network, teacher):
+    alone, batch = problem._replace(teacher=None), _batch(8, 8)
+    _, metrics = _step(alone, network, teacher, _optimizer("ce"), batch)
+    assert set(metrics) == {"task_loss", "task_grad_norm"}
+    sums = steps.make_eval_step(alone)(network[1:], None, batch)
+    assert set(sums) == {"task_loss", "top1", "top5"}
+
+
+def test_without_gradient_metrics_ce_has_no_second_backward_pass(problem, network, teacher):
+    def flops(**options):
+        train_step = steps.make_train_step(problem, optimizer, **options)
+        state = steps.init_state(*network[1:], optimizer)
+        return train_step.lower(state, teacher.variables, _batch(256, 256)).compile().cost_analysis()["flops"]
+
+    optimizer = _optimizer("ce")
+    with_metrics, without = flops(gradient_metrics=True), flops(gradient_metrics=False)
+    assert without < 0.9 * with_metrics
+    _, metrics = _step(problem, network, teacher, optimizer, _batch(8, 8), gradient_metrics=False)
+    assert set(metrics) == {"task_loss", "kd_loss"}
+
+
+def test_images_are_normalized_on_the_device(problem, network, teacher):
+    stored = _batch(8, 8)
+    stored["image"] = np.arange(32, dtype=np.uint8).reshape(8, 4) * 8
+    mean, std = (10.0, 20.0, 30.0, 40.0), (1.0, 2.0, 4.0, 8.0)
+    normalized = stored | {"image": (stored["image"].astype(np.float32) - np.float32(mean)) / np.float32(std)}
+    sums = steps.make_eval_step(problem._replace(mean=mean, std=std))(network[1:], teacher.variables, stored)
+    expected = steps.make_eval_step(problem)(network[1:], teacher.variables, normalized)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sums, expected)
+
+
+def test_evaluation_ignores_padding_and_uses_running_statistics(problem, network, teacher):
+    graphdef, *variables = network
+    eval_step = steps.make_eval_step(problem)
     padded = _batch(8, valid=5)
     padded["image"][5:] = np.nan
     exact = {name: value[:5] for name, value in padded.items()}
-    sums = eval_step((params, rest), teacher.variables, padded)
+    sums = eval_step(variables, teacher.variables, padded)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        sums,
-        eval_step((params, rest), teacher.variables, exact),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sums, eval_step(variables, teacher.variables, exact)
     )
-    logits = models.apply(graphdef, params, rest, jnp.asarray(exact["image"]), train=False)[0]
-    assert sums["accuracy"] == np.sum(np.argmax(logits, axis=-1) == exact["label"])
+    logits = models.apply(graphdef, *variables, jnp.asarray(exact["image"]), train=False)[0]
+    assert sums["top1"] == np.sum(np.argmax(logits, axis=-1) == exact["label"])
+    assert sums["top5"] == 5  # of three classes
+
+
+class _Constant(nnx.Module):
+    """The likelier a class, the smaller its number."""
+
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, images):
+        return -self.scale * jnp.broadcast_to(jnp.arange(10.0)[None], (len(images), 10))
+
+
+def test_top1_and_top5():
+    graphdef, *variables = models.split(_Constant(nnx.Rngs(0)))
+    batch = {"image": np.zeros((10, 4), np.float32), "label": np.arange(10, dtype=np.int32), "valid": np.ones(10, bool)}
+    sums = steps.make_eval_step(steps.Problem(graphdef, None, 4.0, (0.0,), (1.0,)))(variables, None, batch)
+    assert (sums["top1"], sums["top5"]) == (1, 5)

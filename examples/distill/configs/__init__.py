@@ -1,1 +1,70 @@
-"""One file per experiment, each with `get_config()`; `--config=NAME` picks `NAME.py` from this folder."""
+"""One experiment per file, each with `get_config()`; here are the fields that all of them have, and what each means."""
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """Every field of a config; `None` where the config itself must choose."""
+    config = ConfigDict()
+    config.seed = 0
+    config.method = "dot"  # one or more of ce, kd, kd_gain_matched, dot, separated by commas
+    config.epochs = None
+    config.batch_size = None  # over all hosts; the images that fill no batch are left out of an epoch
+    config.eval_batch_size = None
+    config.dtype = "float32"  # what networks compute in, or bfloat16; parameters, losses and momenta are float32
+    config.gradient_metrics = True  # log both gradients' norms and their cosine, from a backward pass for each loss
+    config.checkpoint_every_epochs = 1
+
+    config.dataset = ConfigDict()
+    config.dataset.name = None  # of the TFDS builder
+    config.dataset.train = "train"  # splits, in the syntax of TFDS
+    config.dataset.validation = None  # followed during training
+    config.dataset.test = None  # evaluated once, after training
+    config.dataset.image_size = None  # pixels on a side of what the networks see
+    config.dataset.preprocessing = None  # none, cifar, tiny_imagenet or imagenet: see images.py
+    config.dataset.mean = None  # per channel, in units of the stored pixels
+    config.dataset.std = None
+    config.dataset.in_memory = False  # decode once and keep; for data that fit
+    config.dataset.workers = 0  # processes that decode and augment, at most one per core; 0: threads of this process
+    config.dataset.data_dir = ""  # empty: TFDS's default, ~/tensorflow_datasets
+    config.dataset.prepare = False  # build the dataset if it is not there yet, downloading it if need be
+    config.dataset.synthetic = False  # random images of the same shapes, for benchmarks: nothing is read or decoded
+    config.dataset.split_sizes = ConfigDict()  # images of each TFDS split, for synthetic data
+
+    config.teacher = ConfigDict()
+    config.teacher.model = None  # name and options for models.build
+    config.teacher.checkpoint = ""  # a folder made by import_teacher, or WORKDIR/METHOD of a run; or WORKDIR/teacher
+    config.teacher.train = False  # train it in WORKDIR/teacher, with cross-entropy, if it is not there
+    config.teacher.epochs = None
+    config.teacher.optimizer = ConfigDict()
+    _sgd(config.teacher.optimizer)
+
+    config.student = ConfigDict()
+    config.student.model = None
+
+    config.distillation = ConfigDict()
+    config.distillation.temperature = None
+    config.distillation.task_weight = None
+    config.distillation.kd_weight = None
+
+    config.optimizer = ConfigDict()
+    _sgd(config.optimizer)
+    config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
+    return config
+
+
+def set_networks(config: ConfigDict, teacher: str, student: str) -> ConfigDict:
+    """Sets both networks; the teacher, should it be trained here, has the recipe of the student."""
+    config.teacher.model = ConfigDict({"name": teacher})
+    config.teacher.epochs = config.epochs
+    config.teacher.optimizer.update({field: config.optimizer[field] for field in config.teacher.optimizer})
+    config.student.model = ConfigDict({"name": student})
+    return config
+
+
+def _sgd(config: ConfigDict) -> None:
+    config.learning_rate = None
+    config.momentum = 0.9
+    config.weight_decay = None  # coupled L2, on every parameter
+    config.drop_epochs = ()  # after each of these epochs the learning rate is multiplied by ...
+    config.drop_factor = 0.1  # ... this factor

@@ -22,51 +22,43 @@ further down than KD; the test split is too small to tell the accuracies apart. 
 
 from ml_collections import ConfigDict
 
+from examples.distill.configs import default
+
 
 def get_config() -> ConfigDict:
     """The setting of the paper, scaled down: one learning rate for every method."""
-    config = ConfigDict()
-    config.seed = 0
-    config.method = "kd,dot"  # any of: ce, kd, kd_gain_matched, dot
+    config = default()
+    config.method = "kd,dot"
     config.epochs = 240
     config.batch_size = 64
     config.eval_batch_size = 450
     config.checkpoint_every_epochs = 20
 
-    config.dataset = ConfigDict()
     config.dataset.name = "sklearn_digits"
     config.dataset.train = "train[:900]"
-    config.dataset.validation = "train[900:1350]"  # followed during training
-    config.dataset.test = "train[1350:]"  # looked at once, after training
-    config.dataset.mean = (0.0,)  # per channel, in units of the stored pixels, which run from 0 to 16
-    config.dataset.std = (16.0,)
-    config.dataset.in_memory = True  # decode once and keep; turn off for data that do not fit
-    config.dataset.data_dir = ""  # empty: TFDS's default, ~/tensorflow_datasets
-    config.dataset.prepare = True  # build the dataset if it is not there yet
+    config.dataset.validation = "train[900:1350]"
+    config.dataset.test = "train[1350:]"
+    config.dataset.image_size = 8
+    config.dataset.preprocessing = "none"
+    config.dataset.mean = (0.0,)
+    config.dataset.std = (16.0,)  # the stored pixels run from 0 to 16
+    config.dataset.in_memory = True
+    config.dataset.prepare = True
+    config.dataset.split_sizes = ConfigDict({"train": 1797})
 
-    config.teacher = ConfigDict()
-    config.teacher.epochs = 120
     config.teacher.model = ConfigDict({"name": "mlp", "hidden": (256, 256)})
-    config.teacher.optimizer = ConfigDict()
+    config.teacher.train = True
+    config.teacher.epochs = 120
     config.teacher.optimizer.learning_rate = 0.05
-    config.teacher.optimizer.momentum = 0.9
     config.teacher.optimizer.weight_decay = 5e-4
-    config.teacher.optimizer.drop_epochs = ()
-    config.teacher.optimizer.drop_factor = 0.1
 
-    config.student = ConfigDict()
     config.student.model = ConfigDict({"name": "mlp", "hidden": (32,)})
 
-    config.distillation = ConfigDict()
     config.distillation.temperature = 4.0
     config.distillation.task_weight = 0.1
     config.distillation.kd_weight = 0.9
 
-    config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.01
-    config.optimizer.momentum = 0.9
-    config.optimizer.delta = 0.075  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
-    config.optimizer.weight_decay = 5e-4  # coupled L2
-    config.optimizer.drop_epochs = ()  # after each of these epochs the learning rate is multiplied by ...
-    config.optimizer.drop_factor = 0.1  # ... this factor
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.delta = 0.075
     return config

@@ -1,0 +1,33 @@
+"""What the Tiny-ImageNet experiments of the DOT paper share."""
+
+from ml_collections import ConfigDict
+
+from examples.distill.configs import default, set_networks
+
+
+def tiny_imagenet(student: str) -> ConfigDict:
+    config = default()
+    config.epochs = 200
+    config.batch_size = 256
+    config.eval_batch_size = 500
+    config.checkpoint_every_epochs = 5
+
+    config.dataset.name = "tiny_imagenet"
+    config.dataset.validation = "validation"  # the test images have no labels: followed, as published, ...
+    config.dataset.test = "validation"  # ... but nothing is chosen by it
+    config.dataset.image_size = 64
+    config.dataset.preprocessing = "tiny_imagenet"
+    config.dataset.mean = tuple(255 * mean for mean in (0.4802, 0.4481, 0.3975))
+    config.dataset.std = tuple(255 * std for std in (0.2302, 0.2265, 0.2262))
+    config.dataset.workers = 8
+    config.dataset.split_sizes = ConfigDict({"train": 100_000, "validation": 10_000})
+
+    config.distillation.temperature = 4.0
+    config.distillation.task_weight = 0.1
+    config.distillation.kd_weight = 0.9
+
+    config.optimizer.learning_rate = 0.2
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.drop_epochs = (60, 120, 160)
+    config.optimizer.delta = 0.075
+    return set_networks(config, "resnet18_small", student)

@@ -1,0 +1,119 @@
+"""From the bytes of an image to the pixels that a network sees: decoding, augmentation, and the view for evaluation.
+
+Everything here works on one image, uint8 [height, width, channels], in NumPy, Pillow and simplejpeg, and is what
+torchvision's transforms of the same names do to it: the published figures were made with those. Normalization is not
+here: batches go to the device as they are, a quarter of the bytes, and `steps.py` normalizes them there.
+"""
+
+import contextlib
+import io
+import math
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+_PAD = 4  # pixels on each side of a CIFAR image before it is cropped
+_ROTATION = 20.0  # degrees, at most, in either direction
+_CROP_AREA = (0.08, 1.0)  # of the image
+_CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+_CROP_TRIES = 10
+_RESIZE = 256 / 224  # the short side of an image before its centre is cropped, in units of the crop
+
+_JPEG = b"\xff\xd8"  # how such a file begins
+_SCRATCH_BYTES = 1 << 24  # 5.6 megapixels; a larger image is left to Pillow
+_scratch = threading.local()
+
+Augment = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
+View = Callable[[np.ndarray, int], np.ndarray]
+
+
+class Preprocessing(NamedTuple):
+    """What happens to an image on its way to a network whose input has `size` x `size` pixels."""
+
+    augment: Augment  # (image, size, rng) -> image, in training
+    view: View  # (image, size) -> image, in evaluation
+    resizes: bool = False  # images of any size, to new pixels; else they must be stored in the size of the input
+
+
+def decode(encoded: bytes, channels: int, *, reuse: bool = False) -> np.ndarray:
+    """Decodes an image file to uint8 [height, width, channels], with 1 or 3 channels.
+
+    With `reuse` the pixels may be overwritten when this thread decodes its next image. Fresh memory for every large
+    image makes decoding, cropping and resizing take 1.1 to 1.2 times as long (`python -m benchmarks.input_pipeline`).
+    """
+    if channels == 3 and encoded.startswith(_JPEG):
+        # A ValueError: what Pillow can read and simplejpeg cannot, such as a JPEG file with harmless damage.
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(encoded, "RGB", buffer=_scratch_buffer() if reuse else None)
+    with Image.open(io.BytesIO(encoded)) as image:
+        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    return pixels if channels == 3 else pixels[..., None]
+
+
+def pad_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Pads by four black pixels, crops at random, and flips every second image: the augmentation of CIFAR."""
+    padded = np.pad(image, ((_PAD, _PAD), (_PAD, _PAD), (0, 0)))
+    top, left = rng.integers(padded.shape[0] - size + 1), rng.integers(padded.shape[1] - size + 1)
+    return _flip(padded[top : top + size, left : left + size], rng)
+
+
+def rotate_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Rotates by up to 20 degrees (nearest pixel, black corners) and flips: the augmentation of Tiny-ImageNet."""
+    del size  # Images are stored in the size of the network's input.
+    rotated = Image.fromarray(image).rotate(rng.uniform(-_ROTATION, _ROTATION), Image.Resampling.NEAREST)
+    return _flip(np.asarray(rotated), rng)
+
+
+def resized_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Crops a random part of 8% to 100% of the area, resizes it and flips: the augmentation of ImageNet."""
+    left, top, width, height = _random_box(image.shape[1], image.shape[0], rng)
+    return _flip(_resize(image[top : top + height, left : left + width], size, size), rng)
+
+
+def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes the short side to 8/7 of `size` (256 for 224) and crops the centre: ImageNet's view for evaluation."""
+    height, width, _ = image.shape
+    short = round(size * _RESIZE)
+    # As in torchvision the long side is rounded down, and the corner of the crop to the nearest pixel.
+    resized = _resize(image, *(short * side // min(height, width) for side in (width, height)))
+    top, left = (round((side - size) / 2) for side in resized.shape[:2])
+    return resized[top : top + size, left : left + size]
+
+
+PREPROCESSING = {
+    "none": Preprocessing(augment=lambda image, size, rng: image, view=lambda image, size: image),
+    "cifar": Preprocessing(augment=pad_crop_flip, view=lambda image, size: image),
+    "tiny_imagenet": Preprocessing(augment=rotate_flip, view=lambda image, size: image),
+    "imagenet": Preprocessing(augment=resized_crop_flip, view=resize_center_crop, resizes=True),
+}
+
+
+def _scratch_buffer() -> np.ndarray:
+    if not hasattr(_scratch, "pixels"):
+        _scratch.pixels = np.empty(_SCRATCH_BYTES, np.uint8)
+    return _scratch.pixels
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Returns (left, top, width, height) of a part with a random area and a random ratio of its sides."""
+    for _ in range(_CROP_TRIES):
+        area = rng.uniform(*_CROP_AREA) * width * height
+        ratio = math.exp(rng.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    # An image that is too narrow or too wide: the largest part in the middle whose ratio is allowed.
+    w, h = min(width, round(height * _CROP_RATIO[1])), min(height, round(width / _CROP_RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return image[:, ::-1] if rng.random() < 0.5 else image

@@ -1,0 +1,220 @@
+"""The configs of the paper: every hyperparameter as published, and two steps of each of them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dot_optax
+from examples.distill import checkpoint, data, methods, settings
+from examples.distill.command_line import main, parse
+from tests import networks
+
+_CIFAR = {
+    "dataset.name": "cifar100",
+    "dataset.preprocessing": "cifar",
+    "dataset.image_size": 32,
+    "dataset.test": "test",
+    "batch_size": 64,
+    "epochs": 240,
+    "optimizer.learning_rate": 0.05,
+    "optimizer.drop_epochs": (150, 180, 210),
+    "optimizer.weight_decay": 5e-4,
+    "distillation.temperature": 4.0,
+    "distillation.task_weight": 0.1,
+    "distillation.kd_weight": 0.9,
+    "optimizer.delta": 0.075,
+}
+_TINY_IMAGENET = _CIFAR | {
+    "dataset.name": "tiny_imagenet",
+    "dataset.preprocessing": "tiny_imagenet",
+    "dataset.image_size": 64,
+    "dataset.test": "validation",
+    "batch_size": 256,
+    "epochs": 200,
+    "optimizer.learning_rate": 0.2,
+    "optimizer.drop_epochs": (60, 120, 160),
+}
+_IMAGENET = {
+    "dataset.name": "imagenet2012",
+    "dataset.preprocessing": "imagenet",
+    "dataset.image_size": 224,
+    "dataset.test": "validation",
+    "batch_size": 512,
+    "epochs": 100,
+    "optimizer.learning_rate": 0.2,
+    "optimizer.drop_epochs": (30, 60, 90),
+    "optimizer.weight_decay": 1e-4,
+    "distillation.temperature": 1.0,
+    "distillation.task_weight": 0.5,
+    "distillation.kd_weight": 0.5,
+    "optimizer.delta": 0.09,
+}
+
+
+def _networks(teacher, student):
+    return {"teacher.model.name": teacher, "student.model.name": student}
+
+
+_PUBLISHED = {
+    "cifar100_r32x4_r8x4": _CIFAR | _networks("resnet32x4", "resnet8x4"),
+    "cifar100_vgg13_vgg8": _CIFAR | _networks("vgg13", "vgg8"),
+    "cifar100_r32x4_shufflev2": _CIFAR | _networks("resnet32x4", "shufflenetv2") | {"optimizer.learning_rate": 0.01},
+    "tiny_imagenet_r18_mobilenetv2": _TINY_IMAGENET | _networks("resnet18_small", "mobilenetv2"),
+    "tiny_imagenet_r18_shufflev2": _TINY_IMAGENET | _networks("resnet18_small", "shufflenetv2"),
+    "imagenet_r34_r18": _IMAGENET | _networks("resnet34", "resnet18"),
+    "imagenet_r50_mobilenetv1": _IMAGENET | _networks("resnet50", "mobilenetv1"),
+}
+_SAME_FOR_ALL = {
+    "dataset.train": "train",
+    "optimizer.momentum": 0.9,
+    "optimizer.drop_factor": 0.1,
+    "method": "dot",
+    "dtype": "float32",
+    "dataset.synthetic": False,
+}
+# Mean and standard deviation of each channel, of pixels from 0 to 1.
+_PIXELS = {
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_SIZES = {
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "tiny_imagenet": {"train": 100_000, "validation": 10_000},
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+}
+_CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet2012": 1000}
+
+
+def _config(name, *overrides):
+    return parse([f"--config={name}", *overrides])[0]
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_every_hyperparameter_is_the_published_one(name):
+    fields = settings.fields(_config(name))
+    expected = _SAME_FOR_ALL | _PUBLISHED[name]
+    assert {field: fields[field] for field in expected} == expected
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_pixels_and_sizes_are_those_of_the_dataset(name):
+    dataset = _config(name).dataset
+    mean, std = _PIXELS[dataset.name]
+    np.testing.assert_allclose(dataset.mean, np.array(mean) * 255)
+    np.testing.assert_allclose(dataset.std, np.array(std) * 255)
+    assert dataset.split_sizes.to_dict() == _SIZES[dataset.name]
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_a_teacher_that_is_trained_has_the_recipe_of_the_student(name):
+    config = _config(name)
+    settings.check(config)
+    assert config.teacher.epochs == config.epochs
+    for field in config.teacher.optimizer:
+        assert config.teacher.optimizer[field] == config.optimizer[field]
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_the_learning_rate_drops_in_the_epochs_of_the_paper(name):
+    config = _config(name, "--config.dataset.synthetic=True")
+    steps = data.steps_per_epoch(data.load(config.dataset), config.batch_size)
+    assert steps == _SIZES[config.dataset.name]["train"] // config.batch_size
+    schedule = methods.learning_rate_schedule(config.optimizer, steps)
+    rate = config.optimizer.learning_rate
+    for drop in _PUBLISHED[name]["optimizer.drop_epochs"]:
+        np.testing.assert_allclose(schedule(steps * drop - 1), rate, rtol=1e-6)  # the last step of epoch `drop`
+        rate *= 0.1
+        np.testing.assert_allclose(schedule(steps * drop), rate, rtol=1e-6)
+
+
+def test_the_momenta_are_those_of_the_paper():
+    assert methods.betas(_config("cifar100_vgg13_vgg8").optimizer) == pytest.approx(dot_optax.PerLoss(0.825, 0.975))
+    assert methods.betas(_config("imagenet_r34_r18").optimizer) == pytest.approx(dot_optax.PerLoss(0.81, 0.99))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a config on nine synthetic images, with batches of four: two steps, and a ragged batch in evaluation.
+
+    What is cut: the number of images, the sizes of the batches, and ImageNet's 224 pixels to 64.
+    """
+
+    def run(name, *overrides):
+        config = _config(name)
+        small = ["--config.dataset.image_size=64"] if config.dataset.image_size == 224 else []
+        return main(
+            [
+                f"--config={name}",
+                f"--workdir={tmp_path / 'run'}",
+                "--config.dataset.synthetic=True",
+                *(f"--config.dataset.split_sizes.{split}=9" for split in config.dataset.split_sizes),
+                "--config.batch_size=4",
+                "--config.eval_batch_size=4",
+                "--config.epochs=1",
+                *small,
+                *overrides,
+            ]
+        )
+
+    return run
+
+
+def _save_random_teacher(folder, config):
+    _, params, rest = networks.random(config.teacher.model.name, num_classes=_CLASSES[config.dataset.name])
+    checkpoint.save_variables(folder, params, rest)
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_two_steps_and_an_evaluation(name, run, tmp_path):
+    config = _config(name)
+    _save_random_teacher(tmp_path / "teacher", config)
+    dtype = "bfloat16" if name == "cifar100_vgg13_vgg8" else "float32"
+    assert run(name, f"--config.teacher.checkpoint={tmp_path / 'teacher'}", f"--config.dtype={dtype}") == 0
+    [line] = (tmp_path / "run" / "dot" / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert metrics["step"] == 2
+    assert np.isfinite([metrics[name] for name in ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm")]).all()
+    result = json.loads((tmp_path / "run" / "dot" / "result.json").read_text())
+    assert [result[split]["count"] for split in ("train", "validation", "test")] == [9, 9, 9]
+    teacher = json.loads((tmp_path / "run" / "teacher" / "result.json").read_text())
+    assert teacher["test"]["count"] == 9 and "kd_loss" not in teacher["test"]
+    params, _ = checkpoint.load_variables(tmp_path / "run" / "dot")
+    assert params["classifier"]["kernel"].shape[-1] == _CLASSES[config.dataset.name]
+    assert params["classifier"]["kernel"].dtype == jnp.float32
+
+
+def test_a_teacher_is_trained_by_the_same_command_and_taught_with(run, tmp_path, capsys):
+    teacher = "--config.student.model.name=resnet8x4"
+    assert run("cifar100_vgg13_vgg8", "--config.method=ce", teacher) == 0
+    assert "; no teacher\n" in capsys.readouterr().out
+    (tmp_path / "run").rename(tmp_path / "resnet8x4")
+    folder = f"--config.teacher.checkpoint={tmp_path / 'resnet8x4' / 'ce'}"
+    assert run("cifar100_vgg13_vgg8", "--config.teacher.model.name=resnet8x4", teacher, folder) == 0
+    (tmp_path / "run").rename(tmp_path / "student")
+    assert run("cifar100_vgg13_vgg8", folder) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        f"error: the teacher in {tmp_path / 'resnet8x4' / 'ce'} is no vgg13 with 100 classes: missing "
+    )
+
+
+def test_a_method_that_needs_a_teacher_asks_for_it(run, tmp_path, capsys):
+    assert run("imagenet_r50_mobilenetv1", "--config.method=ce,kd") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "error: no teacher: give --config.teacher.checkpoint=FOLDER of a resnet50" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar100_r32x4_r8x4", "tiny_imagenet_r18_shufflev2", "imagenet_r34_r18"])
+def test_missing_data(name, tmp_path, capsys):
+    config = _config(name)
+    _save_random_teacher(tmp_path / "teacher", config)
+    arguments = [f"--config={name}", f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={tmp_path / 'data'}"]
+    assert main([*arguments, f"--config.teacher.checkpoint={tmp_path / 'teacher'}"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"dataset {config.dataset.name!r} is not prepared in {tmp_path / 'data' / config.dataset.name}" in line
+    assert "examples/distill/README.md" in line
+    assert not (tmp_path / "run").exists()
