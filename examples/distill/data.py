@@ -11,6 +11,7 @@ how they are augmented, depends on the seed and on nothing else: not on the numb
 
 import contextlib
 import functools
+import gc
 import io
 import math
 import os
@@ -33,6 +34,7 @@ from examples.distill.errors import UserError
 Batch = dict[str, jax.Array]
 
 _BATCHES_AHEAD = 2  # that wait on the device, and at each worker process
+_THREADS = min(os.cpu_count() or 1, 8)  # decoding and resizing let others in, the rest of Python does not
 
 
 class Dataset(NamedTuple):
@@ -67,7 +69,7 @@ def load(config: ConfigDict) -> Dataset:
     def examples(split: str) -> grain.MapDataset:
         if config.synthetic:
             return synthetic.examples(sizes[split].num_examples, image_shape, num_classes)
-        return _read(builder, split, in_memory=config.in_memory, reuse=preprocessing.resizes)
+        return _read(builder, split, config.in_memory)
 
     names = ("train", "validation", "test")
     for name in names:
@@ -86,13 +88,14 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return steps
 
 
+@contextlib.contextmanager
 def train_batches(
     dataset: Dataset, batch_size: int, seed: int, epochs: int, host: grain.sharding.ShardOptions | None = None
-) -> grain.DatasetIterator:
+) -> Iterator[grain.DatasetIterator]:
     """Iterates over this host's part of `epochs` epochs, each in an order and with augmentations of its own.
 
     The ragged last batch of each epoch is dropped. The iterator's state is a small dict, which Orbax saves beside the
-    model: how many images were consumed, over all hosts. Close the iterator to end its threads and processes.
+    model: how many images were consumed, over all hosts. Its threads and processes end with the `with` block.
     """
     augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
 
@@ -103,14 +106,18 @@ def train_batches(
     _check_divides(batch_size, host, "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
     examples = dataset.train.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
+    threads = 1 if dataset.workers else _THREADS
     batches = ElasticIterator(
         examples,
         batch_size,
         host,
-        read_options=_read_options(dataset),
-        multiprocessing_options=_worker_options(dataset) if dataset.workers else None,
+        read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
+        multiprocessing_options=_worker_options(dataset.workers),
     )
-    return _to_device(batches)
+    with contextlib.closing(_to_device(batches, dataset.workers)) as iterator:
+        yield iterator
+    if dataset.workers:
+        gc.collect()  # Reference cycles of Grain hold shared memory, too.
 
 
 def eval_batches(
@@ -131,28 +138,26 @@ def eval_batches(
         found = examples[index if index < count else 0]
         return {"image": view(found["image"], size), "label": found["label"], "valid": np.bool_(index < count)}
 
-    slots = math.ceil(count / batch_size) * local_batch
-    batches = grain.MapDataset.range(slots).map(example).batch(local_batch).to_iter_dataset(_read_options(dataset))
-    if dataset.workers:
-        batches = batches.mp_prefetch(_worker_options(dataset))
-    with contextlib.closing(_to_device(batches)) as iterator:
+    slots = grain.MapDataset.range(math.ceil(count / batch_size) * local_batch)
+    # By threads, also where training has worker processes, which would take longer to start than most splits to read.
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD * local_batch)
+    with contextlib.closing(_to_device(slots.map(example).to_iter_dataset(options).batch(local_batch))) as iterator:
         yield from iterator
 
 
-def _to_device(batches: grain.IterDataset) -> grain.DatasetIterator:
-    flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags, which this program does not define.
-    on_device = batches.map(jax.device_put)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(on_device, prefetch_buffer_size=_BATCHES_AHEAD))
+def _to_device(batches: grain.IterDataset, workers: int = 0) -> grain.DatasetIterator:
+    def put(batch: dict[str, np.ndarray]) -> Batch:
+        # What worker processes hand over lies in shared memory, which JAX would hold beyond the end of the program.
+        return jax.device_put({name: np.array(value) for name, value in batch.items()} if workers else batch)
+
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=_BATCHES_AHEAD))
 
 
-def _read_options(dataset: Dataset) -> grain.ReadOptions:
-    # Threads share one interpreter, but decoding and resizing let others in. A worker process is busy enough with one.
-    threads = 1 if dataset.workers else os.cpu_count() or 1
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-
-
-def _worker_options(dataset: Dataset) -> grain.MultiprocessingOptions:
-    return grain.MultiprocessingOptions(num_workers=dataset.workers, per_worker_buffer_size=_BATCHES_AHEAD)
+def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
+    if not workers:
+        return None
+    flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which this program does not have.
+    return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
 
 
 def _this_host() -> grain.sharding.ShardOptions:
@@ -225,14 +230,13 @@ def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> 
         raise UserError(f"bad --config.dataset.{name}={config[name]!r}: {error}") from error
 
 
-def _read(builder: tfds.core.DatasetBuilder, split: str, *, in_memory: bool, reuse: bool) -> grain.MapDataset:
+def _read(builder: tfds.core.DatasetBuilder, split: str, in_memory: bool) -> grain.MapDataset:
     channels = builder.info.features["image"].shape[-1]
     data_dir = str(builder.data_dir)
-    reuse = reuse and not in_memory
 
     def decode(example: dict[str, Any]) -> dict[str, Any]:
         try:
-            image = images.decode(example["image"], channels, reuse=reuse)
+            image = images.decode(example["image"], channels)
         except OSError as error:
             raise UserError(
                 f"split {split!r} of the dataset in {data_dir} has an image that cannot be decoded ({error}); delete"

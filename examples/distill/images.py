@@ -8,7 +8,6 @@ here: batches go to the device as they are, a quarter of the bytes, and `steps.p
 import contextlib
 import io
 import math
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,8 +23,6 @@ _CROP_TRIES = 10
 _RESIZE = 256 / 224  # the short side of an image before its centre is cropped, in units of the crop
 
 _JPEG = b"\xff\xd8"  # how such a file begins
-_SCRATCH_BYTES = 1 << 24  # 5.6 megapixels; a larger image is left to Pillow
-_scratch = threading.local()
 
 Augment = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 View = Callable[[np.ndarray, int], np.ndarray]
@@ -39,16 +36,12 @@ class Preprocessing(NamedTuple):
     resizes: bool = False  # images of any size, to new pixels; else they must be stored in the size of the input
 
 
-def decode(encoded: bytes, channels: int, *, reuse: bool = False) -> np.ndarray:
-    """Decodes an image file to uint8 [height, width, channels], with 1 or 3 channels.
-
-    With `reuse` the pixels may be overwritten when this thread decodes its next image. Fresh memory for every large
-    image makes decoding, cropping and resizing take 1.1 to 1.2 times as long (`python -m benchmarks.input_pipeline`).
-    """
+def decode(encoded: bytes, channels: int) -> np.ndarray:
+    """Decodes an image file to uint8 [height, width, channels], with 1 or 3 channels; an OSError says it is none."""
     if channels == 3 and encoded.startswith(_JPEG):
         # A ValueError: what Pillow can read and simplejpeg cannot, such as a JPEG file with harmless damage.
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(encoded, "RGB", buffer=_scratch_buffer() if reuse else None)
+            return simplejpeg.decode_jpeg(encoded, "RGB")
     with Image.open(io.BytesIO(encoded)) as image:
         pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels if channels == 3 else pixels[..., None]
@@ -90,12 +83,6 @@ PREPROCESSING = {
     "tiny_imagenet": Preprocessing(augment=rotate_flip, view=lambda image, size: image),
     "imagenet": Preprocessing(augment=resized_crop_flip, view=resize_center_crop, resizes=True),
 }
-
-
-def _scratch_buffer() -> np.ndarray:
-    if not hasattr(_scratch, "pixels"):
-        _scratch.pixels = np.empty(_SCRATCH_BYTES, np.uint8)
-    return _scratch.pixels
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -109,8 +109,10 @@ def _train(
             state, metrics = train_step(state, teacher_variables, batch)
             yield metrics
 
-    batches = data.train_batches(dataset, config.batch_size, config.seed, arm.epochs)
-    with contextlib.closing(batches), checkpoint.manager(arm.directory) as checkpoints:
+    with (
+        data.train_batches(dataset, config.batch_size, config.seed, arm.epochs) as batches,
+        checkpoint.manager(arm.directory) as checkpoints,
+    ):
         state, progress = checkpoint.restore_latest(checkpoints, state, batches)
         started = time.perf_counter() - progress.seconds
         log = Log(arm.name, arm.directory, progress.epoch, arm.epochs, steps_per_epoch, config.batch_size)

@@ -1,6 +1,5 @@
 """CIFAR-100, Tiny-ImageNet and ImageNet from files on disk: small ones, in the format and the names of the real ones."""
 
-import contextlib
 import io
 from unittest import mock
 
@@ -82,7 +81,7 @@ def imagenet_dir(tmp_path_factory):
 
 
 def _batches(dataset, batch_size, epochs=1):
-    with contextlib.closing(data.train_batches(dataset, batch_size, 0, epochs)) as batches:
+    with data.train_batches(dataset, batch_size, 0, epochs) as batches:
         return [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
 
 
