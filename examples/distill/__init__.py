@@ -1,5 +1,6 @@
 """Knowledge distillation with and without DOT, from the dataset to the picture: `python -m examples.distill`.
 
+    README.md       the recipes of the paper's experiments
     configs/        one experiment per file; start reading here
     __main__.py     the process and its interruption
     command_line.py which config, which overrides, errors as one line
@@ -8,7 +9,10 @@
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
     steps.py        the train step and the evaluation step
     train.py        the loop over epochs: metrics, checkpoints, resuming
+    log.py          progress bar, metrics.jsonl, TensorBoard
     data.py         TFDS and Grain; datasets/ holds the TFDS builders
+    images.py       decoding and augmentation, one image at a time
+    synthetic.py    random images in the place of a dataset
     models/         Flax NNX modules, used as pure functions
     checkpoint.py   Orbax
     workdir.py      which config and which run a working directory belongs to
@@ -17,7 +21,7 @@
     import_teacher.py   a command of its own: makes a teacher of a PyTorch state dict
 
 A working directory holds `config.json`, `losses.png`, and one folder for the teacher and for each method, with
-`checkpoints/`, `metrics.jsonl` and `result.json`. To use a trained student:
+`checkpoints/`, `metrics.jsonl`, event files for TensorBoard and `result.json`. To use a trained student:
 
     from pathlib import Path
     from flax import nnx
@@ -26,5 +30,5 @@ A working directory holds `config.json`, `losses.png`, and one folder for the te
     model = models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(32,), rngs=nnx.Rngs(0))
     graphdef, _, _ = models.split(model)
     params, rest = checkpoint.load_variables(Path("runs/digits/dot"))
-    logits, _ = models.apply(graphdef, params, rest, images, train=False)
+    logits, _ = models.apply(graphdef, params, rest, images / 16, train=False)  # normalized as in the config
 """

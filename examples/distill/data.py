@@ -15,6 +15,7 @@ import gc
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def train_batches(
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
         multiprocessing_options=_worker_options(dataset.workers),
     )
-    with contextlib.closing(_to_device(batches, dataset.workers)) as iterator:
+    with contextlib.closing(_to_device(batches, dataset.workers)) as iterator, _explained_worker_death():
         yield iterator
     if dataset.workers:
         gc.collect()  # Reference cycles of Grain hold shared memory, too.
@@ -158,6 +159,20 @@ def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
         return None
     flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which this program does not have.
     return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
+
+
+@contextlib.contextmanager
+def _explained_worker_death() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"Worker process was terminated unexpectedly with exit code (\S+)\.", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"a process that reads images died (exit code {found[1]}), as happens when memory or the shared memory in"
+            " /dev/shm runs out; lower --config.dataset.workers, and the same command goes on"
+        ) from error
 
 
 def _this_host() -> grain.sharding.ShardOptions:

@@ -1,6 +1,7 @@
 """The dataset and the order in which training and evaluation see it."""
 
 import json
+import os
 
 import grain
 import numpy as np
@@ -37,6 +38,10 @@ def _add_noise(image, size, rng):
 
 def _same(image, size):
     return image
+
+
+def _die(image, size, rng):
+    os._exit(9)
 
 
 def _train(dataset, batch_size=64, seed=0, epochs=2, host=None):
@@ -129,6 +134,12 @@ def test_worker_processes_change_nothing(noisy):
     whole = _train(noisy, batch_size=60)
     workers = noisy._replace(workers=2)
     assert _identities(_train(workers, batch_size=60)) == _identities(whole)
+
+
+def test_a_worker_process_that_dies_is_reported(dataset):
+    deadly = dataset._replace(preprocessing=images.Preprocessing(augment=_die, view=_same), workers=1)
+    with pytest.raises(UserError, match=r"died \(exit code 9\), .* lower --config\.dataset\.workers"):
+        _train(deadly)
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2)])

@@ -1,0 +1,109 @@
+"""What does a training step of each experiment of the paper cost, and the whole run at least?  Compiled, not run.
+
+    pip install libtpu
+    JAX_PLATFORMS=cpu python -m benchmarks.recipe_cost
+
+compiles every config's step with DOT, in its own batch size and in bfloat16, for one TPU v5e chip, which need not be
+there, and prints
+
+TABLE
+
+FLOP and memory are the compiler's. The hours are those of all training steps on a chip that is never idle: whichever
+takes longer, the arithmetic at its 197 TFLOP/s or the traffic at its 819 GB/s. It is a bound from below, evaluation and
+input not counted.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+import dot_optax
+from examples.distill import methods, models, steps
+from examples.distill.command_line import parse
+
+CONFIGS = (
+    "cifar100_r32x4_r8x4",
+    "cifar100_vgg13_vgg8",
+    "cifar100_r32x4_shufflev2",
+    "tiny_imagenet_r18_mobilenetv2",
+    "tiny_imagenet_r18_shufflev2",
+    "imagenet_r34_r18",
+    "imagenet_r50_mobilenetv1",
+)
+CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet2012": 1000}
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 197e12, 819e9  # TPU v5e: bfloat16, HBM
+
+
+def network(name, num_classes, dtype):
+    """Returns (graphdef, params, rest), with shapes in the place of arrays."""
+    return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def compile_step(config, dtype, sharding):
+    """Returns the compiled train step of DOT."""
+    classes = CLASSES[config.dataset.name]
+    student, params, rest = network(config.student.model.name, classes, dtype)
+    teacher, *teacher_variables = network(config.teacher.model.name, classes, dtype)
+    weights = dot_optax.PerLoss(config.distillation.task_weight, config.distillation.kd_weight)
+    optimizer = methods.build("dot", config.optimizer, weights, steps_per_epoch=1)
+    state = jax.eval_shape(lambda params, rest: steps.init_state(params, rest, optimizer), params, rest)
+    size = config.dataset.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    problem = steps.Problem(student, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (state, tuple(teacher_variables), batch),
+    )
+    return steps.make_train_step(problem, optimizer).lower(*arguments).compile()
+
+
+def cost(config, dtype, sharding):
+    compiled = compile_step(config, dtype, sharding)
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops, traffic = analysis["flops"], analysis["bytes accessed"]
+    step_seconds = max(flops / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)
+    train_steps = config.epochs * (config.dataset.split_sizes.train // config.batch_size)
+    return {
+        "batch": config.batch_size,
+        "gflop_per_image": flops / config.batch_size / 1e9,
+        "gigabytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+        "bound": "arithmetic" if flops / FLOPS_PER_SECOND > traffic / BYTES_PER_SECOND else "traffic",
+        "images_per_second": config.batch_size / step_seconds,
+        "hours": train_steps * step_seconds / 3600,
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine it thinks it runs on.
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
+    sharding = jax.sharding.SingleDeviceSharding(chip.devices[0])
+    costs = {}
+    print(f"{'one TPU v5e, ' + args.dtype:30} batch  GFLOP/image  memory  bound by    images/s at most  hours at least")
+    for name in args.configs:
+        costs[name] = row = cost(parse([f"--config={name}"])[0], args.dtype, sharding)
+        print(
+            f"{name:30} {row['batch']:5}  {row['gflop_per_image']:11.2f} {row['gigabytes']:4.1f} GB  {row['bound']:10}"
+            f"  {row['images_per_second']:16,.0f}  {row['hours']:14.1f}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(costs, indent=1))
+
+
+if __name__ == "__main__":
+    main()
