@@ -26,7 +26,6 @@ from examples.distill.configs.imagenet_r50_mobilenetv1 import get_config
 BATCH = 64
 CROP = 224
 SAMPLE = 300  # images that the stages are timed with
-ROUNDS = 7
 
 
 def prepare(folder, count):
@@ -42,7 +41,7 @@ def by_pillow(encoded):
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
-def stages(source):
+def stages(source, rounds):
     """Returns milliseconds of one core per image, by stage: medians of rounds in which the stages take turns."""
     indices = range(min(len(source), SAMPLE))
     files = [source[i]["image"] for i in indices]
@@ -65,7 +64,7 @@ def stages(source):
         ],
     }
     times = {name: [] for name in tasks}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, task in tasks.items():
             started = time.process_time()
             task()
@@ -73,13 +72,13 @@ def stages(source):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def pipelines(folder, worker_counts):
+def pipelines(folder, worker_counts, rounds):
     """Returns images per second, as the trainer gets them, by number of worker processes; 0 stands for threads."""
     config = get_config().dataset
     config.update({"name": "jpeg_images", "data_dir": str(folder), "validation": "train", "test": "train"})
     dataset = data.load(config)
     rates = {count: [] for count in worker_counts}
-    for _ in range(3):
+    for _ in range(rounds):
         for count in worker_counts:
             with data.train_batches(dataset._replace(workers=count), BATCH, seed=0, epochs=2) as batches:
                 for _ in range(4):  # until worker processes have started and what is prefetched is used up
@@ -93,14 +92,15 @@ def pipelines(folder, worker_counts):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000, help="how many JPEG files to make")
+    parser.add_argument("--rounds", type=int, default=5, help="how often to time each; medians are shown")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         source = prepare(folder, args.images)
         kilobytes = statistics.mean(len(source[i]["image"]) for i in range(len(source))) / 1e3
-        by_stage = stages(source)
-        rates = pipelines(folder, (0, 1, os.cpu_count()))
+        by_stage = stages(source, args.rounds)
+        rates = pipelines(folder, (0, 1, os.cpu_count()), args.rounds)
 
     print(f"{len(source)} JPEG files of {kilobytes:.0f} kB on average\n")
     whole = by_stage["all of it, in training"]

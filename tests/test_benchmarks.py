@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import digits_learning_rates, gradient_cost
+from benchmarks import digits_learning_rates, gradient_cost, input_pipeline, recipe_cost
 
 
 def test_digits_learning_rates(tmp_path, capsys):
@@ -32,3 +32,36 @@ def test_gradient_cost(tmp_path):
     assert ours == pytest.approx(flops["two jax.grad in one jit"], rel=0.01)
     # One forward and two backward passes instead of one: at most 5/3, less what the first layer need not do.
     assert 1.6 < ours / flops["one gradient of the sum"] < 5 / 3
+
+
+def test_input_pipeline(tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    input_pipeline.main(["--images", "200", "--rounds", "1", "--json", str(path)])
+    figures = json.loads(path.read_text())
+    assert 80 < figures["kilobytes"] < 130  # ImageNet's files have 110 kB on average
+    assert min(*figures["milliseconds"].values(), *figures["images_per_second"].values()) > 0
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in figures["milliseconds"])
+
+
+def _vgg_gflop(convs):
+    """Of each convolution of a VGG's forward pass, without products with the zeros of the padding."""
+    width_in, flops = 3, []
+    for size, width in zip((32, 16, 8, 4, 4), (64, 128, 256, 512, 512), strict=True):
+        for _ in range(convs):
+            flops.append(2e-9 * (3 * size - 2) ** 2 * width_in * width)
+            width_in = width
+    return flops
+
+
+def test_recipe_cost(tmp_path):
+    pytest.importorskip("libtpu", reason="there is a TPU compiler for Linux on x86-64 only")
+    path = tmp_path / "cost.json"
+    recipe_cost.main(["--configs", "cifar100_vgg13_vgg8", "--json", str(path)])
+    [cost] = json.loads(path.read_text()).values()
+    student = _vgg_gflop(1)
+    # A backward pass is two convolutions for one, but nobody needs the gradient of the images.
+    expected = sum(_vgg_gflop(2)) + sum(student) + 2 * (2 * sum(student) - student[0])
+    assert cost["gflop_per_image"] == pytest.approx(expected, rel=0.03)  # the rest: norms, losses, updates
+    assert 0.05 < cost["gigabytes"] < 1
+    assert cost["hours"] == pytest.approx(240 * 781 * 64 / cost["images_per_second"] / 3600)

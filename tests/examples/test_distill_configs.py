@@ -1,6 +1,9 @@
 """The configs of the paper: every hyperparameter as published, and two steps of each of them."""
 
 import json
+import pathlib
+import re
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,8 @@ import dot_optax
 from examples.distill import checkpoint, data, methods, settings
 from examples.distill.command_line import main, parse
 from tests import networks
+
+_DISTILL = pathlib.Path(methods.__file__).parent
 
 _CIFAR = {
     "dataset.name": "cifar100",
@@ -88,6 +93,17 @@ _SIZES = {
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet2012": 1000}
 
 
+_TOP1 = {  # in the paper: KD, KD + DOT
+    "cifar100_r32x4_r8x4": ("73.33", "75.12"),
+    "cifar100_vgg13_vgg8": ("72.98", "73.77"),
+    "cifar100_r32x4_shufflev2": ("74.45", "75.55"),
+    "tiny_imagenet_r18_mobilenetv2": ("58.35", "64.01"),
+    "tiny_imagenet_r18_shufflev2": ("62.26", "65.75"),
+    "imagenet_r34_r18": ("71.03", "71.72"),
+    "imagenet_r50_mobilenetv1": ("70.50", "73.09"),
+}
+
+
 def _config(name, *overrides):
     return parse([f"--config={name}", *overrides])[0]
 
@@ -128,6 +144,25 @@ def test_the_learning_rate_drops_in_the_epochs_of_the_paper(name):
         np.testing.assert_allclose(schedule(steps * drop - 1), rate, rtol=1e-6)  # the last step of epoch `drop`
         rate *= 0.1
         np.testing.assert_allclose(schedule(steps * drop), rate, rtol=1e-6)
+
+
+def test_recipes_and_configs_state_the_published_accuracies():
+    recipes = (_DISTILL / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", recipes, flags=re.MULTILINE))
+    assert set(rows) == {"digits", *_PUBLISHED}
+    for name, (kd, dot) in _TOP1.items():
+        assert rows[name].endswith(f"| {kd} | {dot} | |")
+        assert f"Top-1 in the paper: KD {kd}, KD with DOT {dot}." in (_DISTILL / "configs" / f"{name}.py").read_text()
+
+
+def test_the_commands_of_the_recipes_parse():
+    recipes = (_DISTILL / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python -m examples\.distill (.*)$", recipes, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        settings.check(parse(shlex.split(command))[0])
+    for flag in re.findall(r"`(--config\.[\w.]+=[\w,]+)", recipes):
+        parse(["--config=imagenet_r34_r18", flag.replace("=N", "=2")])
 
 
 def test_the_momenta_are_those_of_the_paper():
