@@ -1,6 +1,7 @@
 """`python -m examples.distill`: the process and its interruption; the command line itself is in `command_line.py`."""
 
 import _thread
+import gc
 import os
 import signal
 import sys
@@ -13,16 +14,18 @@ def _interrupt_imports(*_: object) -> None:
     _exit_at_once()
 
 
-def _interrupt_again(unraisable: Any) -> None:
-    """Python drops an exception that is raised while the garbage collector runs, and JAX hooks into the collector."""
+def _unraisable(unraisable: Any) -> None:
+    # Python drops an exception that is raised while the garbage collector runs, and JAX hooks into the collector.
     if unraisable.exc_type is KeyboardInterrupt:
         threading.Timer(0.1, _thread.interrupt_main).start()
-    else:
+    # When Orbax gives up on a damaged checkpoint, what it was still reading has nobody to report to.
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def _exit_at_once() -> None:
     # The interpreter's shutdown can crash when XLA was interrupted while it compiled.
+    gc.collect()  # Else Python complains about the semaphores of Grain's worker processes.
     sys.stdout.flush()
     os._exit(130)
 
@@ -30,7 +33,7 @@ def _exit_at_once() -> None:
 if __name__ == "__main__":
     # An interrupt of an import can surface as an ImportError or not at all; `main` ends this when all is imported.
     signal.signal(signal.SIGINT, _interrupt_imports)
-    sys.unraisablehook = _interrupt_again
+    sys.unraisablehook = _unraisable
     from examples.distill.command_line import main
 
     code = main(sys.argv[1:])

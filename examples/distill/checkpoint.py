@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from examples.distill.errors import UserError
+from examples.distill.errors import UserError, one_line
 from examples.distill.steps import TrainState
 
 _SHOWN_PROBLEMS = 5
@@ -63,9 +63,10 @@ def restore_latest(
     if latest is None:
         return state, Progress(epoch=0, seconds=0.0)
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restored = checkpoints.restore(
+    restored = _restore(
+        checkpoints,
         latest,
-        args=ocp.args.Composite(
+        ocp.args.Composite(
             variables=ocp.args.StandardRestore({"params": like.params, "rest": like.rest}),
             optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
             data=grain.checkpoint.CheckpointRestore(batches),
@@ -102,8 +103,18 @@ def load_variables(arm_dir: Path) -> tuple[Any, Any]:
         raise UserError(f"no checkpoint in {_directory(arm_dir)}; delete {arm_dir} to train it again")
     with ocp.CheckpointManager(_directory(arm_dir)) as checkpoints:
         args = ocp.args.Composite(variables=ocp.args.StandardRestore())
-        variables = checkpoints.restore(checkpoints.latest_step(), args=args).variables
+        variables = _restore(checkpoints, checkpoints.latest_step(), args).variables
     return variables["params"], variables["rest"]
+
+
+def _restore(checkpoints: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
+    try:
+        return checkpoints.restore(step, args=args)
+    except Exception as error:  # Orbax raises whatever it stumbles over.
+        folder = checkpoints.directory / str(step)
+        raise UserError(
+            f"cannot read the checkpoint {folder} ({one_line(error)}); restore that folder, or delete it"
+        ) from error
 
 
 def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> None:

@@ -30,12 +30,13 @@ from ml_collections import ConfigDict
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
 from examples.distill import images, synthetic
-from examples.distill.errors import UserError
+from examples.distill.errors import UserError, one_line
 
 Batch = dict[str, jax.Array]
 
 _BATCHES_AHEAD = 2  # that wait on the device, and at each worker process
-_THREADS = min(os.cpu_count() or 1, 8)  # decoding and resizing let others in, the rest of Python does not
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_THREADS = min(_CORES, 8)  # decoding and resizing let others in, the rest of Python does not
 
 
 class Dataset(NamedTuple):
@@ -64,7 +65,7 @@ def load(config: ConfigDict) -> Dataset:
             _prepare(builder, config)
         sizes = builder.info.splits
         preprocessing = images.PREPROCESSING[config.preprocessing]
-        workers = 0 if config.in_memory else min(config.workers, os.cpu_count() or 1)
+        workers = 0 if config.in_memory else min(config.workers, _CORES)
 
     @functools.cache  # A split that is named twice is read once.
     def examples(split: str) -> grain.MapDataset:
@@ -187,11 +188,22 @@ def _check_divides(batch_size: int, host: grain.sharding.ShardOptions, field: st
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(config.name, data_dir=config.data_dir or None, file_format="array_record")
+        features = builder.info.features
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"unknown --config.dataset.name={config.name!r}: this example and TFDS have no such builder"
         ) from None
-    channels = builder.info.features["image"].shape[-1]
+    except Exception as error:  # TFDS raises whatever it stumbles over in what lies on disk.
+        reason = one_line(error)
+        if "File format is already set" in reason:
+            reason = "it was prepared in another file format; prepare it again, with --file_format=array_record"
+        raise UserError(
+            f"cannot open dataset {config.name!r} ({reason}); see examples/distill/README.md, or choose another folder"
+            " with --config.dataset.data_dir"
+        ) from error
+    if not {"image", "label"} <= set(features):
+        raise UserError(f"bad --config.dataset.name={config.name!r}: it is not a dataset of images with labels")
+    channels = features["image"].shape[-1]
     for field in ("mean", "std"):
         if len(config[field]) != channels:
             raise UserError(
@@ -219,22 +231,26 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
             f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs {error.name}; prepare it in an"
             " environment that has it, see examples/distill/README.md"
         ) from error
-    except (AssertionError, OSError) as error:  # TFDS asserts that files which it cannot download are there.
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except (
+        AssertionError,
+        OSError,
+        ValueError,
+    ) as error:  # TFDS asserts that files are there which it cannot download.
         raise UserError(
-            f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({reason.rstrip('.')}); choose another"
-            " folder with --config.dataset.data_dir, or see examples/distill/README.md"
+            f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({one_line(error)}); choose another folder"
+            " with --config.dataset.data_dir, or see examples/distill/README.md"
         ) from error
 
 
 def _check_image_size(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
     stored = builder.info.features["image"].shape[:2]
-    size = (config.image_size, config.image_size)
-    if stored != size and not images.PREPROCESSING[config.preprocessing].resizes:
-        raise UserError(
-            f"bad --config.dataset.image_size={config.image_size}: the images of {config.name!r} are stored with"
-            f" {stored[0]} x {stored[1]} pixels, and --config.dataset.preprocessing={config.preprocessing} keeps that"
-        )
+    if stored == (config.image_size, config.image_size) or images.PREPROCESSING[config.preprocessing].resizes:
+        return
+    pixels = "sizes of their own" if None in stored else f"{stored[0]} x {stored[1]} pixels"
+    raise UserError(
+        f"bad --config.dataset.image_size={config.image_size}: the images of {config.name!r} are stored with {pixels},"
+        f" and --config.dataset.preprocessing={config.preprocessing} keeps that"
+    )
 
 
 def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> None:
@@ -246,20 +262,20 @@ def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> 
 
 
 def _read(builder: tfds.core.DatasetBuilder, split: str, in_memory: bool) -> grain.MapDataset:
-    channels = builder.info.features["image"].shape[-1]
-    data_dir = str(builder.data_dir)
-
-    def decode(example: dict[str, Any]) -> dict[str, Any]:
-        try:
-            image = images.decode(example["image"], channels)
-        except OSError as error:
-            raise UserError(
-                f"split {split!r} of the dataset in {data_dir} has an image that cannot be decoded ({error}); delete"
-                " that folder and prepare the dataset again"
-            ) from error
-        return {"image": image, "label": np.int32(example["label"])}
-
+    channels, data_dir = builder.info.features["image"].shape[-1], str(builder.data_dir)
     source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    examples = grain.MapDataset.source(source).map(decode)
+
+    def read(index: int) -> dict[str, Any]:
+        try:
+            stored = source[index]
+            image = images.decode(stored["image"], channels)
+        except (OSError, RuntimeError) as error:  # RuntimeErrors come from ArrayRecord.
+            raise UserError(
+                f"the dataset in {data_dir} is damaged (image {index} of {split!r}: {one_line(error)}); delete that"
+                " folder and prepare the dataset again"
+            ) from error
+        return {"image": image, "label": np.int32(stored["label"])}
+
+    examples = grain.MapDataset.range(len(source)).map(read)
     # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory.
     return grain.MapDataset.source(list(examples)) if in_memory else examples

@@ -1,12 +1,14 @@
 """One experiment from start to report: the teacher, then a student for every method, then table and picture."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill import checkpoint, data, methods, report, settings, train, workdir
+from examples.distill import checkpoint, data, methods, models, report, settings, train, workdir
 from examples.distill.errors import UserError
 from examples.distill.steps import Teacher
 
@@ -58,7 +60,7 @@ def _arms(
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
     weights = dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
     for model in (config.teacher.model, config.student.model):
-        train.new_network(model, config, dataset)
+        models.check_input(_shapes(model, config, dataset), dataset.image_shape, model.name)
     teacher = train.Arm(
         name="teacher",
         directory=directory / "teacher",
@@ -85,7 +87,7 @@ def _load_teacher(arm: train.Arm, folder: Path | None, config: ConfigDict, datas
     """Loads the teacher in `folder`, which must fit the config."""
     if folder is None:
         return None
-    graphdef, *expected = train.new_network(arm.model, config, dataset)
+    graphdef, *expected = _shapes(arm.model, config, dataset)
     variables = checkpoint.load_variables(folder)
     wanted, found = (
         {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
@@ -97,6 +99,11 @@ def _load_teacher(arm: train.Arm, folder: Path | None, config: ConfigDict, datas
             f"the teacher in {folder} is no {arm.model.name} with {dataset.num_classes} classes: {error}"
         ) from error
     return Teacher(graphdef, variables)
+
+
+def _shapes(model: ConfigDict, config: ConfigDict, dataset: data.Dataset) -> tuple[nnx.GraphDef, Any, Any]:
+    """Returns (graphdef, params, rest) of a network, with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: train.new_network(model, config, dataset))
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:
@@ -114,6 +121,7 @@ def _train(
         train.fit(teacher, config, dataset)
         given = _load_teacher(teacher, teacher.directory, config, dataset)
     elif given is not None and not train.is_finished(teacher.directory):
-        train.write_result(teacher, config, dataset, *given, splits=("test",))
+        evaluate = train.make_evaluate(teacher, config, dataset, given.graphdef)
+        train.write_result(teacher, config, evaluate, given.variables, splits=("test",))
     for student in students:
         train.fit(student._replace(teacher=given), config, dataset)

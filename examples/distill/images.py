@@ -42,9 +42,11 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         # A ValueError: what Pillow can read and simplejpeg cannot, such as a JPEG file with harmless damage.
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(encoded, "RGB")
-    with Image.open(io.BytesIO(encoded)) as image:
-        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    return pixels if channels == 3 else pixels[..., None]
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return _from_pillow(image.convert("RGB" if channels == 3 else "L"))
+    except (SyntaxError, ValueError) as error:  # what Pillow calls some damages
+        raise OSError(str(error)) from error
 
 
 def pad_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -57,8 +59,8 @@ def pad_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.
 def rotate_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Rotates by up to 20 degrees (nearest pixel, black corners) and flips: the augmentation of Tiny-ImageNet."""
     del size  # Images are stored in the size of the network's input.
-    rotated = Image.fromarray(image).rotate(rng.uniform(-_ROTATION, _ROTATION), Image.Resampling.NEAREST)
-    return _flip(np.asarray(rotated), rng)
+    rotated = _to_pillow(image).rotate(rng.uniform(-_ROTATION, _ROTATION), Image.Resampling.NEAREST)
+    return _flip(_from_pillow(rotated), rng)
 
 
 def resized_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -99,7 +101,16 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int,
 
 
 def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return _from_pillow(_to_pillow(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _to_pillow(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _from_pillow(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

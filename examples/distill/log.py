@@ -38,7 +38,7 @@ class Log:
         self._path = directory / "metrics.jsonl"
         self._epochs, self._steps_per_epoch, self._batch_size = epochs, steps_per_epoch, batch_size
         self._totals: collections.Counter[str] = collections.Counter()  # of the metrics of this epoch
-        kept = records.keep_lines(self._path, epochs_done)
+        kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
         self._events = _begin_events(directory, kept)
         self._bar = tqdm(
             desc=f"{name:>15}",
@@ -95,6 +95,6 @@ def _begin_events(directory: Path, lines: list[records.Record]) -> SummaryWriter
 
 def _write_event(events: SummaryWriter, record: records.Record) -> None:
     for name, value in record.items():
-        if name != "step" and value is not None:
+        if name != "step" and isinstance(value, (int, float)):
             events.add_scalar(name, value, record["step"])
     events.flush()

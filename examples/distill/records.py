@@ -16,7 +16,7 @@ def write_json(path: Path, record: Record) -> None:
 
 
 def read_json(path: Path, keys: Collection[str] = ()) -> Record:
-    """Reads a record, which must have the `keys`."""
+    """Reads a record, which must have numbers (or null) under the `keys`; `a.b` stands for a key within a key."""
     return _decode(_read(path), keys, path)
 
 
@@ -26,16 +26,16 @@ def append_line(path: Path, record: Record) -> None:
 
 
 def read_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Record]:
-    """Reads the first `count` records of a log, which must be there and have the `keys`."""
+    """Reads the first `count` records of a log, which must be there and have numbers (or null) under the `keys`."""
     lines = _read(path).splitlines()
     if len(lines) < count:
         raise _damaged(path, f"it has {len(lines)} lines instead of {count}")
     return [_decode(line, keys, path) for line in lines[:count]]
 
 
-def keep_lines(path: Path, count: int) -> list[Record]:
+def keep_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Record]:
     """Keeps the first `count` records of a log, and returns them; with `count=0` it begins a new one."""
-    kept = read_lines(path, count) if count else []
+    kept = read_lines(path, count, keys) if count else []
     _replace(path, "".join(map(_line, kept)))
     return kept
 
@@ -65,10 +65,18 @@ def _decode(text: str, keys: Collection[str], path: Path) -> Record:
         raise _damaged(path, str(error)) from error
     if not isinstance(record, dict):
         raise _damaged(path, f"a JSON object was expected, not {text.strip():.40}")
-    missing = [key for key in keys if key not in record]
+    missing = [key for key in keys if not _has_number(record, key)]
     if missing:
         raise _damaged(path, f"it lacks {', '.join(missing)}")
     return record
+
+
+def _has_number(record: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(record, dict) or name not in record:
+            return False
+        record = record[name]
+    return record is None or isinstance(record, (int, float))
 
 
 def _damaged(path: Path, what: str) -> UserError:

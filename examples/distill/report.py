@@ -21,6 +21,8 @@ _COLORS = {
     "dot": "#d55e00",
 }  # Safe for the color blind.
 
+_TEST_FIGURES = ("test.top1", "test.top5", "test.count")
+
 Results = dict[str, dict[str, Any]]
 
 
@@ -28,7 +30,7 @@ def write(config: ConfigDict, name: str, directory: Path) -> None:
     """Prints the table of every finished arm in `directory` and draws `losses.png` there."""
     finished = [method for method in methods.METHODS if train.is_finished(directory / method)]
     results = {
-        method: records.read_json(directory / method / "result.json", ("seconds", "train", "test"))
+        method: records.read_json(directory / method / "result.json", ("seconds", "train.task_loss", *_TEST_FIGURES))
         for method in finished
     }
     curves = {
@@ -118,7 +120,7 @@ def _decorate(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 def _teacher(arm: Path) -> str:
     if not train.is_finished(arm):
         return "no teacher"
-    return f"teacher: test top-1 {_accuracy(records.read_json(arm / 'result.json', ('test',))['test'], 'top1')}"
+    return f"teacher: test top-1 {_accuracy(records.read_json(arm / 'result.json', _TEST_FIGURES)['test'], 'top1')}"
 
 
 def _loss(means: dict[str, Any], name: str) -> str:

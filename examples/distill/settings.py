@@ -3,6 +3,7 @@
 Whatever can be judged without the data is judged here, before anything is read, written or trained.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ def fields(config: ConfigDict) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
     """Raises if a value makes no sense, with the flag that sets it."""
     for field, value in fields(config).items():
+        if value is None:
+            raise UserError(f"--config.{field} is not set, and this config gives no default")
         holds, expected = _RULES.get(field.rpartition(".")[2], _ANY)
         if not holds(value):
             raise UserError(f"bad --config.{field}={value!r}: give {expected}")
@@ -45,6 +48,10 @@ def _number(holds: Callable[[float], bool] = lambda value: True) -> Callable[[An
 
 def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda values: isinstance(values, (tuple, list)) and all(map(holds, values))
+
+
+def _rising(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: holds(values) and all(a < b for a, b in itertools.pairwise(values))
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -69,7 +76,7 @@ _RULES = {
     "preprocessing": _one_of(*PREPROCESSING),
     "dtype": _one_of("float32", "bfloat16"),
     "hidden": _COUNTS,
-    "drop_epochs": _COUNTS,
+    "drop_epochs": (_rising(_COUNTS[0]), "whole numbers of at least 1, each larger than the one before"),
     "drop_factor": _POSITIVE,
     "learning_rate": _POSITIVE,
     "temperature": _POSITIVE,

@@ -30,6 +30,7 @@ from examples.distill.log import Log
 _STEPS_AHEAD = 2  # that the device has in hand while the host waits for the metrics of a step
 
 Variables = tuple[Any, Any]  # (params, rest)
+Evaluate = Callable[[Variables, str], records.Record]
 
 
 class Arm(NamedTuple):
@@ -66,25 +67,43 @@ def fit(arm: Arm, config: ConfigDict, dataset: data.Dataset) -> None:
     """Trains `arm` to its last epoch and writes its result."""
     graphdef, params, rest = new_network(arm.model, config, dataset)
     state = steps.init_state(params, rest, arm.optimizer)
+    evaluate = make_evaluate(arm, config, dataset, graphdef)
     try:
-        state, seconds = _train(arm, config, dataset, graphdef, state)
+        state, seconds = _train(arm, config, dataset, graphdef, state, evaluate)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
-    write_result(arm, config, dataset, graphdef, (state.params, state.rest), seconds=seconds)
+    write_result(arm, config, evaluate, (state.params, state.rest), seconds=seconds)
+
+
+def make_evaluate(arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef) -> Evaluate:
+    """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
+    problem, teacher_variables = _problem(arm, config, graphdef)
+    eval_step = steps.make_eval_step(problem)
+
+    def evaluate(variables: Variables, split: str) -> records.Record:
+        examples = getattr(dataset, split)
+        batches = data.eval_batches(dataset, examples, config.eval_batch_size)
+        sums: collections.Counter[str] = collections.Counter()
+        # The bar appears only where one would wonder.
+        with tqdm(desc=f"{arm.name}, {split} split", total=len(examples), unit=" images", delay=10, leave=False) as bar:
+            for batch_sums in _fetched(eval_step(variables, teacher_variables, batch) for batch in batches):
+                sums.update({name: float(value) for name, value in batch_sums.items()})
+                bar.update(min(config.eval_batch_size, len(examples) - bar.n))
+        return {name: value / len(examples) for name, value in sums.items()} | {"count": len(examples)}
+
+    return evaluate
 
 
 def write_result(
     arm: Arm,
     config: ConfigDict,
-    dataset: data.Dataset,
-    graphdef: nnx.GraphDef,
+    evaluate: Evaluate,
     variables: Variables,
     *,
     splits: Sequence[str] = ("train", "validation", "test"),
     seconds: float | None = None,
 ) -> None:
     """Evaluates a network on whole splits and writes `result.json`, which declares the arm finished."""
-    evaluate = _evaluator(arm, config, dataset, graphdef)
     means: dict[str, records.Record] = {}  # by what the config calls a split: the same one twice is evaluated once
     for name in splits:
         if config.dataset[name] not in means:
@@ -95,12 +114,16 @@ def write_result(
 
 
 def _train(
-    arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef, state: steps.TrainState
+    arm: Arm,
+    config: ConfigDict,
+    dataset: data.Dataset,
+    graphdef: nnx.GraphDef,
+    state: steps.TrainState,
+    evaluate: Evaluate,
 ) -> tuple[steps.TrainState, float]:
     """The loop over epochs: from the latest checkpoint to the last epoch. Returns the final state and the seconds."""
     problem, teacher_variables = _problem(arm, config, graphdef)
     train_step = steps.make_train_step(problem, arm.optimizer, gradient_metrics=config.gradient_metrics)
-    evaluate = _evaluator(arm, config, dataset, graphdef)
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
 
     def train(batches: Iterable[data.Batch]) -> Iterator[steps.Metrics]:
@@ -129,27 +152,6 @@ def _train(
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
                     checkpoint.save(checkpoints, state, batches, progress)
     return state, progress.seconds
-
-
-def _evaluator(
-    arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef
-) -> Callable[[Variables, str], records.Record]:
-    """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
-    problem, teacher_variables = _problem(arm, config, graphdef)
-    eval_step = steps.make_eval_step(problem)
-
-    def evaluate(variables: Variables, split: str) -> records.Record:
-        examples = getattr(dataset, split)
-        batches = data.eval_batches(dataset, examples, config.eval_batch_size)
-        sums: collections.Counter[str] = collections.Counter()
-        # The bar appears only where one would wonder.
-        with tqdm(desc=f"{arm.name}, {split} split", total=len(examples), unit=" images", delay=10, leave=False) as bar:
-            for batch_sums in _fetched(eval_step(variables, teacher_variables, batch) for batch in batches):
-                sums.update({name: float(value) for name, value in batch_sums.items()})
-                bar.update(min(config.eval_batch_size, len(examples) - bar.n))
-        return {name: value / len(examples) for name, value in sums.items()} | {"count": len(examples)}
-
-    return evaluate
 
 
 def _problem(arm: Arm, config: ConfigDict, graphdef: nnx.GraphDef) -> tuple[steps.Problem, Variables | None]:

@@ -1,8 +1,9 @@
 """The working directory of an experiment: one config, one teacher, one folder per finished or unfinished arm.
 
 `config.json` says which config the folder belongs to, `.lock` that a run is using it. Fields that do not change what
-an arm computes may differ from run to run: which arms to train, and how this machine comes by the images. So may
-fields that nothing depends on yet: a run that failed before it saved anything does not hold the folder.
+an arm computes may differ from run to run: which arms to train, what to log and to save, and how this machine comes by
+the images. So may fields that nothing depends on yet: a run that failed before it saved anything does not hold the
+folder.
 """
 
 import contextlib
@@ -19,7 +20,17 @@ from ml_collections import ConfigDict
 from examples.distill import checkpoint, records, settings, train
 from examples.distill.errors import UserError
 
-_FREE_FIELDS = ("method", "dataset.data_dir", "dataset.prepare", "dataset.in_memory", "dataset.workers")
+_FREE_FIELDS = (
+    "method",
+    "eval_batch_size",
+    "gradient_metrics",
+    "checkpoint_every_epochs",
+    "dataset.data_dir",
+    "dataset.prepare",
+    "dataset.in_memory",
+    "dataset.workers",
+    "teacher.train",
+)
 _STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer")  # The teacher does not depend on these.
 _LOCK = ".lock"
 
@@ -66,7 +77,7 @@ def _check_config(workdir: Path, config: ConfigDict) -> None:
     differences = [
         f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
         for field in there | here
-        if there.get(field) != here.get(field) and any(_depends(arm, field) for arm in saved)
+        if there.get(field) != here.get(field) and any(_depends(arm, field, saved) for arm in saved)
     ]
     if differences:
         raise UserError(
@@ -75,11 +86,18 @@ def _check_config(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _depends(arm: str, field: str) -> bool:
+def _depends(arm: str, field: str, saved: list[str]) -> bool:
     """Whether what the arm computes depends on the field."""
-    return arm != "teacher" or field.partition(".")[0] not in _STUDENT_SECTIONS
+    section = field.partition(".")[0]
+    if arm == "teacher":
+        return section not in _STUDENT_SECTIONS
+    if arm == "ce" and "teacher" not in saved:  # trained without one
+        return section not in ("teacher", "distillation")
+    return True
 
 
 def _identity(config: ConfigDict) -> dict[str, Any]:
     identity = {field: value for field, value in settings.fields(config).items() if field not in _FREE_FIELDS}
+    if config.teacher.checkpoint:
+        identity["teacher.checkpoint"] = str(Path(config.teacher.checkpoint).absolute())
     return json.loads(json.dumps(identity))  # Tuples become lists, as they do in the file.

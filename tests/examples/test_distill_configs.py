@@ -125,11 +125,12 @@ def test_pixels_and_sizes_are_those_of_the_dataset(name):
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
-def test_a_teacher_that_is_trained_has_the_recipe_of_the_student(name):
+def test_a_teacher_that_is_trained_has_the_recipe_of_its_dataset(name):
     config = _config(name)
     settings.check(config)
     assert config.teacher.epochs == config.epochs
-    for field in config.teacher.optimizer:
+    assert config.teacher.optimizer.learning_rate == (0.05 if config.dataset.name == "cifar100" else 0.2)
+    for field in ("momentum", "weight_decay", "drop_epochs", "drop_factor"):
         assert config.teacher.optimizer[field] == config.optimizer[field]
 
 

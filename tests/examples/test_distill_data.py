@@ -136,6 +136,15 @@ def test_worker_processes_change_nothing(noisy):
     assert _identities(_train(workers, batch_size=60)) == _identities(whole)
 
 
+def test_workers_are_processes_for_images_that_are_not_in_memory(config):
+    config.workers = 1
+    assert data.load(config).workers == 0
+    config.in_memory = False
+    assert data.load(config).workers == 1
+    config.workers = 10_000
+    assert data.load(config).workers == os.cpu_count()
+
+
 def test_a_worker_process_that_dies_is_reported(dataset):
     deadly = dataset._replace(preprocessing=images.Preprocessing(augment=_die, view=_same), workers=1)
     with pytest.raises(UserError, match=r"died \(exit code 9\), .* lower --config\.dataset\.workers"):

@@ -1,6 +1,7 @@
 """CIFAR-100, Tiny-ImageNet and ImageNet from files on disk: small ones, in the format and the names of the real ones."""
 
 import io
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_an_image_that_is_cut_off_is_reported(tmp_path):
     dataset = data.load(_config("imagenet_r34_r18", tmp_path))
     for workers in (0, 1):
         with pytest.raises(
-            UserError, match=rf"'train' of the dataset in {tmp_path}/imagenet2012/\S+ has an image that"
+            UserError, match=rf"the dataset in {tmp_path}/imagenet2012/\S+ is damaged \(image \d of 'train'"
         ):
             _batches(dataset._replace(workers=workers), 2)
 
@@ -151,20 +152,20 @@ def test_cifar_is_read_from_memory_and_augmented(tmp_path):
 
 @pytest.fixture
 def tiny_imagenet_folder(tmp_path):
-    """Two classes in the layout of the archive, whose list of classes is in no order."""
+    """One image for each of 200 classes, in the layout of the archive, whose list of classes is in no order."""
     folder = tmp_path / "data" / "downloads" / "manual" / "tiny-imagenet-200"
     (folder / "val" / "images").mkdir(parents=True)
-    (folder / "wnids.txt").write_text("n02124075\nn01443537\n")
-    for wnid, seeds in (("n01443537", (0, 1)), ("n02124075", (2, 3, 4))):
+    wnids = [f"n{number:08d}" for number in range(200)]
+    (folder / "wnids.txt").write_text("\n".join(wnids[::-1]) + "\n")
+    for label, wnid in enumerate(wnids):
         (folder / "train" / wnid / "images").mkdir(parents=True)
-        for seed in seeds:
-            pixels = _pixels(64, 64, seed)
-            (folder / "train" / wnid / "images" / f"{wnid}_{seed}.JPEG").write_bytes(_encode(pixels))
-    annotations = [("val_0.JPEG", "n02124075", 5), ("val_1.JPEG", "n01443537", 6)]
-    for name, _, seed in annotations:
-        (folder / "val" / "images" / name).write_bytes(_encode(_pixels(64, 64, seed), mode="L" if seed == 6 else "RGB"))
+        (folder / "train" / wnid / "images" / f"{wnid}_0.JPEG").write_bytes(_encode(_pixels(64, 64, label)))
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").touch()
+    (folder / "train" / wnids[0] / "images" / ".DS_Store").touch()
+    for name, seed, mode in (("val_0.JPEG", 5, "RGB"), ("val_1.JPEG", 6, "L")):
+        (folder / "val" / "images" / name).write_bytes(_encode(_pixels(64, 64, seed), mode))
     (folder / "val" / "val_annotations.txt").write_text(
-        "".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid, _ in annotations)
+        f"val_0.JPEG\t{wnids[7]}\t0\t32\t44\t62\nval_1.JPEG\t{wnids[0]}\t0\t32\t44\t62\n"
     )
     return folder
 
@@ -172,16 +173,24 @@ def tiny_imagenet_folder(tmp_path):
 def test_tiny_imagenet_from_its_folder(tiny_imagenet_folder, tmp_path):
     dataset = data.load(_config("tiny_imagenet_r18_shufflev2", tmp_path / "data", prepare=True))
     assert dataset.num_classes == 200
-    assert sorted(example["label"] for example in dataset.train) == [0, 0, 1, 1, 1]  # as PyTorch numbers folders
+    stored = {int(example["label"]): example["image"] for example in dataset.train}
+    assert sorted(stored) == list(range(200)) and len(dataset.train) == 200
+    for label in (0, 7, 199):  # in alphabetical order, as PyTorch numbers folders
+        np.testing.assert_array_equal(stored[label], _decoded(_encode(_pixels(64, 64, label))))
     by_label = {int(example["label"]): example["image"] for example in dataset.validation}
-    for label, name in ((0, "val_1.JPEG"), (1, "val_0.JPEG")):
+    for label, name in ((0, "val_1.JPEG"), (7, "val_0.JPEG")):
         encoded = (tiny_imagenet_folder / "val" / "images" / name).read_bytes()
         np.testing.assert_array_equal(by_label[label], _decoded(encoded))
     assert _batches(dataset, 5)[0]["image"].shape == (5, 64, 64, 3)
 
 
-def _error(capsys, name, data_dir, tmp_path):
-    arguments = [f"--config={name}", f"--config.dataset.data_dir={data_dir}", "--config.dataset.prepare=True"]
+def _error(capsys, name, data_dir, tmp_path, *overrides):
+    arguments = [
+        f"--config={name}",
+        f"--config.dataset.data_dir={data_dir}",
+        "--config.dataset.prepare=True",
+        *overrides,
+    ]
     assert main([*arguments, "--config.teacher.train=True", f"--workdir={tmp_path / 'run'}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     return line
@@ -204,11 +213,83 @@ def test_archives_that_are_not_there(name, reason, tmp_path, capsys):
     assert "see examples/distill/README.md" in line
 
 
-def test_a_folder_that_is_not_tiny_imagenet(tiny_imagenet_folder, tmp_path, capsys):
-    (tiny_imagenet_folder / "wnids.txt").unlink()
-    assert "no tiny-imagenet-200/wnids.txt in " in _error(
-        capsys, "tiny_imagenet_r18_shufflev2", tmp_path / "data", tmp_path
-    )
+def _append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "wnids.txt").unlink(), "no tiny-imagenet-200/wnids.txt in "),
+        (lambda folder: _append(folder / "wnids.txt", "n9\n"), "wnids.txt lists 201 classes instead of 200"),
+        (lambda folder: shutil.rmtree(folder / "train" / "n00000003"), "no images in "),
+        (lambda folder: (folder / "val" / "val_annotations.txt").unlink(), "val_annotations.txt'"),
+        (lambda folder: _append(folder / "val" / "val_annotations.txt", "val_2.JPEG\tn9\n"), r"line 'val_2.JPEG\tn9'"),
+        (lambda folder: _append(folder / "val" / "val_annotations.txt", "\n"), "no known class in its line ''"),
+        (lambda folder: (folder / "val" / "images" / "val_1.JPEG").unlink(), "val_1.JPEG'"),
+    ],
+)
+def test_a_folder_that_is_not_tiny_imagenet(damage, reason, tiny_imagenet_folder, tmp_path, capsys):
+    damage(tiny_imagenet_folder)
+    line = _error(capsys, "tiny_imagenet_r18_shufflev2", tmp_path / "data", tmp_path)
+    assert line.startswith("error: cannot prepare dataset 'tiny_imagenet' in ")
+    assert reason in line
+
+
+def _rewrite(data_dir, damage):
+    [path] = data_dir.glob("imagenet2012/*/*train.array_record*")
+    damage(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(path.read_bytes()[:70_000] + bytes(50_000) + path.read_bytes()[120_000:]),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
+    shutil.copytree(imagenet_dir, tmp_path / "data")
+    _rewrite(tmp_path / "data", damage)
+    arguments = ["--config=imagenet_r34_r18", f"--config.dataset.data_dir={tmp_path / 'data'}", "--config.method=ce"]
+    small = ["--config.batch_size=7", "--config.eval_batch_size=7", "--config.dataset.image_size=32"]
+    assert main([*arguments, *small, f"--workdir={tmp_path / 'run'}"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: the dataset in {tmp_path}/data/imagenet2012/5.1.0 is damaged (image ")
+
+
+def _write_info(folder, text):
+    folder = folder / "imagenet2012" / "5.1.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("info", "name", "reason"),
+    [
+        (
+            '{"name": "imagenet2012", "version": "5.1.0", "fileFormat": "tfrecord"}',
+            "imagenet2012",
+            "another file format",
+        ),
+        ('{"name": ', "imagenet2012", "cannot open dataset 'imagenet2012' ("),
+        (None, "cifar100:9.9.9", "cannot open dataset 'cifar100:9.9.9' ("),
+        (None, "imdb_reviews", "it is not a dataset of images with labels"),
+        (None, "a/b/c", "'a/b/c'"),
+        (None, "", "''"),
+    ],
+)
+def test_what_is_no_dataset(info, name, reason, tmp_path, capsys):
+    if info:
+        _write_info(tmp_path / "data", info)
+    line = _error(capsys, "imagenet_r34_r18", tmp_path / "data", tmp_path, f"--config.dataset.name={name}")
+    assert reason in line
+
+
+def test_images_without_a_size_of_their_own(tmp_path, capsys):
+    line = _error(capsys, "imagenet_r34_r18", tmp_path, tmp_path, "--config.dataset.preprocessing=none")
+    assert "the images of 'imagenet2012' are stored with sizes of their own" in line
 
 
 def test_a_builder_that_needs_tensorflow(tmp_path, capsys, monkeypatch):

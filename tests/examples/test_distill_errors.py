@@ -1,6 +1,7 @@
 """Bad input: one line on stderr that says what to do, exit code 1, no traceback."""
 
 import fcntl
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,10 @@ CONFIGS = [
             " examples.distill.import_teacher, or train one), or --config.teacher.train=True to train it first; see"
             " examples/distill/README.md",
         ),
+        (
+            ["--config.optimizer.drop_epochs=2,2"],
+            "error: bad --config.optimizer.drop_epochs=(2, 2): give whole numbers",
+        ),
         (["--config.batch_size=1000"], "error: batch size 1000 is larger than the training split (900 images)"),
     ],
 )
@@ -119,6 +124,16 @@ def test_an_unprepared_dataset(tmp_path, capsys):
     assert f"is not prepared in {tmp_path / 'sklearn_digits'}" in line
     assert "tfds build, see examples/distill/README.md" in line
     assert "--config.dataset.prepare=True" in line
+
+
+@pytest.mark.parametrize("field", settings.fields(get_config()))
+def test_a_field_without_a_value(field):
+    config = get_config()
+    section, _, name = field.rpartition(".")
+    with config.unlocked(), config.ignore_type():
+        (config[section] if section else config)[name] = None
+    with pytest.raises(UserError, match=f"--config.{re.escape(field)} is not set, and this config gives no default"):
+        settings.check(config)
 
 
 @pytest.mark.parametrize("flag", ["workdir", "config.dataset.data_dir"])
@@ -175,18 +190,22 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher",), "dataset.train", True),
         (("teacher",), "teacher.epochs", True),
         (("teacher", "kd"), "optimizer.delta", True),
+        (("teacher", "kd"), "checkpoint_every_epochs", False),
+        (("ce",), "teacher.checkpoint", False),
+        (("ce",), "epochs", True),
+        (("teacher", "ce"), "teacher.checkpoint", True),
     ],
 )
 def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
     config = get_config()
     with workdir.claim(tmp_path, config):
-        for arm in ("teacher", "kd"):
+        for arm in ("teacher", "kd", "ce"):
             (tmp_path / arm / "checkpoints").mkdir(parents=True)
             (tmp_path / arm / "metrics.jsonl").touch()
         for arm in saved:
             (tmp_path / arm / "result.json").touch()
     record = records.read_json(tmp_path / "config.json")
-    records.write_json(tmp_path / "config.json", record | {field: "something else"})
+    records.write_json(tmp_path / "config.json", record | ({field: "something else"} if field in record else {}))
     if refused:
         with pytest.raises(UserError, match=f"belongs to another config: {field} is 'something else' there"):
             workdir.check(tmp_path, config)
@@ -202,6 +221,9 @@ def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_pat
         ("config.json", lambda text: "[]"),
         ("teacher/result.json", lambda text: ""),
         ("dot/result.json", lambda text: "{}"),
+        ("dot/result.json", lambda text: text.replace("top1", "top2")),
+        ("teacher/result.json", lambda text: text.replace("top1", "top2")),
+        ("dot/metrics.jsonl", lambda text: text.replace('"task_loss": ', '"task_loss": "high", "x": ')),
         ("dot/metrics.jsonl", lambda text: text[:-20]),
         ("dot/metrics.jsonl", lambda text: text[: text.rindex("{")]),
         ("kd/metrics.jsonl", lambda text: ""),
@@ -232,6 +254,22 @@ def test_a_network_without_a_checkpoint(tmp_path):
         checkpoint.load_variables(tmp_path / "kd")
 
 
+@pytest.mark.parametrize("damage", ["variables", "variables/d"])
+def test_a_damaged_teacher(damage, finished, data_dir, tmp_path):
+    shutil.copytree(finished / "teacher", tmp_path / "teacher")
+    [*_, latest] = sorted((tmp_path / "teacher" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(latest / damage)
+    # In a process of its own: Orbax leaves behind reads that fail later.
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}"]
+    command = [sys.executable, "-m", "examples.distill", *arguments, f"--config.teacher.checkpoint={tmp_path}/teacher"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    [line] = process.stderr.splitlines()
+    assert line.startswith(f"error: cannot read the checkpoint {latest} (")
+    assert len(line) < 600
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_runs_in_one_workdir(finished, distill, capsys):
     with (finished / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -260,5 +298,5 @@ def test_an_interrupt_of_the_imports():
 def test_an_interrupt_that_python_drops_is_sent_again(monkeypatch):
     again = threading.Event()
     monkeypatch.setattr(__main__._thread, "interrupt_main", again.set)
-    __main__._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+    __main__._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt))
     assert again.wait(timeout=60)

@@ -201,3 +201,10 @@ def test_what_cannot_be_built(name, options, message):
     with pytest.raises(UserError) as caught:
         models.build(name, 10, rngs=nnx.Rngs(0), **options)
     assert message in str(caught.value)
+
+
+def test_images_that_are_too_small():
+    vgg8 = models.split(networks.abstract("vgg8"))
+    models.check_input(vgg8, (8, 8, 3), "vgg8")
+    with pytest.raises(UserError, match="images of 4 x 4 pixels are too small for vgg8"):
+        models.check_input(vgg8, (4, 4, 3), "vgg8")

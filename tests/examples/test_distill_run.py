@@ -1,7 +1,10 @@
 """Whole runs through the command line: what they leave behind, and what happens when they are run again."""
 
+import contextlib
 import json
 import re
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from examples.distill import checkpoint, data, models, records, train
 from examples.distill.command_line import parse
+from examples.distill.log import Log
 
 _TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
 _EVALUATION = ("task_loss", "kd_loss", "top1", "top5")
@@ -189,3 +193,51 @@ def test_config_is_recorded_without_what_may_change(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["optimizer.delta"] == 0.075
     assert not {"method", "dataset.data_dir", "dataset.prepare", "dataset.workers"} & set(config)
+
+
+def test_gradients_are_measured_only_if_they_are_wanted(distill, tmp_path):
+    flags = ("--config.method=kd", "--config.epochs=1", "--config.gradient_metrics=False")
+    assert distill(tmp_path / "run", *flags) == 0
+    [line] = _lines(tmp_path / "run" / "kd")
+    assert {name for name, value in line.items() if value is None} == {"task_grad_norm", "kd_grad_norm", "grad_cosine"}
+
+
+def test_the_networks_compute_in_the_dtype_of_the_config(data_dir):
+    for dtype in ("float32", "bfloat16"):
+        config, _, _ = parse([f"--config.dataset.data_dir={data_dir}", f"--config.dtype={dtype}"])
+        dataset = data.load(config.dataset)
+        network = train.new_network(config.student.model, config, dataset)
+        image = np.zeros((1, *dataset.image_shape), np.float32)
+        (logits, [hidden]), _ = models.apply(*network, image, train=False, with_features=True)
+        assert (hidden.dtype, logits.dtype) == (dtype, "float32")
+
+
+def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
+    def log_epoch(log, values):
+        for value in values:
+            log.step({"task_loss": np.float32(value), "kd_loss": np.float32(10 * value)})
+        log.epoch({"top1": 0.5}, seconds=1.0)
+
+    with contextlib.closing(Log("dot", tmp_path, 0, epochs=3, steps_per_epoch=4, batch_size=2)) as log:
+        log_epoch(log, [1, 2, 3, 6])
+        log_epoch(log, [0, 0, 0, 2])
+    with contextlib.closing(Log("dot", tmp_path, 1, epochs=3, steps_per_epoch=4, batch_size=2)) as log:
+        log_epoch(log, [4, 4, 4, 8])  # again, after an interruption
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"], line["task_loss"], line["kd_loss"]) for line in lines] == [
+        (1, 4, 3.0, 30.0),
+        (2, 8, 5.0, 50.0),
+    ]
+    assert lines[1]["validation_top1"] == 0.5 and lines[1]["grad_cosine"] is None
+
+
+def test_the_bar_shows_images_per_second_what_is_left_and_both_losses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with contextlib.closing(Log("dot", tmp_path, 0, epochs=3, steps_per_epoch=2, batch_size=50)) as log:
+        for _ in range(2):
+            time.sleep(0.11)  # the bar is redrawn ten times a second
+            log.step({"task_loss": 0.25, "kd_loss": 1.5})
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(
+        r"dot:  33%.* 100/300 \[\d\d:\d\d<\d\d:\d\d, .*images/s, epoch 1/3, task loss 0.2500, KD loss 1.5000", shown
+    )

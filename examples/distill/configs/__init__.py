@@ -54,7 +54,7 @@ def default() -> ConfigDict:
 
 
 def set_networks(config: ConfigDict, teacher: str, student: str) -> ConfigDict:
-    """Sets both networks; the teacher, should it be trained here, has the recipe of the student."""
+    """Sets both networks; the teacher, should it be trained here, has the recipe that the config has so far."""
     config.teacher.model = ConfigDict({"name": teacher})
     config.teacher.epochs = config.epochs
     config.teacher.optimizer.update({field: config.optimizer[field] for field in config.teacher.optimizer})

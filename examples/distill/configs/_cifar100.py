@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from examples.distill.configs import default, set_networks
 
 
-def cifar100(teacher: str, student: str, learning_rate: float = 0.05) -> ConfigDict:
+def cifar100(teacher: str, student: str) -> ConfigDict:
     config = default()
     config.epochs = 240
     config.batch_size = 64
@@ -26,7 +26,7 @@ def cifar100(teacher: str, student: str, learning_rate: float = 0.05) -> ConfigD
     config.distillation.task_weight = 0.1
     config.distillation.kd_weight = 0.9
 
-    config.optimizer.learning_rate = learning_rate
+    config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 5e-4
     config.optimizer.drop_epochs = (150, 180, 210)
     config.optimizer.delta = 0.075

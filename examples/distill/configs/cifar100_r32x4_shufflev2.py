@@ -11,4 +11,6 @@ from examples.distill.configs._cifar100 import cifar100
 
 
 def get_config() -> ConfigDict:
-    return cifar100(teacher="resnet32x4", student="shufflenetv2", learning_rate=0.01)
+    config = cifar100(teacher="resnet32x4", student="shufflenetv2")
+    config.optimizer.learning_rate = 0.01
+    return config

@@ -5,6 +5,7 @@ trains, and `rest`, everything else the model carries along (BatchNorm statistic
 dicts of arrays, so checkpoints can be read without the model's code. `apply` runs them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,16 @@ def apply(
     model.train() if train else model.eval()
     outputs = model(images, **options)
     return outputs, split(model)[2]
+
+
+def check_input(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...], name: str) -> None:
+    """Raises if images of this shape are too small for a network: if a feature map has no pixel left."""
+    graphdef, params, rest = network
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    run = functools.partial(apply, graphdef, train=False, with_features=True)
+    (_, features), _ = jax.eval_shape(run, params, rest, image)
+    if any(0 in feature.shape for feature in features):
+        raise UserError(f"images of {image_shape[0]} x {image_shape[1]} pixels are too small for {name}")
 
 
 def _float_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
