@@ -12,7 +12,7 @@ def default() -> ConfigDict:
     config.batch_size = None  # over all hosts; the images that fill no batch are left out of an epoch
     config.eval_batch_size = None
     config.dtype = "float32"  # what networks compute in, or bfloat16; parameters, losses and momenta are float32
-    config.gradient_metrics = True  # log both gradients' norms and their cosine, from a backward pass for each loss
+    config.gradient_metrics = True  # log both gradients' norms and their cosine; for ce it costs one more backward pass
     config.checkpoint_every_epochs = 1
 
     config.dataset = ConfigDict()
