@@ -48,7 +48,8 @@ class Dataset(NamedTuple):
     num_classes: int
     image_shape: tuple[int, int, int]  # as the network sees it
     preprocessing: images.Preprocessing
-    workers: int
+    threads: int = 0  # that read and decode; none for images in memory
+    workers: int = 0  # processes that do it in training, in the place of threads
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -58,14 +59,13 @@ def load(config: ConfigDict) -> Dataset:
     num_classes = builder.info.features["label"].num_classes
     if config.synthetic:
         sizes = synthetic.split_sizes(config.split_sizes)
-        preprocessing, workers = images.PREPROCESSING["none"], 0
+        preprocessing = images.PREPROCESSING["none"]
     else:
         _check_image_size(builder, config)
         if not builder.is_prepared():
             _prepare(builder, config)
         sizes = builder.info.splits
         preprocessing = images.PREPROCESSING[config.preprocessing]
-        workers = 0 if config.in_memory else min(config.workers, _CORES)
 
     @functools.cache  # A split that is named twice is read once.
     def examples(split: str) -> grain.MapDataset:
@@ -76,9 +76,14 @@ def load(config: ConfigDict) -> Dataset:
     names = ("train", "validation", "test")
     for name in names:
         _check_split(sizes, config, name)
-    splits = {name: examples(config[name]) for name in names}
+    at_hand = config.synthetic or config.in_memory
     return Dataset(
-        **splits, num_classes=num_classes, image_shape=image_shape, preprocessing=preprocessing, workers=workers
+        **{name: examples(config[name]) for name in names},
+        num_classes=num_classes,
+        image_shape=image_shape,
+        preprocessing=preprocessing,
+        threads=0 if at_hand else _THREADS,
+        workers=0 if at_hand else min(config.workers, _CORES),
     )
 
 
@@ -108,7 +113,7 @@ def train_batches(
     _check_divides(batch_size, host, "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
     examples = dataset.train.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
-    threads = 1 if dataset.workers else _THREADS
+    threads = 1 if dataset.workers else dataset.threads
     batches = ElasticIterator(
         examples,
         batch_size,
@@ -142,7 +147,7 @@ def eval_batches(
 
     slots = grain.MapDataset.range(math.ceil(count / batch_size) * local_batch)
     # By threads, also where training has worker processes, which would take longer to start than most splits to read.
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD * local_batch)
+    options = grain.ReadOptions(num_threads=dataset.threads, prefetch_buffer_size=_BATCHES_AHEAD * local_batch)
     with contextlib.closing(_to_device(slots.map(example).to_iter_dataset(options).batch(local_batch))) as iterator:
         yield from iterator
 
