@@ -4,6 +4,7 @@ The optimizer:     `dot`, `scale_by_dot`, `betas`; the baseline to compare it wi
 Gradients:         `value_and_grads`, `reached`
 Losses:            `losses.kd_loss`
 Algebra of losses: `PerLoss`, `per_loss`, `joint`, `sum_losses`, `wrap`
+Many devices:      `average_over`
 
 Start with `help(dot_optax.dot)`.
 """
@@ -17,6 +18,7 @@ from dot_optax._gain_matched import gain_matched_sgd as gain_matched_sgd
 from dot_optax._gain_matched import gains as gains
 from dot_optax._gradients import reached as reached
 from dot_optax._gradients import value_and_grads as value_and_grads
+from dot_optax._parallel import average_over as average_over
 from dot_optax._per_loss import joint as joint
 from dot_optax._per_loss import per_loss as per_loss
 from dot_optax._per_loss import sum_losses as sum_losses
@@ -24,6 +26,7 @@ from dot_optax._per_loss import wrap as wrap
 
 __all__ = [
     "PerLoss",
+    "average_over",
     "betas",
     "dot",
     "gain_matched_sgd",
