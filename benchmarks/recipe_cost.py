@@ -31,7 +31,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 import dot_optax
-from examples.distill import methods, models, steps
+from examples.distill import methods, models, parallel, steps
 from examples.distill.command_line import parse
 
 CONFIGS = (
@@ -52,7 +52,7 @@ def network(name, num_classes, dtype):
     return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
-def compile_step(config, dtype, sharding):
+def compile_step(config, dtype, chip):
     """Returns the compiled train step of DOT."""
     classes = CLASSES[config.dataset.name]
     student, params, rest = network(config.student.model.name, classes, dtype)
@@ -66,15 +66,17 @@ def compile_step(config, dtype, sharding):
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
     problem = steps.Problem(student, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
+    sharding = jax.sharding.SingleDeviceSharding(chip[0])
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (state, tuple(teacher_variables), batch),
     )
-    return steps.make_train_step(problem, optimizer).lower(*arguments).compile()
+    layout = parallel.jit_layout(jax.sharding.Mesh(chip, (parallel.AXIS,)))
+    return steps.make_train_step(problem, optimizer, layout).lower(*arguments).compile()
 
 
-def cost(config, dtype, sharding):
-    compiled = compile_step(config, dtype, sharding)
+def cost(config, dtype, chip):
+    compiled = compile_step(config, dtype, chip)
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops, traffic = analysis["flops"], analysis["bytes accessed"]
     step_seconds = max(flops / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)
@@ -98,11 +100,10 @@ def main(argv=None):
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine it thinks it runs on.
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-    sharding = jax.sharding.SingleDeviceSharding(chip.devices[0])
     costs = {}
     print(f"{'one TPU v5e, ' + args.dtype:30} batch  GFLOP/image  memory  bound by    images/s at most  hours at least")
     for name in args.configs:
-        costs[name] = row = cost(parse([f"--config={name}"])[0], args.dtype, sharding)
+        costs[name] = row = cost(parse([f"--config={name}"])[0], args.dtype, chip.devices)
         print(
             f"{name:30} {row['batch']:5}  {row['gflop_per_image']:11.2f} {row['gigabytes']:4.1f} GB  {row['bound']:10}"
             f"  {row['images_per_second']:16,.0f}  {row['hours']:14.1f}",

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -97,11 +97,16 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 @contextlib.contextmanager
 def train_batches(
-    dataset: Dataset, batch_size: int, seed: int, epochs: int, host: grain.sharding.ShardOptions | None = None
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    put: Callable[[Any], Batch] = jax.device_put,
+    host: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[grain.DatasetIterator]:
     """Iterates over this host's part of `epochs` epochs, each in an order and with augmentations of its own.
 
-    The ragged last batch of each epoch is dropped. The iterator's state is a small dict, which Orbax saves beside the
+    The ragged last batch of each epoch is dropped; `put` brings a batch to the devices. The iterator's state is a small dict, which Orbax saves beside the
     model: how many images were consumed, over all hosts. Its threads and processes end with the `with` block.
     """
     augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
@@ -121,7 +126,7 @@ def train_batches(
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
         multiprocessing_options=_worker_options(dataset.workers),
     )
-    with contextlib.closing(_to_device(batches, dataset.workers)) as iterator, _explained_worker_death():
+    with contextlib.closing(_to_device(batches, put, dataset.workers)) as iterator, _explained_worker_death():
         yield iterator
     if dataset.workers:
         gc.collect()  # Reference cycles of Grain hold shared memory, too.
@@ -131,6 +136,7 @@ def eval_batches(
     dataset: Dataset,
     examples: grain.MapDataset,
     batch_size: int,
+    put: Callable[[Any], Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[Batch]:
     """Every example of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
@@ -148,16 +154,19 @@ def eval_batches(
     slots = grain.MapDataset.range(math.ceil(count / batch_size) * local_batch)
     # By threads, also where training has worker processes, which would take longer to start than most splits to read.
     options = grain.ReadOptions(num_threads=dataset.threads, prefetch_buffer_size=_BATCHES_AHEAD * local_batch)
-    with contextlib.closing(_to_device(slots.map(example).to_iter_dataset(options).batch(local_batch))) as iterator:
+    with contextlib.closing(
+        _to_device(slots.map(example).to_iter_dataset(options).batch(local_batch), put)
+    ) as iterator:
         yield from iterator
 
 
-def _to_device(batches: grain.IterDataset, workers: int = 0) -> grain.DatasetIterator:
-    def put(batch: dict[str, np.ndarray]) -> Batch:
+def _to_device(batches: grain.IterDataset, put: Callable[[Any], Batch], workers: int = 0) -> grain.DatasetIterator:
+    def copy_and_put(batch: dict[str, np.ndarray]) -> Batch:
         # What worker processes hand over lies in shared memory, which JAX would hold beyond the end of the program.
-        return jax.device_put({name: np.array(value) for name, value in batch.items()} if workers else batch)
+        return put({name: np.array(value) for name, value in batch.items()})
 
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=_BATCHES_AHEAD))
+    on_device = batches.map(copy_and_put if workers else put)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(on_device, prefetch_buffer_size=_BATCHES_AHEAD))
 
 
 def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:

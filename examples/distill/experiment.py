@@ -8,7 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill import checkpoint, data, methods, models, report, settings, train, workdir
+from examples.distill import checkpoint, data, methods, models, parallel, report, settings, train, workdir
 from examples.distill.errors import UserError
 from examples.distill.steps import Teacher
 
@@ -24,12 +24,12 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     if missing:
         # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
         teacher_folder = _find_teacher(missing, config, directory)
-        dataset = data.load(config.dataset)
-        teacher, students = _arms(missing, config, directory, dataset)
-        given = _load_teacher(teacher, teacher_folder, config, dataset)
+        setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config))
+        teacher, students = _arms(missing, setup, directory)
+        given = _load_teacher(teacher, teacher_folder, setup)
     with workdir.claim(directory, config):
         if missing:
-            _train(teacher, students, given, config, dataset)
+            _train(teacher, students, given, setup)
         else:
             print("Nothing left to train.")
         report.write(config, name, directory)
@@ -53,14 +53,13 @@ def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Pa
     )
 
 
-def _arms(
-    missing: list[str], config: ConfigDict, directory: Path, dataset: data.Dataset
-) -> tuple[train.Arm, list[train.Arm]]:
+def _arms(missing: list[str], setup: train.Setup, directory: Path) -> tuple[train.Arm, list[train.Arm]]:
     """Returns the teacher and the students that are missing."""
+    config, dataset, _ = setup
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
     weights = dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
     for model in (config.teacher.model, config.student.model):
-        models.check_input(_shapes(model, config, dataset), dataset.image_shape, model.name)
+        models.check_input(_shapes(model, setup), dataset.image_shape, model.name)
     teacher = train.Arm(
         name="teacher",
         directory=directory / "teacher",
@@ -83,11 +82,11 @@ def _arms(
     return teacher, students
 
 
-def _load_teacher(arm: train.Arm, folder: Path | None, config: ConfigDict, dataset: data.Dataset) -> Teacher | None:
+def _load_teacher(arm: train.Arm, folder: Path | None, setup: train.Setup) -> Teacher | None:
     """Loads the teacher in `folder`, which must fit the config."""
     if folder is None:
         return None
-    graphdef, *expected = _shapes(arm.model, config, dataset)
+    graphdef, *expected = _shapes(arm.model, setup)
     variables = checkpoint.load_variables(folder)
     wanted, found = (
         {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
@@ -96,32 +95,27 @@ def _load_teacher(arm: train.Arm, folder: Path | None, config: ConfigDict, datas
         checkpoint.check_fit({name: leaf.shape for name, leaf in wanted.items()}, found)
     except ValueError as error:
         raise UserError(
-            f"the teacher in {folder} is no {arm.model.name} with {dataset.num_classes} classes: {error}"
+            f"the teacher in {folder} is no {arm.model.name} with {setup.dataset.num_classes} classes: {error}"
         ) from error
     return Teacher(graphdef, variables)
 
 
-def _shapes(model: ConfigDict, config: ConfigDict, dataset: data.Dataset) -> tuple[nnx.GraphDef, Any, Any]:
+def _shapes(model: ConfigDict, setup: train.Setup) -> tuple[nnx.GraphDef, Any, Any]:
     """Returns (graphdef, params, rest) of a network, with shapes in the place of arrays."""
-    return nnx.eval_shape(lambda: train.new_network(model, config, dataset))
+    return nnx.eval_shape(lambda: train.new_network(model, setup))
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path[1:], simple=True, separator=".")  # The first key tells params from rest.
 
 
-def _train(
-    teacher: train.Arm,
-    students: list[train.Arm],
-    given: Teacher | None,
-    config: ConfigDict,
-    dataset: data.Dataset,
-) -> None:
-    if given is None and config.teacher.train:
-        train.fit(teacher, config, dataset)
-        given = _load_teacher(teacher, teacher.directory, config, dataset)
+def _train(teacher: train.Arm, students: list[train.Arm], given: Teacher | None, setup: train.Setup) -> None:
+    if given is None and setup.config.teacher.train:
+        train.fit(teacher, setup)
+        given = _load_teacher(teacher, teacher.directory, setup)
     elif given is not None and not train.is_finished(teacher.directory):
-        evaluate = train.make_evaluate(teacher, config, dataset, given.graphdef)
-        train.write_result(teacher, config, evaluate, given.variables, splits=("test",))
+        evaluate = train.make_evaluate(teacher, setup, given.graphdef)
+        variables = parallel.replicate(setup.layout.mesh, given.variables)
+        train.write_result(teacher, setup, evaluate, variables, splits=("test",))
     for student in students:
-        train.fit(student._replace(teacher=given), config, dataset)
+        train.fit(student._replace(teacher=given), setup)

@@ -9,7 +9,11 @@ A line of `metrics.jsonl` stands for an epoch and holds
     validation_...                  task_loss, kd_loss, top1 and top5 after the epoch
     seconds                         spent so far, over all runs of the command
 
-with null for what there is not: what concerns distillation where there is no teacher, gradients if they are not wanted.
+With --config.parallel=shard_map the norms and the cosine are those of each device's own part of a batch, averaged: the
+gradients themselves are never averaged there, and the noise of a smaller batch makes their norms larger.
+
+null stands for what there is not: what concerns distillation where there is no teacher, gradients if they are not
+wanted.
 """
 
 import collections

@@ -74,6 +74,8 @@ _RULES = {
     "image_size": _COUNT,
     "workers": (_whole(0), "a whole number that is not negative"),
     "preprocessing": _one_of(*PREPROCESSING),
+    "parallel": _one_of("jit", "pmap", "shard_map"),
+    "devices": (_whole(0), "a whole number that is not negative"),
     "dtype": _one_of("float32", "bfloat16"),
     "hidden": _COUNTS,
     "drop_epochs": (_rising(_COUNTS[0]), "whole numbers of at least 1, each larger than the one before"),

@@ -1,6 +1,5 @@
 """The train step and the evaluation step: pure functions, compiled once, the same for every method."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from flax import nnx
 
 import dot_optax
 from examples.distill import models
+from examples.distill.parallel import AXIS, Layout, jit_layout
 
 Metrics = dict[str, jax.Array]
 
@@ -47,15 +47,19 @@ def init_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) 
 
 
 def make_train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, *, gradient_metrics: bool = True
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    layout: Layout | None = None,
+    *,
+    gradient_metrics: bool = True,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, teacher_variables, batch) -> (state, metrics)`; the old state's memory is reused.
 
     The metrics are the two losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
-    gradients and the cosine between these; without a teacher, only those of the task.
+    gradients and the cosine between these; without a teacher, only those of the task. By default it runs on one device.
     """
+    layout = layout or jit_layout(jax.sharding.Mesh(jax.devices()[:1], (AXIS,)))
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, teacher_variables: Any, batch: Any) -> tuple[TrainState, Metrics]:
         images = _normalize(problem, batch["image"])
         teacher_logits = _teacher_logits(problem, teacher_variables, images)
@@ -65,17 +69,19 @@ def make_train_step(
             losses = _losses(problem, logits, teacher_logits, batch["label"])
             return jax.tree.map(jnp.mean, losses), rest
 
-        (losses, rest), grads = dot_optax.value_and_grads(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = layout.local_params(state.params)
+        (losses, rest), grads = dot_optax.value_and_grads(loss_fn, has_aux=True)(params)
+        grads = layout.average_grads(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(state.params, layout.average_updates(updates))
         metrics = {"task_loss": losses.task, "kd_loss": losses.kd}
         if gradient_metrics:
             metrics |= _gradient_metrics(grads)
         if problem.teacher is None:
             metrics = {name: value for name, value in metrics.items() if name.startswith("task_")}
-        return TrainState(state.step + 1, params, rest, opt_state), metrics
+        return TrainState(state.step + 1, params, rest, opt_state), layout.average_metrics(metrics)
 
-    return train_step
+    return layout.compile(train_step)
 
 
 def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Metrics]:

@@ -9,6 +9,7 @@ It leaves in the arm's folder:
 
 import collections
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from examples.distill import checkpoint, data, models, records, steps
+from examples.distill import checkpoint, data, models, parallel, records, steps
 from examples.distill.errors import UserError
 from examples.distill.log import Log
 
@@ -31,6 +32,14 @@ _STEPS_AHEAD = 2  # that the device has in hand while the host waits for the met
 
 Variables = tuple[Any, Any]  # (params, rest)
 Evaluate = Callable[[Variables, str], records.Record]
+
+
+class Setup(NamedTuple):
+    """What all arms of an experiment share."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    layout: parallel.Layout
 
 
 class Arm(NamedTuple):
@@ -50,45 +59,49 @@ def is_finished(directory: Path) -> bool:
     return (directory / "result.json").exists()
 
 
-def new_network(model: ConfigDict, config: ConfigDict, dataset: data.Dataset) -> tuple[nnx.GraphDef, Any, Any]:
+def new_network(model: ConfigDict, setup: Setup, *, axis_name: str | None = None) -> tuple[nnx.GraphDef, Any, Any]:
     """Returns (graphdef, params, rest) of a freshly initialized network."""
     return models.split(
         models.build(
             **model,
-            num_classes=dataset.num_classes,
-            input_shape=dataset.image_shape,
-            dtype=config.dtype,
-            rngs=nnx.Rngs(config.seed),
+            num_classes=setup.dataset.num_classes,
+            input_shape=setup.dataset.image_shape,
+            dtype=setup.config.dtype,
+            axis_name=axis_name,
+            rngs=nnx.Rngs(setup.config.seed),
         )
     )
 
 
-def fit(arm: Arm, config: ConfigDict, dataset: data.Dataset) -> None:
+def fit(arm: Arm, setup: Setup) -> None:
     """Trains `arm` to its last epoch and writes its result."""
-    graphdef, params, rest = new_network(arm.model, config, dataset)
-    state = steps.init_state(params, rest, arm.optimizer)
-    evaluate = make_evaluate(arm, config, dataset, graphdef)
+    graphdef, params, rest = new_network(arm.model, setup, axis_name=setup.layout.axis_name)
+    state = parallel.replicate(setup.layout.mesh, steps.init_state(params, rest, arm.optimizer))
+    evaluate = make_evaluate(arm, setup, graphdef)
     try:
-        state, seconds = _train(arm, config, dataset, graphdef, state, evaluate)
+        state, seconds = _train(arm, setup, graphdef, state, evaluate)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(arm, data.steps_per_epoch(dataset, config.batch_size))) from None
-    write_result(arm, config, evaluate, (state.params, state.rest), seconds=seconds)
+        raise KeyboardInterrupt(_how_to_go_on(arm, _steps_per_epoch(setup))) from None
+    write_result(arm, setup, evaluate, (state.params, state.rest), seconds=seconds)
 
 
-def make_evaluate(arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef: nnx.GraphDef) -> Evaluate:
+def make_evaluate(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> Evaluate:
     """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
-    problem, teacher_variables = _problem(arm, config, graphdef)
+    problem, teacher_variables = _problem(arm, setup, graphdef)
     eval_step = steps.make_eval_step(problem)
+    mesh = setup.layout.mesh
+    batch_size = -(-setup.config.eval_batch_size // mesh.size) * mesh.size  # Whatever is too much is padding.
+    put = functools.partial(parallel.divide, mesh)
 
     def evaluate(variables: Variables, split: str) -> records.Record:
-        examples = getattr(dataset, split)
-        batches = data.eval_batches(dataset, examples, config.eval_batch_size)
+        examples = getattr(setup.dataset, split)
+        batches = data.eval_batches(setup.dataset, examples, batch_size, put)
         sums: collections.Counter[str] = collections.Counter()
         # The bar appears only where one would wonder.
         with tqdm(desc=f"{arm.name}, {split} split", total=len(examples), unit=" images", delay=10, leave=False) as bar:
             for batch_sums in _fetched(eval_step(variables, teacher_variables, batch) for batch in batches):
                 sums.update({name: float(value) for name, value in batch_sums.items()})
-                bar.update(min(config.eval_batch_size, len(examples) - bar.n))
+                bar.update(min(batch_size, len(examples) - bar.n))
         return {name: value / len(examples) for name, value in sums.items()} | {"count": len(examples)}
 
     return evaluate
@@ -96,7 +109,7 @@ def make_evaluate(arm: Arm, config: ConfigDict, dataset: data.Dataset, graphdef:
 
 def write_result(
     arm: Arm,
-    config: ConfigDict,
+    setup: Setup,
     evaluate: Evaluate,
     variables: Variables,
     *,
@@ -105,26 +118,23 @@ def write_result(
 ) -> None:
     """Evaluates a network on whole splits and writes `result.json`, which declares the arm finished."""
     means: dict[str, records.Record] = {}  # by what the config calls a split: the same one twice is evaluated once
-    for name in splits:
-        if config.dataset[name] not in means:
-            means[config.dataset[name]] = evaluate(variables, name)
-    by_name = {name: means[config.dataset[name]] for name in splits}
+    names = {name: setup.config.dataset[name] for name in splits}
+    for name, split in names.items():
+        if split not in means:
+            means[split] = evaluate(variables, name)
     arm.directory.mkdir(exist_ok=True)
-    records.write_json(arm.directory / "result.json", {"method": arm.name, "seconds": seconds, **by_name})
+    result = {"method": arm.name, "seconds": seconds, **{name: means[split] for name, split in names.items()}}
+    records.write_json(arm.directory / "result.json", result)
 
 
 def _train(
-    arm: Arm,
-    config: ConfigDict,
-    dataset: data.Dataset,
-    graphdef: nnx.GraphDef,
-    state: steps.TrainState,
-    evaluate: Evaluate,
+    arm: Arm, setup: Setup, graphdef: nnx.GraphDef, state: steps.TrainState, evaluate: Evaluate
 ) -> tuple[steps.TrainState, float]:
     """The loop over epochs: from the latest checkpoint to the last epoch. Returns the final state and the seconds."""
-    problem, teacher_variables = _problem(arm, config, graphdef)
-    train_step = steps.make_train_step(problem, arm.optimizer, gradient_metrics=config.gradient_metrics)
-    steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
+    config, dataset, layout = setup
+    problem, teacher_variables = _problem(arm, setup, graphdef)
+    train_step = steps.make_train_step(problem, arm.optimizer, layout, gradient_metrics=config.gradient_metrics)
+    steps_per_epoch = _steps_per_epoch(setup)
 
     def train(batches: Iterable[data.Batch]) -> Iterator[steps.Metrics]:
         nonlocal state
@@ -133,10 +143,11 @@ def _train(
             yield metrics
 
     with (
-        data.train_batches(dataset, config.batch_size, config.seed, arm.epochs) as batches,
+        data.train_batches(dataset, config.batch_size, config.seed, arm.epochs, layout.put_batch) as batches,
         checkpoint.manager(arm.directory) as checkpoints,
     ):
         state, progress = checkpoint.restore_latest(checkpoints, state, batches)
+        state = layout.spread(state)
         started = time.perf_counter() - progress.seconds
         log = Log(arm.name, arm.directory, progress.epoch, arm.epochs, steps_per_epoch, config.batch_size)
         with contextlib.closing(log):
@@ -150,15 +161,20 @@ def _train(
                 progress = checkpoint.Progress(epoch, time.perf_counter() - started)
                 log.epoch(validation, progress.seconds)
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
-                    checkpoint.save(checkpoints, state, batches, progress)
-    return state, progress.seconds
+                    checkpoint.save(checkpoints, layout.gather(state), batches, progress)
+    return layout.gather(state), progress.seconds
 
 
-def _problem(arm: Arm, config: ConfigDict, graphdef: nnx.GraphDef) -> tuple[steps.Problem, Variables | None]:
+def _problem(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> tuple[steps.Problem, Variables | None]:
     """Returns what the steps of an arm compute, and the variables of its teacher."""
     teacher, teacher_variables = arm.teacher or (None, None)
-    mean, std = config.dataset.mean, config.dataset.std
-    return steps.Problem(graphdef, teacher, config.distillation.temperature, mean, std), teacher_variables
+    config = setup.config
+    problem = steps.Problem(graphdef, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
+    return problem, parallel.replicate(setup.layout.mesh, teacher_variables)
+
+
+def _steps_per_epoch(setup: Setup) -> int:
+    return data.steps_per_epoch(setup.dataset, setup.config.batch_size)
 
 
 def _fetched(results: Iterable[steps.Metrics]) -> Iterator[dict[str, np.ndarray]]:

@@ -1,8 +1,8 @@
 """The working directory of an experiment: one config, one teacher, one folder per finished or unfinished arm.
 
 `config.json` says which config the folder belongs to, `.lock` that a run is using it. Fields that do not change what
-an arm computes may differ from run to run: which arms to train, what to log and to save, and how this machine comes by
-the images. So may fields that nothing depends on yet: a run that failed before it saved anything does not hold the
+an arm computes may differ from run to run: which arms to train, what to log and to save, on which devices, and how
+this machine comes by the images. So may fields that nothing depends on yet: a run that failed before it saved anything does not hold the
 folder.
 """
 
@@ -22,6 +22,9 @@ from examples.distill.errors import UserError
 
 _FREE_FIELDS = (
     "method",
+    "parallel",
+    "devices",
+    "shard_params",
     "eval_batch_size",
     "gradient_metrics",
     "checkpoint_every_epochs",

@@ -25,6 +25,7 @@ def distill(data_dir):
             [
                 f"--workdir={workdir}",
                 f"--config.dataset.data_dir={data_dir}",
+                "--config.devices=1",
                 "--config.epochs=6",
                 "--config.checkpoint_every_epochs=2",
                 "--config.teacher.epochs=2",

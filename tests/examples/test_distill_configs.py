@@ -185,6 +185,7 @@ def run(tmp_path):
             [
                 f"--config={name}",
                 f"--workdir={tmp_path / 'run'}",
+                "--config.devices=1",
                 "--config.dataset.synthetic=True",
                 *(f"--config.dataset.split_sizes.{split}=9" for split in config.dataset.split_sizes),
                 "--config.batch_size=4",

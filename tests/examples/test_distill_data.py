@@ -45,7 +45,7 @@ def _die(image, size, rng):
 
 
 def _train(dataset, batch_size=64, seed=0, epochs=2, host=None):
-    with data.train_batches(dataset, batch_size, seed, epochs, host) as batches:
+    with data.train_batches(dataset, batch_size, seed, epochs, host=host) as batches:
         return list(batches)
 
 
@@ -174,7 +174,7 @@ def test_evaluation_sees_every_image_once(dataset, batch_size):
 @pytest.mark.parametrize(("count", "hosts", "batch_size"), [(447, 4, 64), (9, 4, 8), (5, 3, 3), (1, 2, 4), (8, 2, 4)])
 def test_hosts_together_evaluate_every_image_once(dataset, count, hosts, batch_size):
     test = dataset.test[:count]
-    parts = [list(data.eval_batches(dataset, test, batch_size, _host(index, hosts))) for index in range(hosts)]
+    parts = [list(data.eval_batches(dataset, test, batch_size, host=_host(index, hosts))) for index in range(hosts)]
     assert len({len(part) for part in parts}) == 1  # a host with fewer batches would leave the others waiting
     assert {batch["image"].shape[0] for part in parts for batch in part} == {batch_size // hosts}
     seen = [image for part in parts for image in _identities(_valid(part))]
@@ -185,7 +185,7 @@ def test_batch_sizes_that_hosts_cannot_share(dataset):
     with pytest.raises(UserError, match=r"bad --config\.batch_size=64: it must be a multiple of the 3 hosts"):
         _train(dataset, host=_host(0, 3))
     with pytest.raises(UserError, match=r"bad --config\.eval_batch_size=64"):
-        next(data.eval_batches(dataset, dataset.test, 64, _host(0, 3)))
+        next(data.eval_batches(dataset, dataset.test, 64, host=_host(0, 3)))
 
 
 def test_synthetic_data_have_the_shapes_and_sizes_of_the_dataset(config):

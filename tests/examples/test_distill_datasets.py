@@ -253,7 +253,12 @@ def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
     shutil.copytree(imagenet_dir, tmp_path / "data")
     _rewrite(tmp_path / "data", damage)
     arguments = ["--config=imagenet_r34_r18", f"--config.dataset.data_dir={tmp_path / 'data'}", "--config.method=ce"]
-    small = ["--config.batch_size=7", "--config.eval_batch_size=7", "--config.dataset.image_size=32"]
+    small = [
+        "--config.devices=1",
+        "--config.batch_size=7",
+        "--config.eval_batch_size=7",
+        "--config.dataset.image_size=32",
+    ]
     assert main([*arguments, *small, f"--workdir={tmp_path / 'run'}"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: the dataset in {tmp_path}/data/imagenet2012/5.1.0 is damaged (image ")

@@ -94,7 +94,7 @@ def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monk
 def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, data_dir):
     config, _, _ = parse([f"--config.dataset.data_dir={data_dir}"])
     dataset = data.load(config.dataset)
-    graphdef, *_ = train.new_network(config.student.model, config, dataset)
+    graphdef, *_ = train.new_network(config.student.model, train.Setup(config, dataset, layout=None))
     params, rest = checkpoint.load_variables(finished / "dot")
     [batch] = data.eval_batches(dataset, dataset.test, 447)
     logits, _ = models.apply(graphdef, params, rest, batch["image"] / 16, train=False)
@@ -206,7 +206,7 @@ def test_the_networks_compute_in_the_dtype_of_the_config(data_dir):
     for dtype in ("float32", "bfloat16"):
         config, _, _ = parse([f"--config.dataset.data_dir={data_dir}", f"--config.dtype={dtype}"])
         dataset = data.load(config.dataset)
-        network = train.new_network(config.student.model, config, dataset)
+        network = train.new_network(config.student.model, train.Setup(config, dataset, layout=None))
         image = np.zeros((1, *dataset.image_shape), np.float32)
         (logits, [hidden]), _ = models.apply(*network, image, train=False, with_features=True)
         assert (hidden.dtype, logits.dtype) == (dtype, "float32")

@@ -12,6 +12,9 @@ def default() -> ConfigDict:
     config.batch_size = None  # over all hosts; the images that fill no batch are left out of an epoch
     config.eval_batch_size = None
     config.dtype = "float32"  # what networks compute in, or bfloat16; parameters, losses and momenta are float32
+    config.parallel = "jit"  # how devices share the work: jit, pmap or shard_map; see parallel.py
+    config.devices = 0  # how many to use; 0: all
+    config.shard_params = False  # with jit: divide large parameters and momenta among the devices
     config.gradient_metrics = True  # log both gradients' norms and their cosine; for ce it costs one more backward pass
     config.checkpoint_every_epochs = 1
 

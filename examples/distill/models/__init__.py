@@ -39,6 +39,7 @@ def build(
     *,
     input_shape: tuple[int, ...] = (32, 32, 3),
     dtype: DTypeLike | None = None,
+    axis_name: str | None = None,
     rngs: nnx.Rngs,
     **options: Any,
 ) -> nnx.Module:
@@ -52,6 +53,7 @@ def build(
         input_shape: (height, width, channels) of an image; of these, convolutional networks fix the channels only.
         dtype: what to compute in, such as "bfloat16"; default: that of images and parameters. Parameters, BatchNorm
             statistics and logits are float32 whatever it is.
+        axis_name: over which BatchNorm averages its statistics, in training where each device sees a part of a batch.
         rngs: for the initial parameters.
         **options: further fields of the model's entry in the config.
     """
@@ -59,9 +61,13 @@ def build(
         raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(_MODELS))}")
     dtype = _float_dtype(dtype)
     try:
-        return _MODELS[name](num_classes, input_shape=input_shape, dtype=dtype, rngs=rngs, **options)
+        model = _MODELS[name](num_classes, input_shape=input_shape, dtype=dtype, rngs=rngs, **options)
     except TypeError as error:
         raise UserError(f"cannot build model {name!r}: {error}") from error
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.axis_name = axis_name
+    return model
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:

@@ -1,0 +1,167 @@
+"""How devices share the work of a training step: three forms of data parallelism, all over one axis, `data`.
+
+    jit         the compiler divides a program that is written for the whole batch; parameters may be sharded
+    pmap        each device runs a program for its part of the batch, and the gradients of each loss are averaged
+    shard_map   the same, but momenta stay on their devices and the update alone is averaged: one all-reduce per step
+
+In all of them BatchNorm's statistics are those of the whole batch, and a checkpoint holds one state, as one device would
+have it: a run can go on in another form or on another number of devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+import dot_optax
+from examples.distill.errors import UserError
+
+AXIS = "data"
+
+# Smaller arrays are replicated even where parameters are sharded: gathering them would cost more than it saves.
+_SMALLEST_SHARDED = 2**14
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+class Layout(NamedTuple):
+    """Where arrays live, how a step is compiled, and what it must average. A state is a `steps.TrainState`."""
+
+    mesh: jax.sharding.Mesh
+    spread: Callable[[Any], Any]  # a state as one device has it -> as the devices have it
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, teacher_variables, batch)
+    gather: Callable[[Any], Any] = _same  # what `spread` returns -> a state as one device has it
+    put_batch: Callable[[Any], Any] = _same  # NumPy arrays, this host's part -> what a compiled step takes
+    axis_name: str | None = None  # of the devices' parts of a batch, in a step that sees one part only; and then ...
+    local_params: Callable[[Any], Any] = _same  # ... parameters -> what to take this part's gradients at
+    average_grads: Callable[[Any], Any] = _same
+    average_updates: Callable[[Any], Any] = _same
+    average_metrics: Callable[[Any], Any] = _same
+
+
+def make_layout(config: ConfigDict) -> Layout:
+    """Returns the layout that a config asks for, on all devices of all hosts or on the first `config.devices`."""
+    devices = jax.devices()[: config.devices or None]
+    if len(devices) < config.devices:
+        raise UserError(f"bad --config.devices={config.devices}: there are {len(devices)}")
+    if config.batch_size % len(devices):
+        raise UserError(
+            f"bad --config.batch_size={config.batch_size}: it must be a multiple of the {len(devices)} devices; or use"
+            " fewer with --config.devices"
+        )
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    if config.parallel == "jit":
+        return jit_layout(mesh, shard_params=config.shard_params)
+    if config.shard_params:
+        raise UserError(f"--config.shard_params=True needs --config.parallel=jit, not {config.parallel}")
+    return {"pmap": pmap_layout, "shard_map": shard_map_layout}[config.parallel](mesh)
+
+
+def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Puts the same arrays on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def divide(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """Divides a batch, of which each host has its part, among the devices."""
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout:
+    """One program for the whole batch; with `shard_params`, large parameters and momenta are divided among the devices."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        spec = [None] * np.ndim(leaf)
+        divisible = [axis for axis, length in enumerate(np.shape(leaf)) if length % mesh.size == 0]
+        if shard_params and divisible and np.size(leaf) >= _SMALLEST_SHARDED:
+            spec[max(divisible, key=lambda axis: np.shape(leaf)[axis])] = AXIS
+        return NamedSharding(mesh, P(*spec))
+
+    def spread(state: Any) -> Any:
+        return jax.device_put(state, jax.tree.map(sharding, state))
+
+    def compile(step: Callable[..., Any]) -> Callable[..., Any]:
+        def placed(*args: Any) -> Any:
+            state, metrics = step(*args)
+            return jax.lax.with_sharding_constraint(state, jax.tree.map(sharding, state)), metrics
+
+        return jax.jit(placed, donate_argnums=0)
+
+    return Layout(mesh, spread, compile, put_batch=functools.partial(divide, mesh))
+
+
+def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
+    """One program for each device and its part of the batch; the gradients are averaged, each loss's for itself."""
+
+    def compile(step: Callable[..., Any]) -> Callable[..., Any]:
+        in_axes, devices = (None, None, 0), list(mesh.devices.flat)
+        return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=0)
+
+    def put_batch(batch: Any) -> Any:
+        return divide(mesh, jax.tree.map(lambda leaf: leaf.reshape(mesh.size, -1, *leaf.shape[1:]), batch))
+
+    mean = functools.partial(jax.lax.pmean, axis_name=AXIS)
+    return Layout(
+        mesh,
+        functools.partial(replicate, mesh),
+        compile,
+        put_batch=put_batch,
+        axis_name=AXIS,
+        average_grads=mean,
+        average_metrics=mean,
+    )
+
+
+def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
+    """One program for each device and its part of the batch, with momenta of its own: `dot_optax.average_over`.
+
+    The devices' optimizer states are stacked along a new first axis; their mean is the state that one device would have.
+    """
+    average = dot_optax.average_over(AXIS)
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P(AXIS)))
+    def stack(opt_state: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (mesh.size, *leaf.shape)), opt_state)
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def mean(opt_state: Any) -> Any:
+        def one(leaf: jax.Array) -> jax.Array:  # Whole numbers count steps, and are the same everywhere.
+            return leaf.mean(axis=0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[0]
+
+        return jax.tree.map(one, opt_state)
+
+    def compile(step: Callable[..., Any]) -> Callable[..., Any]:
+        def local(state: Any, *args: Any) -> Any:
+            opt_state = jax.tree.map(lambda leaf: leaf[0], state.opt_state)
+            state, metrics = step(state._replace(opt_state=opt_state), *args)
+            return state._replace(opt_state=jax.tree.map(lambda leaf: leaf[None], state.opt_state)), metrics
+
+        def run(state: Any, *args: Any) -> Any:
+            specs = jax.tree.map(lambda _: P(), state)
+            specs = specs._replace(opt_state=jax.tree.map(lambda _: P(AXIS), state.opt_state))
+            program = jax.shard_map(local, mesh=mesh, in_specs=(specs, P(), P(AXIS)), out_specs=(specs, P()))
+            return program(state, *args)
+
+        return jax.jit(run, donate_argnums=0)
+
+    return Layout(
+        mesh,
+        lambda state: replicate(mesh, state._replace(opt_state=None))._replace(opt_state=stack(state.opt_state)),
+        compile,
+        gather=lambda state: state._replace(opt_state=mean(state.opt_state)),
+        put_batch=functools.partial(divide, mesh),
+        axis_name=AXIS,
+        local_params=functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying"),
+        average_updates=lambda updates: average.update(updates, optax.EmptyState())[0],
+        average_metrics=functools.partial(jax.lax.pmean, axis_name=AXIS),
+    )
