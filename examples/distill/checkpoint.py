@@ -113,7 +113,7 @@ def _restore(checkpoints: ocp.CheckpointManager, step: int, args: ocp.args.Compo
     except Exception as error:  # Orbax raises whatever it stumbles over.
         folder = checkpoints.directory / str(step)
         raise UserError(
-            f"cannot read the checkpoint {folder} ({one_line(error)}); restore that folder, or delete it"
+            f"cannot read the checkpoint {folder} ({one_line(error, 200)}); restore that folder, or delete it"
         ) from error
 
 
@@ -127,6 +127,8 @@ def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -
             problems.append(f"{name} has shape {array.shape} instead of {wanted[name]}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"{name} holds {array.dtype}, not floating-point numbers")
+        elif not jnp.isfinite(array).all():
+            problems.append(f"{name} holds numbers that are not finite")
     if problems:
         more = [f"and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
         raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))

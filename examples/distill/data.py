@@ -12,6 +12,7 @@ how they are augmented, depends on the seed and on nothing else: not on the numb
 import contextlib
 import functools
 import gc
+import importlib.util
 import io
 import math
 import os
@@ -65,6 +66,7 @@ def load(config: ConfigDict) -> Dataset:
         if not builder.is_prepared():
             _prepare(builder, config)
         sizes = builder.info.splits
+        _check_complete(sizes, config, builder)
         preprocessing = images.PREPROCESSING[config.preprocessing]
 
     @functools.cache  # A split that is named twice is read once.
@@ -228,11 +230,17 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
+    is_ours = type(builder).__module__.startswith("examples.")  # and so needs no TensorFlow
     if not config.prepare:
+        how = "--config.dataset.prepare=True or with tfds build" if is_ours else "tfds build"
         raise UserError(
-            f"dataset {config.name!r} is not prepared in {builder.data_dir}; prepare it with tfds build, see"
-            " examples/distill/README.md, or with --config.dataset.prepare=True, or point --config.dataset.data_dir to"
-            " the folder that has it"
+            f"dataset {config.name!r} is not prepared in {builder.data_dir}; prepare it with {how}, see"
+            " examples/distill/README.md, or point --config.dataset.data_dir to the folder that has it"
+        )
+    if not is_ours and importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs TensorFlow; prepare it with tfds"
+            " build in an environment that has it, see examples/distill/README.md"
         )
     print(f"Preparing dataset {config.name!r} in {builder.data_dir}")
     if not sys.stderr.isatty():
@@ -240,16 +248,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it does not know.
             builder.download_and_prepare()
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs {error.name}; prepare it in an"
-            " environment that has it, see examples/distill/README.md"
-        ) from error
-    except (
-        AssertionError,
-        OSError,
-        ValueError,
-    ) as error:  # TFDS asserts that files are there which it cannot download.
+    except (AssertionError, OSError, ValueError) as error:
+        # An AssertionError: TFDS asserts that files are there which it cannot download.
         raise UserError(
             f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({one_line(error)}); choose another folder"
             " with --config.dataset.data_dir, or see examples/distill/README.md"
@@ -265,6 +265,17 @@ def _check_image_size(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> 
         f"bad --config.dataset.image_size={config.image_size}: the images of {config.name!r} are stored with {pixels},"
         f" and --config.dataset.preprocessing={config.preprocessing} keeps that"
     )
+
+
+def _check_complete(splits: tfds.core.SplitDict, config: ConfigDict, builder: tfds.core.DatasetBuilder) -> None:
+    for name, expected in config.split_sizes.items():
+        found = splits[name].num_examples if name in splits else 0
+        if found != expected:
+            raise UserError(
+                f"the dataset in {builder.data_dir} has {found} images in its split {name!r} instead of {expected}; prepare"
+                f" it again from complete files, or say --config.dataset.split_sizes.{name}={found} if it is meant to be"
+                " another one"
+            )
 
 
 def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> None:

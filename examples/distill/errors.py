@@ -5,7 +5,7 @@ class UserError(Exception):
     """Something the person at the command line can put right; the message says how."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, length: int = 600) -> str:
     """What another library says, cut short, to stand inside the message of a `UserError`."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300].rstrip(".")
+    return text[:length].rstrip(".")

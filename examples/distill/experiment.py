@@ -24,6 +24,8 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     if missing:
         # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
         teacher_folder = _find_teacher(missing, config, directory)
+        for model in (config.teacher.model, config.student.model):
+            models.check_name(model.name)
         setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config))
         teacher, students = _arms(missing, setup, directory)
         given = _load_teacher(teacher, teacher_folder, setup)
@@ -41,7 +43,9 @@ def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Pa
     if config.teacher.checkpoint:
         folder = Path(config.teacher.checkpoint).absolute()
         if not checkpoint.has_network(folder):
-            raise UserError(f"no trained network in --config.teacher.checkpoint={folder}; give the folder of {wanted}")
+            inside = [path.parent for path in folder.glob("*/checkpoints") if checkpoint.has_network(path.parent)]
+            hint = f"did you mean {inside[0]}?" if inside else f"give the folder of {wanted}"
+            raise UserError(f"no trained network in --config.teacher.checkpoint={folder}; {hint}")
         return folder
     if checkpoint.has_network(directory / "teacher"):
         return directory / "teacher"

@@ -2,7 +2,7 @@
 
     python -m examples.distill.import_teacher --model resnet32x4 --num_classes 100 --from FILE --to DIR
 
-FILE is .safetensors, or .pth, for which PyTorch must be installed; it is read as data, never run as code. Its tensors
+FILE is .safetensors, or .pth (.pt, .tar), for which PyTorch must be installed; it is read as data, never run as code. Its tensors
 have torchvision's names (ResNets) or those of the CIFAR distillation repositories (ResNet8x4/32x4, VGG8/13). Whatever
 does not fit the model is an error, so a teacher that was imported is complete.
 """
@@ -90,11 +90,11 @@ def import_teacher(model: str, num_classes: int, source: Path, target: Path) -> 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors in a file, by name, without what wraps them: a dict of more, a DataParallel module."""
-    readers = {".safetensors": _read_safetensors, ".pth": _read_pth}
+    readers = {".safetensors": _read_safetensors, ".pth": _read_pth, ".pt": _read_pth, ".tar": _read_pth}
     if path.suffix not in readers:
         raise UserError(f"cannot read {path}: its name must end in {' or '.join(readers)}")
     if not path.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"{path} is not a file" if path.exists() else f"no such file: {path}")
     try:
         tensors = readers[path.suffix](path)
     except ImportError as error:
@@ -102,7 +102,11 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             f"reading {path.suffix} files needs the package {error.name}: pip install {error.name}"
         ) from error
     except Exception as error:  # Damaged files raise whatever the decoder stumbles over.
-        raise UserError(f"cannot read {path}: damaged, or not a state dict of plain tensors") from error
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # of PyTorch, which refuses to run code
+        why = f"it holds a {found[1]}" if found else "damaged, or not a state dict of plain tensors"
+        raise UserError(
+            f"cannot read {path}: {why}; torch.save(model.state_dict(), FILE) makes one to be read"
+        ) from error
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
@@ -141,7 +145,7 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
     import torch
 
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "net"):
         if isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     # NumPy has no bfloat16.

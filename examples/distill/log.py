@@ -4,10 +4,10 @@ A line of `metrics.jsonl` stands for an epoch and holds
 
     epoch, step                     finished so far
     task_loss, kd_loss              means over the images of the epoch, unweighted, while it was being trained
-    task_grad_norm, kd_grad_norm    means over its steps of the norms of their gradients
+    task_grad_norm, kd_grad_norm    means over its steps of the norms of the gradients of these unweighted losses
     grad_cosine                     ... and of the cosine between these: below 0, the losses are in conflict
-    validation_...                  task_loss, kd_loss, top1 and top5 after the epoch
-    seconds                         spent so far, over all runs of the command
+    validation_...                  task_loss, kd_loss, top1 and top5 (fractions of 1) after the epoch
+    seconds                         spent so far, compilation and evaluation included, over all runs of the command
 
 With --config.parallel=shard_map the norms and the cosine are those of each device's own part of a batch, averaged: the
 gradients themselves are never averaged there, and the noise of a smaller batch makes their norms larger.

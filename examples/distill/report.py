@@ -39,7 +39,7 @@ def write(config: ConfigDict, name: str, directory: Path) -> None:
     }
     print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; {_teacher(directory / 'teacher')}\n")
     print(table(results))
-    print("\n" + "\n".join(notes(config)) + "\n")
+    print("\n" + "\n".join(notes(config, results)) + "\n")
     plot(curves, directory / "losses.png")
     print(f"Picture: {directory / 'losses.png'}")
     print(f"Metrics: {directory}/METHOD/metrics.jsonl; students: {directory}/METHOD/checkpoints")
@@ -62,12 +62,15 @@ def table(results: Results) -> str:
     )
 
 
-def notes(config: ConfigDict) -> list[str]:
+def notes(config: ConfigDict, results: Results) -> list[str]:
     """What a reader should know before believing the table."""
+    one_seed = "One seed. The ± is the standard error that comes from the size of the test split; seeds differ as well."
+    if set(results) == {"ce"}:
+        return [one_seed]
     dot = dot_optax.gains(*methods.betas(config.optimizer))
     plain, _ = dot_optax.gains(config.optimizer.momentum, config.optimizer.momentum)
     return [
-        "One seed. The ± is the standard error that comes from the size of the test split; seeds differ as well.",
+        one_seed,
         f"DOT's two momenta multiply a steady task gradient by {dot.task:.3g} and a KD gradient by {dot.kd:.3g}, where plain"
         f" momentum multiplies both by {plain:.3g}.",
         f"--config.method=kd_gain_matched gives plain KD the same gains (task weight and L2 x {dot.task / plain:.3g}, KD"

@@ -152,7 +152,7 @@ def test_recipes_and_configs_state_the_published_accuracies():
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*→.*)$", recipes, flags=re.MULTILINE))
     assert set(rows) == {"digits", *_PUBLISHED}
     for name, (kd, dot) in _TOP1.items():
-        assert rows[name].endswith(f"| {kd} | {dot} | |")
+        assert rows[name].endswith(f"| `{_PUBLISHED[name]['teacher.model.name']}` | {kd} | {dot} | |")
         assert f"Top-1 in the paper: KD {kd}, KD with DOT {dot}." in (_DISTILL / "configs" / f"{name}.py").read_text()
 
 

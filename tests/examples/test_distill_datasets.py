@@ -1,5 +1,6 @@
 """CIFAR-100, Tiny-ImageNet and ImageNet from files on disk: small ones, in the format and the names of the real ones."""
 
+import importlib.util
 import io
 import shutil
 from unittest import mock
@@ -7,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from PIL import Image
 
 from examples.distill import data, images
@@ -34,6 +36,7 @@ def _config(name, data_dir, **overrides):
     config = parse([f"--config={name}"])[0].dataset
     config.data_dir = str(data_dir)
     config.update(overrides)
+    config.split_sizes = ConfigDict()  # the published ones, which small datasets do not have
     return config
 
 
@@ -199,7 +202,7 @@ def _error(capsys, name, data_dir, tmp_path, *overrides):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("imagenet_r34_r18", "downloads/manual does not exist or is empty"),
+        ("tiny_imagenet_r18_mobilenetv2", "downloads/manual does not exist or is empty"),
         (
             "tiny_imagenet_r18_shufflev2",
             "Put the folder tiny-imagenet-200, unpacked from tiny-imagenet-200.zip, there)",
@@ -254,6 +257,8 @@ def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
     _rewrite(tmp_path / "data", damage)
     arguments = ["--config=imagenet_r34_r18", f"--config.dataset.data_dir={tmp_path / 'data'}", "--config.method=ce"]
     small = [
+        "--config.dataset.split_sizes.train=7",
+        "--config.dataset.split_sizes.validation=5",
         "--config.devices=1",
         "--config.batch_size=7",
         "--config.eval_batch_size=7",
@@ -298,9 +303,11 @@ def test_images_without_a_size_of_their_own(tmp_path, capsys):
 
 
 def test_a_builder_that_needs_tensorflow(tmp_path, capsys, monkeypatch):
-    def download_and_prepare(self):
-        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
-
-    monkeypatch.setattr(tfds.builder_cls("cifar100"), "download_and_prepare", download_and_prepare)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # also where it is installed
     line = _error(capsys, "cifar100_r32x4_r8x4", tmp_path / "data", tmp_path)
-    assert "its builder in TFDS needs tensorflow; prepare it in an environment that has it, see examples/" in line
+    assert "its builder in TFDS needs TensorFlow; prepare it with tfds build in an environment that has it" in line
+
+
+def test_an_incomplete_dataset(imagenet_dir, tmp_path, capsys):
+    line = _error(capsys, "imagenet_r34_r18", imagenet_dir, tmp_path)
+    assert "has 7 images in its split 'train' instead of 1281167; prepare it again from complete files, or say" in line

@@ -122,7 +122,7 @@ def test_an_unprepared_dataset(tmp_path, capsys):
     assert main(arguments) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert f"is not prepared in {tmp_path / 'sklearn_digits'}" in line
-    assert "tfds build, see examples/distill/README.md" in line
+    assert "with --config.dataset.prepare=True or with tfds build, see examples/distill/README.md" in line
     assert "--config.dataset.prepare=True" in line
 
 

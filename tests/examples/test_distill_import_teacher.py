@@ -1,5 +1,6 @@
 """The importer of PyTorch teachers: the same logits as PyTorch's, and a line for whatever is wrong with the input."""
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -290,8 +291,9 @@ class _Malicious:
 def test_files_that_are_damaged_or_code(name, content, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
     assert _import(tmp_path / name, tmp_path / "teacher") == 1
-    message = f"error: cannot read {tmp_path / name}: damaged, or not a state dict of plain tensors\n"
-    assert capsys.readouterr().err == message
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot read {tmp_path / name}: damaged, or not a state dict of plain tensors; ")
+    assert line.endswith("; torch.save(model.state_dict(), FILE) makes one to be read")
     assert not (tmp_path / "teacher").exists()
 
 
@@ -301,15 +303,31 @@ def test_truncated_files(suffix, network, tmp_path, capsys):
     (torch.save if suffix == ".pth" else safetensors.torch.save_file)(network.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-1000])
     assert _import(path, tmp_path / "teacher") == 1
-    assert capsys.readouterr().err == f"error: cannot read {path}: damaged, or not a state dict of plain tensors\n"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot read {path}: damaged, or not a state dict of plain tensors; ")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"net": {}}, {3: 4}, _random])
+def test_files_that_hold_more_than_tensors(network, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"model": network.state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    assert _import(path, tmp_path / "teacher") == 1
+    assert f"cannot read {path}: it holds a argparse.Namespace; torch.save(" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite(network, tmp_path, capsys):
+    tensors = network.state_dict()
+    torch.save({**tensors, "fc.bias": torch.full_like(tensors["fc.bias"], torch.nan)}, tmp_path / "teacher.pth")
+    assert _import(tmp_path / "teacher.pth", tmp_path / "teacher") == 1
+    assert capsys.readouterr().err.endswith("classes: fc.bias holds numbers that are not finite\n")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"nets": {}}, {3: 4}, _random])
 def test_pth_files_without_a_state_dict(content, tmp_path, capsys):
     path = tmp_path / "teacher.pth"
     torch.save(content, path)
     assert _import(path, tmp_path / "teacher") == 1
-    assert capsys.readouterr().err == f"error: cannot read {path}: damaged, or not a state dict of plain tensors\n"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot read {path}: ")
 
 
 def test_keys_that_are_not_names(network, tmp_path, capsys):
@@ -326,7 +344,7 @@ def test_keys_that_are_not_names(network, tmp_path, capsys):
         ({"--num_classes": "0"}, "bad --num_classes=0: it must be at least 1"),
         ({"--num_classes": "ten"}, "--num_classes: invalid int value: 'ten'"),
         ({"--from": "{folder}/none.pth"}, "no such file: {folder}/none.pth"),
-        ({"--from": "{folder}/teacher.tar"}, "its name must end in .safetensors or .pth"),
+        ({"--from": "{folder}"}, "its name must end in .safetensors or .pth or .pt or .tar"),
         ({"--to": "{folder}"}, "--to={folder} exists already; choose another folder"),
         ({"--to": "{folder}/teacher.safetensors/x"}, "cannot write to --to={folder}/teacher.safetensors/x: Not a dir"),
         ({"--too": "x"}, "unrecognized arguments: --too"),

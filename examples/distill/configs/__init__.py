@@ -32,7 +32,7 @@ def default() -> ConfigDict:
     config.dataset.data_dir = ""  # empty: TFDS's default, ~/tensorflow_datasets
     config.dataset.prepare = False  # build the dataset if it is not there yet, downloading it if need be
     config.dataset.synthetic = False  # random images of the same shapes, for benchmarks: nothing is read or decoded
-    config.dataset.split_sizes = ConfigDict()  # images of each TFDS split, for synthetic data
+    config.dataset.split_sizes = ConfigDict()  # images of each TFDS split, when complete; synthetic data have as many
 
     config.teacher = ConfigDict()
     config.teacher.model = None  # name and options for models.build

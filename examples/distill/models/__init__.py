@@ -57,8 +57,7 @@ def build(
         rngs: for the initial parameters.
         **options: further fields of the model's entry in the config.
     """
-    if name not in _MODELS:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(_MODELS))}")
+    check_name(name)
     dtype = _float_dtype(dtype)
     try:
         model = _MODELS[name](num_classes, input_shape=input_shape, dtype=dtype, rngs=rngs, **options)
@@ -87,6 +86,12 @@ def apply(
     model.train() if train else model.eval()
     outputs = model(images, **options)
     return outputs, split(model)[2]
+
+
+def check_name(name: str) -> None:
+    """Raises if there is no model of this name."""
+    if name not in _MODELS:
+        raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(_MODELS))}")
 
 
 def check_input(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...], name: str) -> None:
