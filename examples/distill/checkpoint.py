@@ -1,20 +1,21 @@
 """Checkpoints of one arm, with Orbax: `<workdir>/<arm>/checkpoints/<step>/`.
 
-A checkpoint has four items, so that each reader takes only what it needs:
+A checkpoint has three items, so that each reader takes only what it needs:
 
     variables   {'params', 'rest'}: the network
     optimizer   {'step', 'opt_state'}
-    data        the state of the Grain iterator
-    progress    JSON: epoch, seconds
+    progress    JSON: epoch, seconds, and the state of the Grain iterator, which is the same on all hosts
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.distill.errors import UserError, one_line
@@ -46,8 +47,7 @@ def save(
         args=ocp.args.Composite(
             variables=ocp.args.StandardSave({"params": state.params, "rest": state.rest}),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            data=grain.checkpoint.CheckpointSave(batches),
-            progress=ocp.args.JsonSave(progress._asdict()),
+            progress=ocp.args.JsonSave(progress._asdict() | {"data": batches.get_state()}),
         ),
     )
 
@@ -69,11 +69,12 @@ def restore_latest(
         ocp.args.Composite(
             variables=ocp.args.StandardRestore({"params": like.params, "rest": like.rest}),
             optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
-            data=grain.checkpoint.CheckpointRestore(batches),
             progress=ocp.args.JsonRestore(),
         ),
     )
-    return TrainState(**restored.variables, **restored.optimizer), Progress(**restored.progress)
+    batches.set_state(restored.progress["data"])
+    progress = Progress(restored.progress["epoch"], restored.progress["seconds"])
+    return TrainState(**restored.variables, **restored.optimizer), progress
 
 
 def saved_steps(arm_dir: Path) -> list[int]:
@@ -98,20 +99,28 @@ def has_network(arm_dir: Path) -> bool:
 
 
 def load_variables(arm_dir: Path) -> tuple[Any, Any]:
-    """Returns the (params, rest) of a trained network: nested dicts of arrays, ready for `models.apply`."""
+    """Returns the (params, rest) of a trained network: nested dicts of NumPy arrays, ready for `models.apply`."""
     if not saved_steps(arm_dir):
         raise UserError(f"no checkpoint in {_directory(arm_dir)}; delete {arm_dir} to train it again")
-    with ocp.CheckpointManager(_directory(arm_dir)) as checkpoints:
-        args = ocp.args.Composite(variables=ocp.args.StandardRestore())
-        variables = _restore(checkpoints, checkpoints.latest_step(), args).variables
+    folder = _directory(arm_dir) / str(max(saved_steps(arm_dir)))
+    with _explained(folder), ocp.StandardCheckpointer() as checkpointer:
+        # To NumPy: the devices that saved it need not be there.
+        saved = checkpointer.metadata(folder / "variables").item_metadata.tree
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+        variables = checkpointer.restore(folder / "variables", like)
     return variables["params"], variables["rest"]
 
 
 def _restore(checkpoints: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
-    try:
+    with _explained(checkpoints.directory / str(step)):
         return checkpoints.restore(step, args=args)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Orbax raises whatever it stumbles over.
-        folder = checkpoints.directory / str(step)
         raise UserError(
             f"cannot read the checkpoint {folder} ({one_line(error, 200)}); restore that folder, or delete it"
         ) from error

@@ -2,6 +2,10 @@
 
 NAME is a file in examples/distill/configs/ (default: digits) or the path of a .py file with `get_config()`; FOLDER
 defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.delta=0.05.
+
+On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
+themselves who belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
+process 0. FOLDER and the dataset must be the same for all.
 """
 
 import difflib
@@ -17,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from examples.distill import settings
-from examples.distill.errors import UserError
+from examples.distill.errors import UserError, one_line
 
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -28,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         config, name, directory = parse(argv)
+        _join(argv)
         from examples.distill import experiment  # A mistyped flag need not wait for Flax and Orbax.
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     flags.DEFINE_string("config", "digits", "name or path of a config", flag_values=choice)
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures", flag_values=choice)
     flags.DEFINE_boolean("help", False, "show how to use the program", short_name="h", flag_values=choice)
+    _define_hosts(choice)
     try:
         program, *overrides = choice(["examples.distill", *argv], known_only=True)
         config = _load(choice.config)
@@ -64,6 +70,31 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
         raise UserError(f"unexpected argument {unused[0]!r}")
     name = Path(choice.config).stem
     return fields.config, name, Path(choice.workdir or f"runs/{name}").absolute()
+
+
+def _define_hosts(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean("distributed", False, "join the other hosts of a cluster", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", 0, flag_values=values)
+
+
+def _join(argv: Sequence[str]) -> None:
+    """Connects this process to those on the other hosts, if there are any."""
+    hosts = flags.FlagValues()
+    _define_hosts(hosts)
+    hosts(["examples.distill", *argv], known_only=True)
+    given = (hosts.coordinator, hosts.num_processes, hosts.process_id)
+    if not hosts.distributed and given == (None, None, None):
+        return
+    if None in given and given != (None, None, None):
+        raise UserError("give all of --coordinator, --num_processes and --process_id, or --distributed alone")
+    import jax
+
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other hosts ({one_line(error, 200)})") from error
 
 
 def _load(name: str) -> ConfigDict:

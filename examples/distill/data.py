@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 from grain.experimental import ElasticIterator
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
@@ -63,8 +64,11 @@ def load(config: ConfigDict) -> Dataset:
         preprocessing = images.PREPROCESSING["none"]
     else:
         _check_image_size(builder, config)
-        if not builder.is_prepared():
+        if not builder.is_prepared() and jax.process_index() == 0:
             _prepare(builder, config)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the dataset is prepared")
+            builder = _builder(config)
         sizes = builder.info.splits
         _check_complete(sizes, config, builder)
         preprocessing = images.PREPROCESSING[config.preprocessing]

@@ -19,7 +19,8 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     methods.betas(config.optimizer)  # The report needs them, whichever methods are trained.
     wanted = methods.parse(config.method)
     workdir.check(directory, config)
-    print(f"Working directory: {directory}")
+    if jax.process_index() == 0:
+        print(f"Working directory: {directory}")
     missing = [method for method in wanted if not train.is_finished(directory / method)]
     if missing:
         # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
@@ -32,9 +33,10 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     with workdir.claim(directory, config):
         if missing:
             _train(teacher, students, given, setup)
-        else:
+        elif jax.process_index() == 0:
             print("Nothing left to train.")
-        report.write(config, name, directory)
+        if jax.process_index() == 0:
+            report.write(config, name, directory)
 
 
 def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Path | None:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -33,7 +34,10 @@ _SHOWN = {"task_loss": "task loss", "kd_loss": "KD loss"}
 
 
 class Log:
-    """The log of one arm, which goes on after `epochs_done` epochs. Close it at the end."""
+    """The log of one arm, which goes on after `epochs_done` epochs. Close it at the end.
+
+    Of several hosts the first one alone shows and writes it.
+    """
 
     def __init__(
         self, name: str, directory: Path, epochs_done: int, epochs: int, steps_per_epoch: int, batch_size: int
@@ -42,14 +46,16 @@ class Log:
         self._path = directory / "metrics.jsonl"
         self._epochs, self._steps_per_epoch, self._batch_size = epochs, steps_per_epoch, batch_size
         self._totals: collections.Counter[str] = collections.Counter()  # of the metrics of this epoch
-        kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
-        self._events = _begin_events(directory, kept)
+        self._writes = jax.process_index() == 0
+        kept = [] if not self._writes else records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
+        self._events = _begin_events(directory, kept) if self._writes else None
         self._bar = tqdm(
             desc=f"{name:>15}",
             total=epochs * steps_per_epoch * batch_size,
             initial=self.steps * batch_size,
             unit=" images",
             unit_scale=True,
+            disable=not self._writes,
             # Into a log file, a line now and then; on a terminal, as often as the eye can follow.
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
@@ -74,13 +80,15 @@ class Log:
             **{f"validation_{name}": validation.get(name) for name in _VALIDATION},
             "seconds": seconds,
         }
-        records.append_line(self._path, record)
-        _write_event(self._events, record)
+        if self._events:
+            records.append_line(self._path, record)
+            _write_event(self._events, record)
         self._totals.clear()
 
     def close(self) -> None:
         self._bar.close()
-        self._events.close()
+        if self._events:
+            self._events.close()
 
     def _means(self) -> dict[str, float]:
         count = (self.steps - 1) % self._steps_per_epoch + 1

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -101,20 +102,29 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
 
 
 def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
-    """One program for each device and its part of the batch; the gradients are averaged, each loss's for itself."""
+    """One program for each device and its part of the batch; the gradients are averaged, each loss's for itself.
+
+    On several hosts pmap takes and returns arrays of this host alone.
+    """
+    several_hosts = jax.process_count() > 1
 
     def compile(step: Callable[..., Any]) -> Callable[..., Any]:
-        in_axes, devices = (None, None, 0), list(mesh.devices.flat)
+        in_axes, devices = (None, None, 0), None if several_hosts else list(mesh.devices.flat)
         return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=0)
 
     def put_batch(batch: Any) -> Any:
-        return divide(mesh, jax.tree.map(lambda leaf: leaf.reshape(mesh.size, -1, *leaf.shape[1:]), batch))
+        batch = jax.tree.map(lambda leaf: leaf.reshape(len(mesh.local_devices), -1, *leaf.shape[1:]), batch)
+        return batch if several_hosts else divide(mesh, batch)
+
+    def gather(state: Any) -> Any:
+        return multihost_utils.host_local_array_to_global_array(state, mesh, P()) if several_hosts else state
 
     mean = functools.partial(jax.lax.pmean, axis_name=AXIS)
     return Layout(
         mesh,
         functools.partial(replicate, mesh),
         compile,
+        gather=gather,
         put_batch=put_batch,
         axis_name=AXIS,
         average_grads=mean,

@@ -98,7 +98,14 @@ def make_evaluate(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> Evaluate:
         batches = data.eval_batches(setup.dataset, examples, batch_size, put)
         sums: collections.Counter[str] = collections.Counter()
         # The bar appears only where one would wonder.
-        with tqdm(desc=f"{arm.name}, {split} split", total=len(examples), unit=" images", delay=10, leave=False) as bar:
+        with tqdm(
+            desc=f"{arm.name}, {split} split",
+            total=len(examples),
+            unit=" images",
+            delay=10,
+            leave=False,
+            disable=jax.process_index() > 0,
+        ) as bar:
             for batch_sums in _fetched(eval_step(variables, teacher_variables, batch) for batch in batches):
                 sums.update({name: float(value) for name, value in batch_sums.items()})
                 bar.update(min(batch_size, len(examples) - bar.n))
@@ -122,9 +129,10 @@ def write_result(
     for name, split in names.items():
         if split not in means:
             means[split] = evaluate(variables, name)
-    arm.directory.mkdir(exist_ok=True)
     result = {"method": arm.name, "seconds": seconds, **{name: means[split] for name, split in names.items()}}
-    records.write_json(arm.directory / "result.json", result)
+    if jax.process_index() == 0:
+        arm.directory.mkdir(exist_ok=True)
+        records.write_json(arm.directory / "result.json", result)
 
 
 def _train(
@@ -155,13 +163,14 @@ def _train(
                 for step_metrics in _fetched(train(itertools.islice(batches, steps_per_epoch))):
                     log.step(step_metrics)
                     _check_finite(arm, checkpoints, epoch, log.steps, step_metrics)
-                validation = evaluate((state.params, state.rest), "validation")
+                gathered = layout.gather(state)
+                validation = evaluate((gathered.params, gathered.rest), "validation")
                 # What the last update of the epoch has done shows only here.
                 _check_finite(arm, checkpoints, epoch, log.steps, validation)
                 progress = checkpoint.Progress(epoch, time.perf_counter() - started)
                 log.epoch(validation, progress.seconds)
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
-                    checkpoint.save(checkpoints, layout.gather(state), batches, progress)
+                    checkpoint.save(checkpoints, gathered, batches, progress)
     return layout.gather(state), progress.seconds
 
 
