@@ -47,36 +47,30 @@ CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet2012": 1000}
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 197e12, 819e9  # TPU v5e: bfloat16, HBM
 
 
-def network(name, num_classes, dtype):
+def network(name, num_classes, dtype, axis_name=None):
     """Returns (graphdef, params, rest), with shapes in the place of arrays."""
-    return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, dtype=dtype, rngs=nnx.Rngs(0))))
+    options = {"dtype": dtype, "axis_name": axis_name}
+    return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options)))
 
 
-def compile_step(config, dtype, chip):
-    """Returns the compiled train step of DOT."""
-    classes = CLASSES[config.dataset.name]
-    student, params, rest = network(config.student.model.name, classes, dtype)
+def compile_step(config, layout, *, method="dot", dtype="bfloat16", batch_size=None):
+    """Returns the compiled train step of a config."""
+    classes, size = CLASSES[config.dataset.name], config.dataset.image_size
+    student, params, rest = network(config.student.model.name, classes, dtype, layout.axis_name)
     teacher, *teacher_variables = network(config.teacher.model.name, classes, dtype)
     weights = dot_optax.PerLoss(config.distillation.task_weight, config.distillation.kd_weight)
-    optimizer = methods.build("dot", config.optimizer, weights, steps_per_epoch=1)
-    state = jax.eval_shape(lambda params, rest: steps.init_state(params, rest, optimizer), params, rest)
-    size = config.dataset.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
+    optimizer = methods.build(method, config.optimizer, weights, steps_per_epoch=1)
     problem = steps.Problem(student, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
-    sharding = jax.sharding.SingleDeviceSharding(chip[0])
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (state, tuple(teacher_variables), batch),
-    )
-    layout = parallel.jit_layout(jax.sharding.Mesh(chip, (parallel.AXIS,)))
+    state = jax.eval_shape(lambda params, rest: steps.init_state(params, rest, optimizer), params, rest)
+    batch_size = batch_size or config.batch_size
+    batch = {"image": ((batch_size, size, size, 3), jnp.uint8), "label": ((batch_size,), jnp.int32)}
+    arguments = layout.shapes(state, tuple(teacher_variables), {k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
     return steps.make_train_step(problem, optimizer, layout).lower(*arguments).compile()
 
 
 def cost(config, dtype, chip):
-    compiled = compile_step(config, dtype, chip)
+    layout = parallel.jit_layout(jax.sharding.Mesh(chip, (parallel.AXIS,)))
+    compiled = compile_step(config, layout, dtype=dtype)
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops, traffic = analysis["flops"], analysis["bytes accessed"]
     step_seconds = max(flops / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)

@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, teacher_variables, batch)
     gather: Callable[[Any], Any] = _same  # what `spread` returns -> a state as one device has it
     put_batch: Callable[[Any], Any] = _same  # NumPy arrays, this host's part -> what a compiled step takes
+    shapes: Callable[..., Any] = _same  # a step's arguments as one device has them -> as it is compiled for
     axis_name: str | None = None  # of the devices' parts of a batch, in a step that sees one part only; and then ...
     local_params: Callable[[Any], Any] = _same  # ... parameters -> what to take this part's gradients at
     average_grads: Callable[[Any], Any] = _same
@@ -78,6 +79,12 @@ def divide(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
+def _placed(mesh: jax.sharding.Mesh, spec: P, tree: Any) -> Any:
+    """Shapes with a sharding, to compile for devices that are not there."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
 def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout:
     """One program for the whole batch; with `shard_params`, large parameters and momenta are divided among the devices."""
 
@@ -98,7 +105,11 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
 
         return jax.jit(placed, donate_argnums=0)
 
-    return Layout(mesh, spread, compile, put_batch=functools.partial(divide, mesh))
+    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state)
+        return placed, _placed(mesh, P(), teacher_variables), _placed(mesh, P(AXIS), batch)
+
+    return Layout(mesh, spread, compile, put_batch=functools.partial(divide, mesh), shapes=shapes)
 
 
 def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
@@ -119,6 +130,12 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
     def gather(state: Any) -> Any:
         return multihost_utils.host_local_array_to_global_array(state, mesh, P()) if several_hosts else state
 
+    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
+        def part(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+
+        return state, teacher_variables, jax.tree.map(part, batch)
+
     mean = functools.partial(jax.lax.pmean, axis_name=AXIS)
     return Layout(
         mesh,
@@ -126,6 +143,7 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
         compile,
         gather=gather,
         put_batch=put_batch,
+        shapes=shapes,
         axis_name=AXIS,
         average_grads=mean,
         average_metrics=mean,
@@ -164,12 +182,18 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
 
         return jax.jit(run, donate_argnums=0)
 
+    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
+        opt_state = _placed(mesh, P(AXIS), jax.eval_shape(stack, state.opt_state))
+        placed = _placed(mesh, P(), state._replace(opt_state=None))._replace(opt_state=opt_state)
+        return placed, _placed(mesh, P(), teacher_variables), _placed(mesh, P(AXIS), batch)
+
     return Layout(
         mesh,
         lambda state: replicate(mesh, state._replace(opt_state=None))._replace(opt_state=stack(state.opt_state)),
         compile,
         gather=lambda state: state._replace(opt_state=mean(state.opt_state)),
         put_batch=functools.partial(divide, mesh),
+        shapes=shapes,
         axis_name=AXIS,
         local_params=functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying"),
         average_updates=lambda updates: average.update(updates, optax.EmptyState())[0],

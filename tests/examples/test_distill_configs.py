@@ -159,9 +159,9 @@ def test_recipes_and_configs_state_the_published_accuracies():
 def test_the_commands_of_the_recipes_parse():
     recipes = (_DISTILL / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python -m examples\.distill (.*)$", recipes, flags=re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
-        settings.check(parse(shlex.split(command))[0])
+        settings.check(parse(shlex.split(command.replace("=N", "=2").replace("=I", "=1")))[0])
     for flag in re.findall(r"`(--config\.[\w.]+=[\w,]+)", recipes):
         parse(["--config=imagenet_r34_r18", flag.replace("=N", "=2")])
 

@@ -1,0 +1,84 @@
+"""What would a training step of ImageNet's ResNet50 -> MobileNetV1 cost on a pod of 256 TPU v5e?  Compiled, not run.
+
+    pip install libtpu
+    JAX_PLATFORMS=cpu python -m benchmarks.pod_cost
+
+TABLE
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from benchmarks.recipe_cost import compile_step
+from examples.distill import parallel
+from examples.distill.command_line import parse
+
+FORMS = {
+    "jit": parallel.jit_layout,
+    "pmap": parallel.pmap_layout,
+    "shard_map": parallel.shard_map_layout,
+}
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
+
+
+def collectives(hlo):
+    """Returns how many bytes each kind of collective returns on a chip, read off the shapes in a compiled program."""
+    total = {}
+    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for shapes, kind in re.findall(pattern, hlo):
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            count = int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
+            total[kind] = total.get(kind, 0) + BYTES.get(dtype, 4) * count
+    return total
+
+
+def cost(config, form, method, batch_size, mesh):
+    compiled = compile_step(config, FORMS[form](mesh), method=method, batch_size=batch_size)
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return {
+        "gflop": analysis["flops"] / 1e9,
+        "traffic_gb": analysis["bytes accessed"] / 1e9,
+        "memory_gb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+        "collective_mb": {kind: count / 1e6 for kind, count in collectives(compiled.as_text()).items()},
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="imagenet_r50_mobilenetv1")
+    parser.add_argument("--topology", default="v5e:16x16")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=(4096, 512))
+    parser.add_argument("--forms", nargs="+", default=tuple(FORMS), choices=FORMS)
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine it thinks it runs on.
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    mesh = jax.sharding.Mesh(np.array(devices), (parallel.AXIS,))
+    config = parse([f"--config={args.config}"])[0]
+    rows = []
+    print(f"{f'per chip of {len(devices)}':10} batch  method    GFLOP  traffic   memory  collectives")
+    for batch_size in args.batch_sizes:
+        for form in args.forms:
+            for method in ("kd", "dot"):
+                row = cost(config, form, method, batch_size, mesh)
+                rows.append({"form": form, "batch_size": batch_size, "method": method} | row)
+                moved = ", ".join(f"{kind} {count:.2f} MB" for kind, count in row["collective_mb"].items())
+                print(
+                    f"{form:15} {batch_size:5}  {method:6} {row['gflop']:8.1f}  {row['traffic_gb']:4.2f} GB"
+                    f"  {row['memory_gb']:4.2f} GB  {moved}",
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
