@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import digits_learning_rates, gradient_cost, input_pipeline, recipe_cost
+from benchmarks import digits_learning_rates, gradient_cost, input_pipeline, pod_cost, recipe_cost
 
 
 def test_digits_learning_rates(tmp_path, capsys):
@@ -65,3 +65,15 @@ def test_recipe_cost(tmp_path):
     assert cost["gflop_per_image"] == pytest.approx(expected, rel=0.03)  # the rest: norms, losses, updates
     assert 0.05 < cost["gigabytes"] < 1
     assert cost["hours"] == pytest.approx(240 * 781 * 64 / cost["images_per_second"] / 3600)
+
+
+def test_pod_cost(tmp_path):
+    pytest.importorskip("libtpu", reason="there is a TPU compiler for Linux on x86-64 only")
+    path = tmp_path / "pod.json"
+    pod_cost.main(["--batch_sizes", "4096", "--forms", "shard_map", "--json", str(path)])
+    kd, dot = json.loads(path.read_text())
+    assert (kd["method"], dot["method"]) == ("kd", "dot")
+    assert dot["memory_gb"] < 16  # of a v5e
+    assert set(dot["collective_mb"]) == {"all-reduce"}
+    parameters = 4 * 4_231_976 / 1e6
+    assert parameters < dot["collective_mb"]["all-reduce"] <= 1.01 * kd["collective_mb"]["all-reduce"]

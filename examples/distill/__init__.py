@@ -8,6 +8,7 @@
     experiment.py   teacher, then a student for every method, then the report
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
     steps.py        the train step and the evaluation step
+    parallel.py     how devices share the work of a step: jit, pmap or shard_map
     train.py        the loop over epochs: metrics, checkpoints, resuming
     log.py          progress bar, metrics.jsonl, TensorBoard
     data.py         TFDS and Grain; datasets/ holds the TFDS builders
