@@ -1,10 +1,10 @@
 """What would a training step of ImageNet's ResNet50 -> MobileNetV1 cost on a pod of 256 TPU v5e?  Compiled, not run.
 
-    pip install libtpu
+    pip install "jax[tpu]"
     JAX_PLATFORMS=cpu python -m benchmarks.pod_cost
 
 compiles it in bfloat16, in each form of data parallelism, with KD and with DOT, for a batch of 4096 over all chips and
-for the paper's 512, and prints in 8 minutes (libtpu 0.0.42; what it says about worker hostnames is no error)
+for the paper's 512, and prints in 8 minutes (libtpu 0.0.42, for JAX 0.10.2; what it says about worker hostnames is no error)
 
     per chip of 256 batch  method    GFLOP  traffic   memory  collectives
     jit              4096  kd        225.4  8.81 GB  0.57 GB  all-reduce 21.29 MB

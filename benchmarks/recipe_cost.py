@@ -1,10 +1,10 @@
 """What does a training step of each experiment of the paper cost, and the whole run at least?  Compiled, not run.
 
-    pip install libtpu
+    pip install libtpu==0.0.52
     JAX_PLATFORMS=cpu python -m benchmarks.recipe_cost
 
 compiles every config's step with DOT, in its own batch size and in bfloat16, for one TPU v5e chip, which need not be
-there (what libtpu 0.0.52 says to stderr about worker hostnames is no error), and prints in 10 minutes
+there (what libtpu says to stderr about worker hostnames is no error), and prints in 10 minutes
 
     one TPU v5e, bfloat16          batch  GFLOP/image  memory  bound by    images/s at most  hours at least
     cifar100_r32x4_r8x4               64         3.64  0.1 GB  traffic               23,035             0.1
