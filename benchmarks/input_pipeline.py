@@ -45,6 +45,7 @@ import time
 import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks.jpeg_images import JpegImages
@@ -123,6 +124,7 @@ def pipelines(folder, worker_counts, rounds):
     """Returns images per second, as the trainer gets them, by number of worker processes; 0 stands for threads."""
     config = get_config().dataset
     config.update({"name": "jpeg_images", "data_dir": str(folder), "validation": "train", "test": "train"})
+    config.split_sizes = ConfigDict()  # those of ImageNet, which this is not
     dataset = data.load(config)
     rates = {count: [] for count in worker_counts}
     for _ in range(rounds):

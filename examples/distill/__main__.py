@@ -11,7 +11,7 @@ from typing import Any
 
 def _interrupt_imports(*_: object) -> None:
     print("interrupted before anything was begun", file=sys.stderr)
-    _exit_at_once()
+    _exit_at_once(130)
 
 
 def _unraisable(unraisable: Any) -> None:
@@ -23,11 +23,12 @@ def _unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _exit_at_once() -> None:
-    # The interpreter's shutdown can crash when XLA was interrupted while it compiled.
+def _exit_at_once(code: int) -> None:
+    # The interpreter's shutdown can crash when XLA was interrupted while it compiled, and waits for other hosts.
     gc.collect()  # Else Python complains about the semaphores of Grain's worker processes.
     sys.stdout.flush()
-    os._exit(130)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
@@ -37,6 +38,5 @@ if __name__ == "__main__":
     from examples.distill.command_line import main
 
     code = main(sys.argv[1:])
-    if code == 130:
-        _exit_at_once()
-    sys.exit(code)
+    if code:
+        _exit_at_once(code)

@@ -89,12 +89,17 @@ def _join(argv: Sequence[str]) -> None:
         return
     if None in given and given != (None, None, None):
         raise UserError("give all of --coordinator, --num_processes and --process_id, or --distributed alone")
+    if hosts.process_id is not None and hosts.process_id >= hosts.num_processes:
+        raise UserError(f"bad --process_id={hosts.process_id}: it must be below --num_processes={hosts.num_processes}")
     import jax
 
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other hosts ({one_line(error, 200)})") from error
+        raise UserError(
+            f"cannot join the other hosts ({one_line(error, 200)}); where no cluster says who they are, give --coordinator,"
+            " --num_processes and --process_id, and on a single host none of these"
+        ) from error
 
 
 def _load(name: str) -> ConfigDict:

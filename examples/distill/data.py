@@ -112,8 +112,9 @@ def train_batches(
 ) -> Iterator[grain.DatasetIterator]:
     """Iterates over this host's part of `epochs` epochs, each in an order and with augmentations of its own.
 
-    The ragged last batch of each epoch is dropped; `put` brings a batch to the devices. The iterator's state is a small dict, which Orbax saves beside the
-    model: how many images were consumed, over all hosts. Its threads and processes end with the `with` block.
+    The ragged last batch of each epoch is dropped; `put` brings a batch to the devices. The iterator's state is a small
+    dict, which Orbax saves beside the model: how many images were consumed, over all hosts. Its threads and processes
+    end with the `with` block.
     """
     augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
 
@@ -276,9 +277,9 @@ def _check_complete(splits: tfds.core.SplitDict, config: ConfigDict, builder: tf
         found = splits[name].num_examples if name in splits else 0
         if found != expected:
             raise UserError(
-                f"the dataset in {builder.data_dir} has {found} images in its split {name!r} instead of {expected}; prepare"
-                f" it again from complete files, or say --config.dataset.split_sizes.{name}={found} if it is meant to be"
-                " another one"
+                f"the dataset in {builder.data_dir} has {found} images in its split {name!r} instead of {expected};"
+                f" prepare it again from complete files, or say --config.dataset.split_sizes.{name}={found} if it is meant"
+                " to be another one"
             )
 
 

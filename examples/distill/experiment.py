@@ -1,10 +1,14 @@
 """One experiment from start to report: the teacher, then a student for every method, then table and picture."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import dot_optax
@@ -22,6 +26,8 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
     if jax.process_index() == 0:
         print(f"Working directory: {directory}")
     missing = [method for method in wanted if not train.is_finished(directory / method)]
+    if jax.process_count() > 1:
+        _check_hosts_agree(config, directory, missing)
     if missing:
         # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
         teacher_folder = _find_teacher(missing, config, directory)
@@ -37,6 +43,18 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
             print("Nothing left to train.")
         if jax.process_index() == 0:
             report.write(config, name, directory)
+
+
+def _check_hosts_agree(config: ConfigDict, directory: Path, missing: list[str]) -> None:
+    """Raises if hosts were started differently, or do not see the same files: they would wait for each other forever."""
+    latest = {arm: checkpoint.saved_steps(directory / arm)[-1:] for arm in ("teacher", *methods.METHODS)}
+    seen = json.dumps([settings.fields(config), missing, latest], sort_keys=True)
+    try:
+        multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
+    except AssertionError:
+        raise UserError(
+            "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
+        ) from None
 
 
 def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Path | None:
@@ -119,9 +137,10 @@ def _train(teacher: train.Arm, students: list[train.Arm], given: Teacher | None,
     if given is None and setup.config.teacher.train:
         train.fit(teacher, setup)
         given = _load_teacher(teacher, teacher.directory, setup)
-    elif given is not None and not train.is_finished(teacher.directory):
+    if given is not None:
+        given = given._replace(variables=parallel.replicate(setup.layout.mesh, given.variables))
+    if given is not None and not train.is_finished(teacher.directory):
         evaluate = train.make_evaluate(teacher, setup, given.graphdef)
-        variables = parallel.replicate(setup.layout.mesh, given.variables)
-        train.write_result(teacher, setup, evaluate, variables, splits=("test",))
+        train.write_result(teacher, setup, evaluate, given.variables, splits=("test",))
     for student in students:
         train.fit(student._replace(teacher=given), setup)

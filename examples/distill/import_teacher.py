@@ -2,9 +2,9 @@
 
     python -m examples.distill.import_teacher --model resnet32x4 --num_classes 100 --from FILE --to DIR
 
-FILE is .safetensors, or .pth (.pt, .tar), for which PyTorch must be installed; it is read as data, never run as code. Its tensors
-have torchvision's names (ResNets) or those of the CIFAR distillation repositories (ResNet8x4/32x4, VGG8/13). Whatever
-does not fit the model is an error, so a teacher that was imported is complete.
+FILE is .safetensors, or .pth (.pt, .tar), for which PyTorch must be installed; it is read as data, never run as code.
+Its tensors have torchvision's names (ResNets) or those of the CIFAR distillation repositories (ResNet8x4/32x4, VGG8/13).
+Whatever does not fit the model is an error, so a teacher that was imported is complete.
 """
 
 import argparse

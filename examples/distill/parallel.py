@@ -38,9 +38,10 @@ class Layout(NamedTuple):
     """Where arrays live, how a step is compiled, and what it must average. A state is a `steps.TrainState`."""
 
     mesh: jax.sharding.Mesh
-    spread: Callable[[Any], Any]  # a state as one device has it -> as the devices have it
+    place: Callable[[Any], Any]  # a state as one device has it, and as checkpoints hold it -> the same on all devices
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, teacher_variables, batch)
-    gather: Callable[[Any], Any] = _same  # what `spread` returns -> a state as one device has it
+    spread: Callable[[Any], Any] = _same  # what `place` returns -> a state as a compiled step takes it
+    gather: Callable[[Any], Any] = _same  # ... and back
     put_batch: Callable[[Any], Any] = _same  # NumPy arrays, this host's part -> what a compiled step takes
     shapes: Callable[..., Any] = _same  # a step's arguments as one device has them -> as it is compiled for
     axis_name: str | None = None  # of the devices' parts of a batch, in a step that sees one part only; and then ...
@@ -55,6 +56,8 @@ def make_layout(config: ConfigDict) -> Layout:
     devices = jax.devices()[: config.devices or None]
     if len(devices) < config.devices:
         raise UserError(f"bad --config.devices={config.devices}: there are {len(devices)}")
+    if len(devices) < jax.device_count() and jax.process_count() > 1:
+        raise UserError(f"bad --config.devices={config.devices}: several hosts use all of their devices")
     if config.batch_size % len(devices):
         raise UserError(
             f"bad --config.batch_size={config.batch_size}: it must be a multiple of the {len(devices)} devices; or use"
@@ -95,7 +98,7 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
             spec[max(divisible, key=lambda axis: np.shape(leaf)[axis])] = AXIS
         return NamedSharding(mesh, P(*spec))
 
-    def spread(state: Any) -> Any:
+    def place(state: Any) -> Any:
         return jax.device_put(state, jax.tree.map(sharding, state))
 
     def compile(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +112,7 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state)
         return placed, _placed(mesh, P(), teacher_variables), _placed(mesh, P(AXIS), batch)
 
-    return Layout(mesh, spread, compile, put_batch=functools.partial(divide, mesh), shapes=shapes)
+    return Layout(mesh, place, compile, put_batch=functools.partial(divide, mesh), shapes=shapes)
 
 
 def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
@@ -189,8 +192,9 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
 
     return Layout(
         mesh,
-        lambda state: replicate(mesh, state._replace(opt_state=None))._replace(opt_state=stack(state.opt_state)),
+        functools.partial(replicate, mesh),
         compile,
+        spread=lambda state: state._replace(opt_state=stack(state.opt_state)),
         gather=lambda state: state._replace(opt_state=mean(state.opt_state)),
         put_batch=functools.partial(divide, mesh),
         shapes=shapes,

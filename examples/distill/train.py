@@ -51,7 +51,7 @@ class Arm(NamedTuple):
     optimizer: optax.GradientTransformation  # over per-loss gradients, see methods.py
     epochs: int
     remedy: str  # what to change when the loss is not finite
-    teacher: steps.Teacher | None = None  # whom the student imitates
+    teacher: steps.Teacher | None = None  # whom the student imitates, with its variables on all devices
 
 
 def is_finished(directory: Path) -> bool:
@@ -75,14 +75,11 @@ def new_network(model: ConfigDict, setup: Setup, *, axis_name: str | None = None
 
 def fit(arm: Arm, setup: Setup) -> None:
     """Trains `arm` to its last epoch and writes its result."""
-    graphdef, params, rest = new_network(arm.model, setup, axis_name=setup.layout.axis_name)
-    state = parallel.replicate(setup.layout.mesh, steps.init_state(params, rest, arm.optimizer))
-    evaluate = make_evaluate(arm, setup, graphdef)
     try:
-        state, seconds = _train(arm, setup, graphdef, state, evaluate)
+        evaluate, variables, seconds = _train(arm, setup)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(arm, _steps_per_epoch(setup))) from None
-    write_result(arm, setup, evaluate, (state.params, state.rest), seconds=seconds)
+    write_result(arm, setup, evaluate, variables, seconds=seconds)
 
 
 def make_evaluate(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> Evaluate:
@@ -135,11 +132,13 @@ def write_result(
         records.write_json(arm.directory / "result.json", result)
 
 
-def _train(
-    arm: Arm, setup: Setup, graphdef: nnx.GraphDef, state: steps.TrainState, evaluate: Evaluate
-) -> tuple[steps.TrainState, float]:
-    """The loop over epochs: from the latest checkpoint to the last epoch. Returns the final state and the seconds."""
+def _train(arm: Arm, setup: Setup) -> tuple[Evaluate, Variables, float]:
+    """The loop over epochs: from the latest checkpoint to the last epoch. Returns the final variables and the seconds."""
     config, dataset, layout = setup
+    graphdef, *variables = new_network(arm.model, setup, axis_name=layout.axis_name)
+    state = layout.place(steps.init_state(*variables, arm.optimizer))
+    del variables  # Nobody but the step holds a state, so that its memory can be used again.
+    evaluate = make_evaluate(arm, setup, graphdef)
     problem, teacher_variables = _problem(arm, setup, graphdef)
     train_step = steps.make_train_step(problem, arm.optimizer, layout, gradient_metrics=config.gradient_metrics)
     steps_per_epoch = _steps_per_epoch(setup)
@@ -171,7 +170,8 @@ def _train(
                 log.epoch(validation, progress.seconds)
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
                     checkpoint.save(checkpoints, gathered, batches, progress)
-    return layout.gather(state), progress.seconds
+    state = layout.gather(state)
+    return evaluate, (state.params, state.rest), progress.seconds
 
 
 def _problem(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> tuple[steps.Problem, Variables | None]:
@@ -179,7 +179,7 @@ def _problem(arm: Arm, setup: Setup, graphdef: nnx.GraphDef) -> tuple[steps.Prob
     teacher, teacher_variables = arm.teacher or (None, None)
     config = setup.config
     problem = steps.Problem(graphdef, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
-    return problem, parallel.replicate(setup.layout.mesh, teacher_variables)
+    return problem, teacher_variables
 
 
 def _steps_per_epoch(setup: Setup) -> int:

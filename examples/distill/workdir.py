@@ -2,8 +2,8 @@
 
 `config.json` says which config the folder belongs to, `.lock` that a run is using it. Fields that do not change what
 an arm computes may differ from run to run: which arms to train, what to log and to save, on which devices, and how
-this machine comes by the images. So may fields that nothing depends on yet: a run that failed before it saved anything does not hold the
-folder.
+this machine comes by the images. So may fields that nothing depends on yet: a run that failed before it saved anything
+does not hold the folder.
 """
 
 import contextlib

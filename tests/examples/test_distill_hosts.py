@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from examples.distill import checkpoint
-from examples.distill.command_line import main
 
 
 def _free_port():
@@ -21,7 +20,7 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def _run_on_two_hosts(workdir, data_dir, *flags):
+def _run_on_two_hosts(workdir, data_dir, *flags, each=("", "")):
     """Returns (exit code, stdout, stderr) of both processes."""
     arguments = [
         f"--coordinator=localhost:{_free_port()}",
@@ -37,7 +36,7 @@ def _run_on_two_hosts(workdir, data_dir, *flags):
     command = [sys.executable, "-m", "examples.distill", *arguments]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    processes = [subprocess.Popen([*command, f"--process_id={i}"], **pipes) for i in range(2)]
+    processes = [subprocess.Popen([*command, f"--process_id={i}", *each[i].split()], **pipes) for i in range(2)]
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
@@ -74,7 +73,26 @@ def test_two_hosts_train_and_evaluate_like_one(form, finished, data_dir, tmp_pat
         _assert_same_student(tmp_path / "again", tmp_path / "run", atol=0)
 
 
-def test_flags_of_hosts_belong_together(capsys):
-    assert main(["--coordinator=localhost:1", "--process_id=0"]) == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert line == "error: give all of --coordinator, --num_processes and --process_id, or --distributed alone"
+def test_hosts_that_were_started_differently(data_dir, tmp_path):
+    for code, _, errors in _run_on_two_hosts(tmp_path / "run", data_dir, each=("--config.seed=1", "--config.seed=2")):
+        assert code == 1
+        assert "error: the hosts do not agree: start the same command on each" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--coordinator=localhost:1", "--process_id=0"],
+            "give all of --coordinator, --num_processes and --process_id, or",
+        ),
+        (["--coordinator=x:1", "--process_id=2", "--num_processes=2"], "bad --process_id=2: it must be below"),
+        (["--distributed"], "where no cluster says who they are, give --coordinator, --num_processes and --process_id"),
+    ],
+)
+def test_flags_of_hosts(flags, message):
+    command = [sys.executable, "-m", "examples.distill", *flags]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: ") and message in line

@@ -48,7 +48,7 @@ def _start(student, layout, method, dtype):
     variables, teacher_variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (variables, teacher_variables))
     problem = steps.Problem(graphdef, teacher, 4.0, mean=(127.0,) * 3, std=(60.0,) * 3)
     train_step = steps.make_train_step(problem, optimizer, layout)
-    state = layout.spread(steps.init_state(*variables, optimizer))
+    state = layout.spread(layout.place(steps.init_state(*variables, optimizer)))
     return train_step, state, parallel.replicate(layout.mesh, tuple(teacher_variables))
 
 
@@ -122,21 +122,25 @@ def test_shard_map_moves_no_more_than_plain_distillation():
     assert 1.9 * parameters < _all_reduced_bytes("pmap", "dot") < 2.1 * parameters
 
 
-@pytest.mark.parametrize("form", ["jit", "pmap", "shard_map"])
-def test_a_run_goes_on_on_another_number_of_devices(form, finished, distill, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "forms", [("jit",) * 3, ("pmap",) * 3, ("shard_map",) * 3, ("jit --config.shard_params=True", "shard_map", "pmap")]
+)
+def test_a_run_goes_on_on_another_number_of_devices_and_in_another_form(
+    forms, finished, distill, tmp_path, monkeypatch
+):
     append_line = records.append_line
 
-    def run(devices, until):
+    def run(form, devices, until):
         def interrupted(path, record):
             append_line(path, record)
             if path.parent.name == "dot" and record["epoch"] == until:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(records, "append_line", interrupted)
-        flags = [f"--config.parallel={form}", f"--config.devices={devices}", "--config.method=dot"]
+        flags = [*f"--config.parallel={form}".split(), f"--config.devices={devices}", "--config.method=dot"]
         return distill(tmp_path / "run", "--config.checkpoint_every_epochs=1", *flags)
 
-    assert [run(4, until=3), run(1, until=5), run(2, until=None)] == [130, 130, 0]
+    assert [run(forms[0], 4, until=3), run(forms[1], 1, until=5), run(forms[2], 2, until=None)] == [130, 130, 0]
     student, expected = (checkpoint.load_variables(path / "dot") for path in (tmp_path / "run", finished))
     # The teacher, too, was trained on four devices; rounding errors of 112 steps.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), student, expected)
