@@ -70,7 +70,7 @@ def test_recipe_cost(tmp_path):
 def test_pod_cost(tmp_path):
     pytest.importorskip("libtpu", reason="there is a TPU compiler for Linux on x86-64 only")
     path = tmp_path / "pod.json"
-    pod_cost.main(["--batch_sizes", "4096", "--forms", "shard_map", "--json", str(path)])
+    pod_cost.main(["--batch_sizes", "512", "--forms", "shard_map", "--json", str(path)])
     kd, dot = json.loads(path.read_text())
     assert (kd["method"], dot["method"]) == ("kd", "dot")
     assert dot["memory_gb"] < 16  # of a v5e
