@@ -5,8 +5,9 @@ needed. A batch is a dict of arrays: `image` uint8 [batch, height, width, channe
 normalized, and `label` int32 [batch]; evaluation batches also have `valid` bool [batch], which is False for the images
 that only fill up the batches.
 
-On several hosts each reads and decodes its own part of every batch, no image twice. Which images make up a batch, and
-how they are augmented, depends on the seed and on nothing else: not on the number of hosts or worker processes.
+On several hosts each reads and decodes its own part of every batch, no image twice; only images that are kept in memory
+are decoded once by every host, since each epoch is shuffled over all of them. Which images make up a batch, and how they
+are augmented, depends on the seed and on nothing else: not on the number of hosts or worker processes.
 """
 
 import contextlib

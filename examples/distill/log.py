@@ -47,8 +47,10 @@ class Log:
         self._epochs, self._steps_per_epoch, self._batch_size = epochs, steps_per_epoch, batch_size
         self._totals: collections.Counter[str] = collections.Counter()  # of the metrics of this epoch
         self._writes = jax.process_index() == 0
-        kept = [] if not self._writes else records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
-        self._events = _begin_events(directory, kept) if self._writes else None
+        self._events = None
+        if self._writes:
+            kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
+            self._events = _begin_events(directory, kept)
         self._bar = tqdm(
             desc=f"{name:>15}",
             total=epochs * steps_per_epoch * batch_size,

@@ -2,7 +2,7 @@
 
     jit         the compiler divides a program that is written for the whole batch; parameters may be sharded
     pmap        each device runs a program for its part of the batch, and the gradients of each loss are averaged
-    shard_map   the same, but momenta stay on their devices and the update alone is averaged: one all-reduce per step
+    shard_map   the same, but momenta stay on their devices and the update alone is averaged: one tree, not one per loss
 
 In all of them BatchNorm's statistics are those of the whole batch, and a checkpoint holds one state, as one device would
 have it: a run can go on in another form or on another number of devices.
@@ -26,7 +26,7 @@ from examples.distill.errors import UserError
 
 AXIS = "data"
 
-# Smaller arrays are replicated even where parameters are sharded: gathering them would cost more than it saves.
+# Smaller arrays are replicated even where parameters are sharded: they would save little, and be gathered in every step.
 _SMALLEST_SHARDED = 2**14
 
 
@@ -40,10 +40,10 @@ class Layout(NamedTuple):
     mesh: jax.sharding.Mesh
     place: Callable[[Any], Any]  # a state as one device has it, and as checkpoints hold it -> the same on all devices
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, teacher_variables, batch)
+    put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part -> what a compiled step takes
+    shapes: Callable[..., Any]  # a step's arguments as one device has them -> as it is compiled for
     spread: Callable[[Any], Any] = _same  # what `place` returns -> a state as a compiled step takes it
     gather: Callable[[Any], Any] = _same  # ... and back
-    put_batch: Callable[[Any], Any] = _same  # NumPy arrays, this host's part -> what a compiled step takes
-    shapes: Callable[..., Any] = _same  # a step's arguments as one device has them -> as it is compiled for
     axis_name: str | None = None  # of the devices' parts of a batch, in a step that sees one part only; and then ...
     local_params: Callable[[Any], Any] = _same  # ... parameters -> what to take this part's gradients at
     average_grads: Callable[[Any], Any] = _same

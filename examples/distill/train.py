@@ -170,6 +170,7 @@ def _train(arm: Arm, setup: Setup) -> tuple[Evaluate, Variables, float]:
                 log.epoch(validation, progress.seconds)
                 if epoch % config.checkpoint_every_epochs == 0 or epoch == arm.epochs:
                     checkpoint.save(checkpoints, gathered, batches, progress)
+                del gathered  # With shard_map it is a second set of momenta.
     state = layout.gather(state)
     return evaluate, (state.params, state.rest), progress.seconds
 

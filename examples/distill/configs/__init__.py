@@ -9,7 +9,7 @@ def default() -> ConfigDict:
     config.seed = 0
     config.method = "dot"  # one or more of ce, kd, kd_gain_matched, dot, separated by commas
     config.epochs = None
-    config.batch_size = None  # over all hosts; the images that fill no batch are left out of an epoch
+    config.batch_size = None  # over all devices; the images that fill no batch are left out of an epoch
     config.eval_batch_size = None
     config.dtype = "float32"  # what networks compute in, or bfloat16; parameters, losses and momenta are float32
     config.parallel = "jit"  # how devices share the work: jit, pmap or shard_map; see parallel.py
