@@ -4,11 +4,19 @@ A checkpoint has three items, so that each reader takes only what it needs:
 
     variables   {'params', 'rest'}: the network
     optimizer   {'step', 'opt_state'}
-    progress    JSON: epoch, seconds, and the state of the Grain iterator, which is the same on all hosts
+    progress    JSON: see `Progress`; the state of the Grain iterator, which is the same on all hosts; and checksums
+
+The files are written in the background, into a folder that gets its name when all is there. Kept are the last few
+checkpoints and the one that validated best. Orbax does not notice every bit that flips in its files; so checksums are
+kept of all arrays, and compared with those of what is read.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,64 +25,190 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from examples.distill.errors import UserError, one_line
+from examples.distill.log import warn
 from examples.distill.steps import TrainState
 
+_REMEDY = "; restore that folder, or delete it"
 _SHOWN_PROBLEMS = 5
 
 
+class Best(NamedTuple):
+    """The best validation of an arm."""
+
+    step: int
+    top1: float
+
+
 class Progress(NamedTuple):
-    """How far an arm has come."""
+    """What a checkpoint tells beside the arrays and the place in the data.
 
-    epoch: int  # finished epochs
-    seconds: float  # spent on them, over all runs of the command
-
-
-def manager(arm_dir: Path) -> ocp.CheckpointManager:
-    """Opens the checkpoints of an arm; use it as a context manager, which waits for the last save."""
-    policy = ocp.checkpoint_managers.LatestN(2)
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(_directory(arm_dir), options=options)
-
-
-def save(
-    checkpoints: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator, progress: Progress
-) -> None:
-    """Copies the arrays and returns; the files are written in the background."""
-    checkpoints.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            variables=ocp.args.StandardSave({"params": state.params, "rest": state.rest}),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            progress=ocp.args.JsonSave(progress._asdict() | {"data": batches.get_state()}),
-        ),
-    )
-
-
-def restore_latest(
-    checkpoints: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator
-) -> tuple[TrainState, Progress]:
-    """Returns what the latest checkpoint holds and sets `batches` to where it was; without one, returns the start.
-
-    `state` says which structure, dtypes and shardings to restore to.
+    Every random number is a function of the seed and of that place: there is no other state.
     """
-    latest = checkpoints.latest_step()
-    if latest is None:
-        return state, Progress(epoch=0, seconds=0.0)
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restored = _restore(
-        checkpoints,
-        latest,
-        ocp.args.Composite(
-            variables=ocp.args.StandardRestore({"params": like.params, "rest": like.rest}),
-            optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
-            progress=ocp.args.JsonRestore(),
-        ),
-    )
-    batches.set_state(restored.progress["data"])
-    progress = Progress(restored.progress["epoch"], restored.progress["seconds"])
-    return TrainState(**restored.variables, **restored.optimizer), progress
+
+    seed: int
+    seconds: float = 0.0  # spent so far, over all runs of the command
+    best: Best | None = None
+    log: Mapping[str, Any] = {}  # `Log.state()`
+
+    def validated(self, step: int, top1: float) -> "Progress":
+        """Returns the progress after a validation."""
+        return self if self.best and self.best.top1 >= top1 else self._replace(best=Best(step, top1))
+
+
+class Checkpoints:
+    """The checkpoints of an arm while it trains: the last `keep` of them, and the best.
+
+    Use it as a context manager, which waits for the last save.
+    """
+
+    def __init__(self, arm_dir: Path, keep: int) -> None:
+        self._directory = _directory(arm_dir)
+        self._best = _OneStep()
+        self._saving: int | None = None
+        latest = ocp.checkpoint_managers.LatestN(keep)
+        policy = ocp.checkpoint_managers.AnyPreservationPolicy([latest, self._best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self._manager = _Manager(self._directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._settle()
+        self._manager.close()
+
+    def latest(self) -> Path | None:
+        """The folder of the latest checkpoint that is written to the end."""
+        self._settle()
+        step = self._manager.latest_step()
+        return None if step is None else self._directory / str(step)
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step, if only in the making."""
+        return step in self._manager.all_steps()
+
+    def save(
+        self, state: TrainState, batches: grain.DatasetIterator, progress: Progress, *, wait: bool = False
+    ) -> None:
+        """Copies the arrays and returns; the files are written in the background.
+
+        That this failed, as on a full disk, is said at the next save, and training goes on. With `wait` it returns when
+        all is written, and raises a `UserError` if that cannot be; so it does on several hosts, which do not know of
+        each other's failures.
+        """
+        self._settle()
+        self._saving = int(state.step)
+        self._best.step = progress.best.step if progress.best else None
+        items = _items(state)
+        record = progress._asdict() | {"best": progress.best and progress.best._asdict(), "data": batches.get_state()}
+        try:
+            self._manager.save(self._saving, args=_save_args(items, record))
+        except Exception as error:  # Orbax raises whatever it stumbles over.
+            self._failed(error, go_on=not wait)
+        if wait:
+            self._settle(go_on=False)
+
+    def restore_latest(
+        self, state: TrainState, batches: grain.DatasetIterator, seed: int
+    ) -> tuple[TrainState, Progress]:
+        """Returns what the latest checkpoint holds and sets `batches` to where it was; without one, returns the start.
+
+        `state` says which structure, dtypes and shardings to restore to. Damaged checkpoints are moved out of the way if
+        there is an older one to go on from.
+        """
+        damaged: dict[int, UserError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, record = self._restore(step, state)
+            except UserError as error:
+                damaged[step] = error
+                continue
+            self._set_aside(damaged, step)
+            if record["seed"] != seed:
+                raise UserError(f"{self._directory / str(step)} is of a run with --config.seed={record['seed']}")
+            batches.set_state(record.pop("data"))
+            best = record["best"] and Best(**record["best"])
+            self._best.step = best.step if best else None
+            return state, Progress(**record | {"best": best})
+        if damaged:
+            raise UserError(f"{damaged[max(damaged)]}{_REMEDY}")
+        return state, Progress(seed)
+
+    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state and the record of a checkpoint, or raises on all hosts, if only one of them cannot read it."""
+        folder = self._directory / str(step)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(state))
+        problem = None
+        try:
+            with _explained(folder, remedy=""):
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        **{name: ocp.args.StandardRestore(item) for name, item in like.items()},
+                        progress=ocp.args.JsonRestore(),
+                    ),
+                )
+                items = {name: restored[name] for name in like}
+                record = _unsealed(restored["progress"], items)
+        except UserError as error:
+            problem = error
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(problem is not None)).any():
+            problem = problem or UserError(f"another host cannot read the checkpoint {folder}")
+        if problem:
+            raise problem
+        return TrainState(**items["variables"], **items["optimizer"]), record
+
+    def _set_aside(self, damaged: Mapping[int, UserError], intact: int) -> None:
+        if not damaged:
+            return
+        folder = self._directory.with_name("damaged_checkpoints")
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            for step in damaged:
+                shutil.rmtree(folder / str(step), ignore_errors=True)
+                (self._directory / str(step)).rename(folder / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
+        self._manager.reload()
+        for error in damaged.values():
+            warn(f"{error}; it is now in {folder}, and training goes on from step {intact}")
+
+    def _settle(self, *, go_on: bool = True) -> None:
+        """Waits for the last save."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error, go_on=go_on)
+
+    def _failed(self, error: Exception, *, go_on: bool) -> None:
+        """Removes what a failed save left, and reports it."""
+        found = re.search(r"OS error \d+: \w+ ([^\]]+)\]", str(error))  # what TensorStore says at the end
+        reason = found[1] if found else one_line(error, 200)
+        shutil.rmtree(self._directory / f"{self._saving}.orbax-checkpoint-tmp", ignore_errors=True)
+        self._manager.reload()
+        step = self._manager.latest_step()
+        message = f"cannot save the checkpoint {self._directory / str(self._saving)} ({reason})"
+        kept = "no other was saved" if step is None else f"the latest is that of step {step}"
+        if not go_on or jax.process_count() > 1:
+            raise UserError(f"{message}; {kept}; put this right, and the same command goes on from there") from error
+        warn(f"{message}; {kept}; training goes on")
+
+
+class _OneStep:
+    """A preservation policy of Orbax: keeps the checkpoint of one step."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # preemption.py asks; JAX's service must be asked with one and the same count of calls.
 
 
 def saved_steps(arm_dir: Path) -> list[int]:
@@ -84,12 +218,12 @@ def saved_steps(arm_dir: Path) -> list[int]:
 
 def save_variables(arm_dir: Path, params: Any, rest: Any) -> None:
     """Writes a network that was not trained here, as one that `has_network`."""
-    with manager(arm_dir) as checkpoints:
-        checkpoints.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave({"params": params, "rest": rest})))
+    with ocp.CheckpointManager(_directory(arm_dir)) as checkpoints:
+        checkpoints.save(0, args=_save_args({"variables": {"params": params, "rest": rest}}, {}))
 
 
 def is_imported(arm_dir: Path) -> bool:
-    """Whether the network comes from `save_variables`: training saves after an epoch, hence never at step 0."""
+    """Whether the network comes from `save_variables`: training saves after a step, hence never at step 0."""
     return (_directory(arm_dir) / "0").is_dir()
 
 
@@ -98,32 +232,81 @@ def has_network(arm_dir: Path) -> bool:
     return is_imported(arm_dir) or (bool(saved_steps(arm_dir)) and (arm_dir / "result.json").exists())
 
 
-def load_variables(arm_dir: Path) -> tuple[Any, Any]:
-    """Returns the (params, rest) of a trained network: nested dicts of NumPy arrays, ready for `models.apply`."""
-    if not saved_steps(arm_dir):
-        raise UserError(f"no checkpoint in {_directory(arm_dir)}; delete {arm_dir} to train it again")
-    folder = _directory(arm_dir) / str(max(saved_steps(arm_dir)))
-    with _explained(folder), ocp.StandardCheckpointer() as checkpointer:
+def load_variables(arm_dir: Path, step: int | None = None) -> tuple[Any, Any]:
+    """Returns the (params, rest) of a network, by default as last saved: nested dicts of NumPy arrays, for `models.apply`.
+
+    The `step` with the best validation is in `result.json`.
+    """
+    steps = saved_steps(arm_dir)
+    if not steps or step not in (None, *steps):
+        of_step = "" if step is None else f" of step {step}"
+        raise UserError(f"no checkpoint{of_step} in {_directory(arm_dir)}; delete {arm_dir} to train it again")
+    folder = _directory(arm_dir) / str(max(steps) if step is None else step)
+    with (
+        _explained(folder),
+        ocp.StandardCheckpointer() as arrays,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as records,
+    ):
         # To NumPy: the devices that saved it need not be there.
-        saved = checkpointer.metadata(folder / "variables").item_metadata.tree
+        saved = arrays.metadata(folder / "variables").item_metadata.tree
         like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
-        variables = checkpointer.restore(folder / "variables", like)
+        variables = arrays.restore(folder / "variables", like)
+        _unsealed(records.restore(folder / "progress"), {"variables": variables})
     return variables["params"], variables["rest"]
 
 
-def _restore(checkpoints: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
-    with _explained(checkpoints.directory / str(step)):
-        return checkpoints.restore(step, args=args)
+def _items(state: TrainState) -> dict[str, Any]:
+    return {
+        "variables": {"params": state.params, "rest": state.rest},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
+    """What to save: the items, and a record with their checksums and its own."""
+    record = {**record, "checksums": {name: int(_checksum(item)) for name, item in items.items()}}
+    record["checksums"]["progress"] = _crc32(record)
+    saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
+
+
+def _unsealed(record: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record as it was before `_save_args`; raises if it, or one of the items, is not what was saved."""
+    checksums = record["checksums"]
+    if checksums.pop("progress") != _crc32(record):
+        raise ValueError("the checksum of its progress is wrong")
+    for name, item in items.items():
+        if int(_checksum(item)) != checksums[name]:
+            raise ValueError(f"the checksum of its {name} is wrong")
+    del record["checksums"]
+    return record
+
+
+def _crc32(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    """A sum of all 32-bit words modulo 2**32, each times an odd number of its own: one that changes is always noticed."""
+
+    def weighted(words: jax.Array) -> jax.Array:
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape) + 1
+        return jnp.sum(words * weights, dtype=jnp.uint32)
+
+    def words(leaf: jax.Array) -> jax.Array:
+        bits = min(8 * leaf.dtype.itemsize, 32)
+        return jax.lax.bitcast_convert_type(leaf, f"uint{bits}").astype(jnp.uint32)
+
+    return weighted(jnp.stack([weighted(words(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Orbax raises whatever it stumbles over.
-        raise UserError(
-            f"cannot read the checkpoint {folder} ({one_line(error, 200)}); restore that folder, or delete it"
-        ) from error
+    except Exception as error:
+        raise UserError(f"cannot read the checkpoint {folder} ({one_line(error, 200)}){remedy}") from error
 
 
 def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> None:

@@ -28,15 +28,18 @@ _CONFIGS = Path(__file__).parent / "configs"
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit code."""
-    # Before the imports below: TFDS and Orbax log hints for their developers at the level of warnings.
-    logging.set_verbosity(logging.ERROR)
+    # Before the imports below: TFDS logs hints for its developers as warnings, and Orbax as errors what it raises, too.
+    logging.set_verbosity(logging.FATAL)
     try:
         config, name, directory = parse(argv)
         _join(argv)
-        from examples.distill import experiment  # A mistyped flag need not wait for Flax and Orbax.
+        from examples.distill import experiment, preemption  # A mistyped flag need not wait for Flax and Orbax.
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        experiment.run(config, name, directory)
+        try:
+            experiment.run(config, name, directory)
+        except preemption.Preempted as end:
+            print("terminated; all is saved:", end, file=sys.stderr)
     except UserError as error:
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill import checkpoint, data, methods, models, parallel, report, settings, train, workdir
+from examples.distill import checkpoint, data, methods, models, parallel, preemption, report, settings, train, workdir
 from examples.distill.errors import UserError
 from examples.distill.steps import Teacher
 
@@ -33,7 +33,8 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
         teacher_folder = _find_teacher(missing, config, directory)
         for model in (config.teacher.model, config.student.model):
             models.check_name(model.name)
-        setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config))
+        preempted = preemption.watch()
+        setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config), preempted)
         teacher, students = _arms(missing, setup, directory)
         given = _load_teacher(teacher, teacher_folder, setup)
     with workdir.claim(directory, config):
@@ -79,7 +80,7 @@ def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Pa
 
 def _arms(missing: list[str], setup: train.Setup, directory: Path) -> tuple[train.Arm, list[train.Arm]]:
     """Returns the teacher and the students that are missing."""
-    config, dataset, _ = setup
+    config, dataset, *_ = setup
     steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
     weights = dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
     for model in (config.teacher.model, config.student.model):

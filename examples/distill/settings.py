@@ -59,6 +59,7 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _ANY = (lambda value: True, "")
+_WHOLE = (_whole(0), "a whole number that is not negative")
 _COUNT = (_whole(1), "a whole number of at least 1")
 _COUNTS = (_each(_whole(1)), "whole numbers of at least 1, separated by commas")
 _POSITIVE = (_number(lambda value: value > 0), "a finite number above 0")
@@ -66,16 +67,18 @@ _NOT_NEGATIVE = (_number(lambda value: value >= 0), "a finite number that is not
 
 # By the last part of the name: a field means the same in every section.
 _RULES = {
-    "seed": (_whole(0), "a whole number that is not negative"),
+    "seed": _WHOLE,
     "epochs": _COUNT,
     "batch_size": _COUNT,
     "eval_batch_size": _COUNT,
-    "checkpoint_every_epochs": _COUNT,
+    "checkpoint_every_steps": _COUNT,
+    "keep_checkpoints": _COUNT,
+    "max_consecutive_skips": _COUNT,
     "image_size": _COUNT,
-    "workers": (_whole(0), "a whole number that is not negative"),
+    "workers": _WHOLE,
     "preprocessing": _one_of(*PREPROCESSING),
     "parallel": _one_of("jit", "pmap", "shard_map"),
-    "devices": (_whole(0), "a whole number that is not negative"),
+    "devices": _WHOLE,
     "dtype": _one_of("float32", "bfloat16"),
     "hidden": _COUNTS,
     "drop_epochs": (_rising(_COUNTS[0]), "whole numbers of at least 1, each larger than the one before"),

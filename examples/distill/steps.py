@@ -57,6 +57,9 @@ def make_train_step(
 
     The metrics are the two losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
     gradients and the cosine between these; without a teacher, only those of the task. By default it runs on one device.
+
+    A step of which a loss, the update or a statistic of BatchNorm is not finite, on any device, is skipped: only `step`
+    changes. The metric `skipped` says so: it is above 0 then.
     """
     layout = layout or jit_layout(jax.sharding.Mesh(jax.devices()[:1], (AXIS,)))
 
@@ -73,13 +76,19 @@ def make_train_step(
         (losses, rest), grads = dot_optax.value_and_grads(loss_fn, has_aux=True)(params)
         grads = layout.average_grads(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(state.params, layout.average_updates(updates))
         metrics = {"task_loss": losses.task, "kd_loss": losses.kd}
         if gradient_metrics:
             metrics |= _gradient_metrics(grads)
         if problem.teacher is None:
             metrics = {name: value for name, value in metrics.items() if name.startswith("task_")}
-        return TrainState(state.step + 1, params, rest, opt_state), layout.average_metrics(metrics)
+        # Of the update, not of the new state: the old one would have to be kept beside it until this is known.
+        finite = _all_finite((losses, updates, rest))
+        metrics = layout.average_metrics(metrics | {"skipped": jnp.float32(~finite)})
+        params = optax.apply_updates(state.params, layout.average_updates(updates))
+        new = TrainState(state.step + 1, params, rest, opt_state)
+        skipped = metrics["skipped"] > 0
+        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, new)
+        return kept._replace(step=new.step), metrics
 
     return layout.compile(train_step)
 
@@ -124,6 +133,10 @@ def _losses(
     if teacher_logits is None:
         return dot_optax.PerLoss(task, kd=jnp.zeros_like(task))
     return dot_optax.PerLoss(task, kd=dot_optax.losses.kd_loss(logits, teacher_logits, problem.temperature))
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _gradient_metrics(grads: dot_optax.PerLoss) -> Metrics:

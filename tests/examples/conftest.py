@@ -27,7 +27,7 @@ def distill(data_dir):
                 f"--config.dataset.data_dir={data_dir}",
                 "--config.devices=1",
                 "--config.epochs=6",
-                "--config.checkpoint_every_epochs=2",
+                "--config.checkpoint_every_steps=28",
                 "--config.teacher.epochs=2",
                 *overrides,
             ]

@@ -190,7 +190,7 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher",), "dataset.train", True),
         (("teacher",), "teacher.epochs", True),
         (("teacher", "kd"), "optimizer.delta", True),
-        (("teacher", "kd"), "checkpoint_every_epochs", False),
+        (("teacher", "kd"), "checkpoint_every_steps", False),
         (("ce",), "teacher.checkpoint", False),
         (("ce",), "epochs", True),
         (("teacher", "ce"), "teacher.checkpoint", True),

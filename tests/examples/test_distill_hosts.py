@@ -29,7 +29,7 @@ def _run_on_two_hosts(workdir, data_dir, *flags, each=("", "")):
         f"--config.dataset.data_dir={data_dir}",
         "--config.method=dot",
         "--config.epochs=6",
-        "--config.checkpoint_every_epochs=2",
+        "--config.checkpoint_every_steps=28",
         "--config.teacher.epochs=2",
         *flags,
     ]

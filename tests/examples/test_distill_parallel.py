@@ -138,7 +138,7 @@ def test_a_run_goes_on_on_another_number_of_devices_and_in_another_form(
 
         monkeypatch.setattr(records, "append_line", interrupted)
         flags = [*f"--config.parallel={form}".split(), f"--config.devices={devices}", "--config.method=dot"]
-        return distill(tmp_path / "run", "--config.checkpoint_every_epochs=1", *flags)
+        return distill(tmp_path / "run", "--config.checkpoint_every_steps=14", *flags)
 
     assert [run(forms[0], 4, until=3), run(forms[1], 1, until=5), run(forms[2], 2, until=None)] == [130, 130, 0]
     student, expected = (checkpoint.load_variables(path / "dot") for path in (tmp_path / "run", finished))

@@ -93,6 +93,7 @@ def test_metrics_are_those_of_the_unweighted_losses(problem, network, teacher):
         "task_grad_norm": np.linalg.norm(a),
         "kd_grad_norm": np.linalg.norm(b),
         "grad_cosine": a @ b / np.linalg.norm(a) / np.linalg.norm(b),
+        "skipped": 0.0,
     }
     _, metrics = _step(problem, network, teacher, _optimizer("kd"), batch)
     assert set(metrics) == set(expected)
@@ -110,7 +111,7 @@ def test_a_gradient_that_vanishes_has_no_conflict(network, teacher):
 def test_without_a_teacher_nothing_is_said_of_distillation(problem, network, teacher):
     alone, batch = problem._replace(teacher=None), _batch(8, 8)
     _, metrics = _step(alone, network, teacher, _optimizer("ce"), batch)
-    assert set(metrics) == {"task_loss", "task_grad_norm"}
+    assert set(metrics) == {"task_loss", "task_grad_norm", "skipped"}
     sums = steps.make_eval_step(alone)(network[1:], None, batch)
     assert set(sums) == {"task_loss", "top1", "top5"}
 
@@ -125,7 +126,7 @@ def test_without_gradient_metrics_ce_has_no_second_backward_pass(problem, networ
     with_metrics, without = flops(gradient_metrics=True), flops(gradient_metrics=False)
     assert without < 0.9 * with_metrics
     _, metrics = _step(problem, network, teacher, optimizer, _batch(8, 8), gradient_metrics=False)
-    assert set(metrics) == {"task_loss", "kd_loss"}
+    assert set(metrics) == {"task_loss", "kd_loss", "skipped"}
 
 
 def test_images_are_normalized_on_the_device(problem, network, teacher):

@@ -10,7 +10,7 @@ def cifar100(teacher: str, student: str) -> ConfigDict:
     config.epochs = 240
     config.batch_size = 64
     config.eval_batch_size = 500
-    config.checkpoint_every_epochs = 10
+    config.checkpoint_every_steps = 4000
 
     config.dataset.name = "cifar100"
     config.dataset.validation = "test"  # there is no third split: followed, as published, but nothing is chosen by it

@@ -10,6 +10,7 @@ def imagenet(teacher: str, student: str) -> ConfigDict:
     config.epochs = 100
     config.batch_size = 512
     config.eval_batch_size = 512
+    config.checkpoint_every_steps = 500
 
     config.dataset.name = "imagenet2012"
     config.dataset.validation = "validation"  # the test images have no labels: followed, as published, ...

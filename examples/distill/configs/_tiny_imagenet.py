@@ -10,7 +10,7 @@ def tiny_imagenet(student: str) -> ConfigDict:
     config.epochs = 200
     config.batch_size = 256
     config.eval_batch_size = 500
-    config.checkpoint_every_epochs = 5
+    config.checkpoint_every_steps = 500
 
     config.dataset.name = "tiny_imagenet"
     config.dataset.validation = "validation"  # the test images have no labels: followed, as published, ...

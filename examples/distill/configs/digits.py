@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.epochs = 240
     config.batch_size = 64
     config.eval_batch_size = 450
-    config.checkpoint_every_epochs = 20
+    config.checkpoint_every_steps = 280
 
     config.dataset.name = "sklearn_digits"
     config.dataset.train = "train[:900]"
