@@ -9,9 +9,10 @@ import threading
 from typing import Any
 
 
-def _interrupt_imports(*_: object) -> None:
-    print("interrupted before anything was begun", file=sys.stderr)
-    _exit_at_once(130)
+def _end_imports(number: int, _: object) -> None:
+    interrupted = number == signal.SIGINT
+    print("interrupted" if interrupted else "terminated", "before anything was begun", file=sys.stderr)
+    _exit_at_once(130 if interrupted else 0)
 
 
 def _unraisable(unraisable: Any) -> None:
@@ -32,8 +33,9 @@ def _exit_at_once(code: int) -> None:
 
 
 if __name__ == "__main__":
-    # An interrupt of an import can surface as an ImportError or not at all; `main` ends this when all is imported.
-    signal.signal(signal.SIGINT, _interrupt_imports)
+    # An interrupt of an import can surface as an ImportError or not at all. `main` and what it calls take over later.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_imports)
     sys.unraisablehook = _unraisable
     from examples.distill.command_line import main
 

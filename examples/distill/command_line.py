@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             experiment.run(config, name, directory)
         except preemption.Preempted as end:
-            print("terminated; all is saved:", end, file=sys.stderr)
+            print("terminated;", end, file=sys.stderr)
     except UserError as error:
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
         return 1

@@ -224,7 +224,9 @@ def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
         log_epoch(log, [1, 2, 3, 6])
         after_one_epoch = json.loads(json.dumps(log.state()))
         log_epoch(log, [0, 0, 0, 2])
-    with contextlib.closing(Log("dot", tmp_path, epochs=3, steps_per_epoch=4, batch_size=2, state=after_one_epoch)) as log:
+    with contextlib.closing(
+        Log("dot", tmp_path, epochs=3, steps_per_epoch=4, batch_size=2, state=after_one_epoch)
+    ) as log:
         log_epoch(log, [4, 4, 4, 8])  # again, after an interruption
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"], line["task_loss"], line["kd_loss"]) for line in lines] == [
