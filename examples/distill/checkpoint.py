@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from examples.distill.errors import UserError, one_line
 from examples.distill.log import warn
+from examples.distill.records import writing
 from examples.distill.steps import TrainState
 
 _REMEDY = "; restore that folder, or delete it"
@@ -71,7 +72,8 @@ class Checkpoints:
         latest = ocp.checkpoint_managers.LatestN(keep)
         policy = ocp.checkpoint_managers.AnyPreservationPolicy([latest, self._best])
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-        self._manager = _Manager(self._directory, options=options)
+        with writing(self._directory):
+            self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

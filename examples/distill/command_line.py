@@ -5,7 +5,8 @@ defaults to runs/NAME. Every field of the config can be overridden, for example 
 
 On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
 themselves who belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
-process 0. FOLDER and the dataset must be the same for all.
+process 0. FOLDER and the dataset must be the same for all. When a host dies the others end, after --heartbeat_timeout=60
+seconds at the latest; start the same command again on each, and they go on.
 """
 
 import difflib
@@ -80,6 +81,7 @@ def _define_hosts(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many hosts there are", 1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", 0, flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "seconds until a silent host counts as dead", 5, flag_values=values)
 
 
 def _join(argv: Sequence[str]) -> None:
@@ -97,7 +99,7 @@ def _join(argv: Sequence[str]) -> None:
     import jax
 
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=hosts.heartbeat_timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot join the other hosts ({one_line(error, 200)}); where no cluster says who they are, give --coordinator,"

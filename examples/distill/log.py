@@ -18,13 +18,17 @@ wanted, means over no step at all.
 """
 
 import collections
+import contextlib
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from examples.distill import records
@@ -133,32 +137,39 @@ class Log:
         }
         if self._events:
             records.append_line(self._path, record)
-            _write_event(self._events, record)
+            with records.writing(self._path.with_name("events.out.tfevents...")):
+                _write_event(self._events, record)
         self._epoch_steps = self._skipped = 0
         self._totals.clear()
 
     def close(self) -> None:
         self._bar.close()
         if self._events:
-            self._events.close()
+            with contextlib.suppress(OSError):  # Every epoch was written when it ended.
+                self._events.close()
 
     def _means(self) -> dict[str, float]:
         count = self._epoch_steps - self._skipped
         return {name: total / count for name, total in self._totals.items()}
 
 
-def _begin_events(directory: Path, lines: list[records.Record]) -> SummaryWriter:
+def _begin_events(directory: Path, lines: list[records.Record]) -> EventsWriter:
     """Begins the event files anew with the `lines` of the log, so that they never say what an interruption undid."""
     for file in directory.glob("events.out.tfevents.*"):
         file.unlink()
-    events = SummaryWriter(str(directory))
-    for record in lines:
-        _write_event(events, record)
+    # Not tensorboardX's SummaryWriter: its thread ends when it cannot write, and who has more for it then waits forever.
+    with records.writing(directory / "events.out.tfevents..."):
+        events = EventsWriter(str(directory / "events"))
+        for record in lines:
+            _write_event(events, record)
     return events
 
 
-def _write_event(events: SummaryWriter, record: records.Record) -> None:
-    for name, value in record.items():
-        if name != "step" and isinstance(value, (int, float)):
-            events.add_scalar(name, value, record["step"])
+def _write_event(events: EventsWriter, record: records.Record) -> None:
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in record.items()
+        if name != "step" and isinstance(value, (int, float))
+    ]
+    events.write_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
     events.flush()

@@ -1,14 +1,27 @@
 """Small JSON files: whole ones, replaced at one stroke, and logs with one record per line."""
 
+import contextlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from examples.distill.errors import UserError
 
 Record = dict[str, Any]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explains why a file cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); put this right, and the same command goes on from the latest"
+            " checkpoint"
+        ) from error
 
 
 def write_json(path: Path, record: Record) -> None:
@@ -21,7 +34,7 @@ def read_json(path: Path, keys: Collection[str] = ()) -> Record:
 
 
 def append_line(path: Path, record: Record) -> None:
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write(_line(record))
 
 
@@ -47,8 +60,9 @@ def _line(record: Record) -> str:
 def _replace(path: Path, text: str) -> None:
     # An interruption leaves the old file or the new one, never half of one.
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    with writing(path):
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
 
 
 def _read(path: Path) -> str:

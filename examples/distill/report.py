@@ -108,7 +108,8 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes in (over_epochs_task, over_epochs_kd):
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True))
     over_epochs_task.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with records.writing(path):
+        figure.savefig(path, dpi=150)
 
 
 def _decorate(axes: Axes, title: str, x_label: str, y_label: str) -> None:

@@ -81,13 +81,13 @@ def make_train_step(
             metrics |= _gradient_metrics(grads)
         if problem.teacher is None:
             metrics = {name: value for name, value in metrics.items() if name.startswith("task_")}
-        # Of the update, not of the new state: the old one would have to be kept beside it until this is known.
         finite = _all_finite((losses, updates, rest))
         metrics = layout.average_metrics(metrics | {"skipped": jnp.float32(~finite)})
         params = optax.apply_updates(state.params, layout.average_updates(updates))
         new = TrainState(state.step + 1, params, rest, opt_state)
         skipped = metrics["skipped"] > 0
-        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, new)
+        # One condition: into a `where` for every array XLA would fuse the whole check, and compile for a minute.
+        kept = jax.lax.cond(skipped, lambda old, new: old, lambda old, new: new, state, new)
         return kept._replace(step=new.step), metrics
 
     return layout.compile(train_step)

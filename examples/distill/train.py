@@ -139,7 +139,8 @@ def write_result(
         **{name: means[split] for name, split in names.items()},
     }
     if jax.process_index() == 0:
-        arm.directory.mkdir(exist_ok=True)
+        with records.writing(arm.directory):
+            arm.directory.mkdir(exist_ok=True)
         records.write_json(arm.directory / "result.json", result)
 
 
