@@ -187,7 +187,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception, *, go_on: bool) -> None:
         """Removes what a failed save left, and reports it."""
-        found = re.search(r"OS error \d+: \w+ ([^\]]+)\]", str(error))  # what TensorStore says at the end
+        found = re.search(r": ([^:]+) \[os_error_code=", str(error))  # the end of what TensorStore says
         reason = found[1] if found else one_line(error, 200)
         shutil.rmtree(self._directory / f"{self._saving}.orbax-checkpoint-tmp", ignore_errors=True)
         self._manager.reload()

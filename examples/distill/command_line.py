@@ -10,6 +10,7 @@ seconds at the latest; start the same command again on each, and they go on.
 """
 
 import difflib
+import logging
 import re
 import runpy
 import shlex
@@ -18,7 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from examples.distill import settings
@@ -29,8 +31,9 @@ _CONFIGS = Path(__file__).parent / "configs"
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit code."""
-    # Before the imports below: TFDS logs hints for its developers as warnings, and Orbax as errors what it raises, too.
-    logging.set_verbosity(logging.FATAL)
+    # Before the imports below. TFDS logs hints for its developers; Orbax what it raises, too, and asyncio the rest of it.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         config, name, directory = parse(argv)
         _join(argv)
