@@ -26,6 +26,7 @@ both. With `jit` the compiler averages both gradients as well, but in the bfloat
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -41,6 +42,7 @@ from examples.distill.command_line import parse
 
 FORMS = {
     "jit": parallel.jit_layout,
+    "jit_sharded": functools.partial(parallel.jit_layout, shard_params=True),
     "pmap": parallel.pmap_layout,
     "shard_map": parallel.shard_map_layout,
 }

@@ -1,19 +1,21 @@
 """What the tests of the example share: one prepared dataset, and a command line that trains for seconds only."""
 
 import pytest
-import tensorflow_datasets as tfds
 
-import examples.distill.datasets  # noqa: F401  (registers the builders)
 from examples.distill.command_line import main
+from tests.runs import Laboratory
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
+def laboratory(tmp_path_factory):
+    """For runs in processes of their own."""
+    return Laboratory(tmp_path_factory.mktemp("laboratory"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(laboratory):
     """A folder with the prepared digits."""
-    folder = tmp_path_factory.mktemp("tensorflow_datasets")
-    tfds.disable_progress_bar()
-    tfds.builder("sklearn_digits", data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
+    return laboratory.folder
 
 
 @pytest.fixture(scope="session")

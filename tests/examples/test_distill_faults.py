@@ -5,11 +5,6 @@ import pytest
 from tests import faults
 
 
-@pytest.fixture(scope="session")
-def laboratory(tmp_path_factory):
-    return faults.Laboratory(tmp_path_factory.mktemp("faults"))
-
-
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_a_run_survives(fault, laboratory):
     assert faults.FAULTS[fault](laboratory)

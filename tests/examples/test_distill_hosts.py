@@ -1,9 +1,7 @@
 """Two hosts, as two processes with two devices each, through the real command: the same as one process with one device."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -13,36 +11,14 @@ import pytest
 
 from examples.distill import checkpoint
 
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+FLAGS = ("--config.epochs=6", "--config.teacher.epochs=2", "--config.checkpoint_every_steps=28")
 
 
-def _run_on_two_hosts(workdir, data_dir, *flags, each=("", "")):
+def _run_on_two_hosts(laboratory, workdir, *flags, **options):
     """Returns (exit code, stdout, stderr) of both processes."""
-    arguments = [
-        f"--coordinator=localhost:{_free_port()}",
-        "--num_processes=2",
-        f"--workdir={workdir}",
-        f"--config.dataset.data_dir={data_dir}",
-        "--config.method=dot",
-        "--config.epochs=6",
-        "--config.checkpoint_every_steps=28",
-        "--config.teacher.epochs=2",
-        *flags,
-    ]
-    command = [sys.executable, "-m", "examples.distill", *arguments]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    processes = [subprocess.Popen([*command, f"--process_id={i}", *each[i].split()], **pipes) for i in range(2)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    runs = laboratory.start_two_hosts(workdir, *FLAGS, *flags, **options)
+    codes = [run.wait()[0] for run in runs]
+    return [(code, run.output(), run.errors()) for code, run in zip(codes, runs, strict=True)]
 
 
 def _assert_same_student(a, b, atol):
@@ -50,9 +26,9 @@ def _assert_same_student(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), student, expected)
 
 
-@pytest.mark.parametrize("form", ["jit", "pmap", "shard_map"])
-def test_two_hosts_train_and_evaluate_like_one(form, finished, data_dir, tmp_path):
-    first, second = _run_on_two_hosts(tmp_path / "run", data_dir, f"--config.parallel={form}")
+@pytest.mark.parametrize("form", ["jit", "jit --config.shard_params=True", "pmap", "shard_map"])
+def test_two_hosts_train_and_evaluate_like_one(form, finished, laboratory, tmp_path):
+    first, second = _run_on_two_hosts(laboratory, tmp_path / "run", *f"--config.parallel={form}".split())
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "train task loss" in first[1] and "train task loss" not in second[1]
     # Rounding errors of 112 steps, the teacher's among them, as on four devices of one process.
@@ -64,17 +40,19 @@ def test_two_hosts_train_and_evaluate_like_one(form, finished, data_dir, tmp_pat
     lines = (tmp_path / "run" / "dot" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [14, 28, 42, 56, 70, 84]
 
-    if form == "jit":  # go on from the checkpoint of epoch 4, with the bits of the first run
+    if form == "jit":  # go on from an earlier checkpoint, with the bits of the first run
         shutil.copytree(tmp_path / "run", tmp_path / "again")
         (tmp_path / "again" / "dot" / "result.json").unlink()
         shutil.rmtree(tmp_path / "again" / "dot" / "checkpoints" / "84")
-        codes = [code for code, *_ in _run_on_two_hosts(tmp_path / "again", data_dir)]
+        codes = [code for code, *_ in _run_on_two_hosts(laboratory, tmp_path / "again")]
         assert codes == [0, 0]
         _assert_same_student(tmp_path / "again", tmp_path / "run", atol=0)
 
 
-def test_hosts_that_were_started_differently(data_dir, tmp_path):
-    for code, _, errors in _run_on_two_hosts(tmp_path / "run", data_dir, each=("--config.seed=1", "--config.seed=2")):
+def test_hosts_that_were_started_differently(laboratory, tmp_path):
+    for code, _, errors in _run_on_two_hosts(
+        laboratory, tmp_path / "run", each=(["--config.seed=1"], ["--config.seed=2"])
+    ):
         assert code == 1
         assert "error: the hosts do not agree: start the same command on each" in errors
 

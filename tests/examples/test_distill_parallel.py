@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,26 @@ def test_large_parameters_and_momenta_are_divided():
         assert tree["classifier"]["bias"].sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_all_devices_skip_a_step_that_is_not_finite_on_one(form):
+    layout = FORMS[form](_mesh())
+    train_step, state, teacher_variables = _start(MULTILAYER, layout, "dot", jnp.float32)
+
+    def take(state, batch):
+        state, metrics = jax.block_until_ready(train_step(state, teacher_variables, layout.put_batch(batch)))
+        return state, bool(metrics["skipped"] > 0), jax.device_get(layout.gather(state))
+
+    bad = _batch(1)
+    bad["label"][-1] = 99  # of the last device's part
+    state, *good = take(state, _batch(0))
+    state, *skipped = take(state, bad)
+    assert [good[0], skipped[0]] == [False, True]
+    jax.tree.map(np.testing.assert_array_equal, good[1][1:], skipped[1][1:])
+    _, again, after = take(state, _batch(2))
+    assert not again
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
 def _all_reduced_bytes(form, method):
     layout = FORMS[form](_mesh())
     train_step, state, teacher_variables = _start(CONVOLUTIONAL, layout, method, jnp.float32)
@@ -146,6 +167,26 @@ def test_a_run_goes_on_on_another_number_of_devices_and_in_another_form(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), student, expected)
     lines = [json.loads(line) for line in (tmp_path / "run" / "dot" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("form", ["pmap", "shard_map"])
+def test_an_interrupted_run_on_several_devices_ends_with_the_same_bits(form, distill, tmp_path, monkeypatch):
+    flags = ("--config.method=dot", f"--config.parallel={form}", "--config.devices=2", "--config.epochs=3")
+    append_line = records.append_line
+
+    def interrupted(path, record):
+        append_line(path, record)
+        if path.parent.name == "dot" and record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    assert distill(tmp_path / "run", *flags, "--config.checkpoint_every_steps=10") == 0
+    shutil.copytree(tmp_path / "run" / "teacher", tmp_path / "again" / "teacher")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_line", interrupted)
+        assert distill(tmp_path / "again", *flags, "--config.checkpoint_every_steps=10") == 130
+    assert distill(tmp_path / "again", *flags, "--config.checkpoint_every_steps=10") == 0
+    a, b = (checkpoint.load_variables(tmp_path / name / "dot") for name in ("run", "again"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize(

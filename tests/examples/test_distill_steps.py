@@ -68,6 +68,29 @@ def test_training_updates_the_batch_statistics_and_leaves_the_teacher_alone(prob
     jax.tree.map(np.testing.assert_array_equal, teacher.variables, before[2])
 
 
+def test_a_step_that_is_not_finite_changes_nothing(problem, network, teacher):
+    """Neither parameters nor momenta nor the statistics of BatchNorm; the step after it is as if it had not been."""
+    optimizer = _optimizer("dot")
+    train_step = steps.make_train_step(problem, optimizer)
+    good, bad = _batch(8, 8), _batch(8, 8)
+    bad["image"][3, 2] = np.nan
+    wrong = good | {"label": np.full_like(good["label"], 99)}  # JAX makes NaN of what it does not find
+
+    def run(batches):
+        state = steps.init_state(*jax.tree.map(jnp.copy, network[1:]), optimizer)
+        skipped = []
+        for batch in batches:
+            state, metrics = train_step(state, teacher.variables, batch)
+            skipped.append(float(metrics["skipped"]))
+        return jax.device_get(state), skipped
+
+    state, skipped = run([good, bad, wrong, good])
+    expected, _ = run([good, good])
+    assert skipped == [0, 1, 1, 0]
+    assert (state.step, expected.step) == (4, 2)
+    jax.tree.map(np.testing.assert_array_equal, state[1:], expected[1:])
+
+
 def _unweighted_losses(problem, network, teacher, batch):
     _, params, rest = network
     teacher_logits, _ = models.apply(teacher.graphdef, *teacher.variables, batch["image"], train=False)

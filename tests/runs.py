@@ -1,0 +1,154 @@
+"""The real command, in processes of its own: as on one host or on two, with whatever signals and limits a test likes."""
+
+import functools
+import os
+import pathlib
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import tensorflow_datasets as tfds
+
+import examples.distill.datasets  # noqa: F401  (registers the builders)
+
+HEARTBEAT = 10  # seconds
+_EVERY_EPOCH = ("--config.checkpoint_every_steps=14", "--config.keep_checkpoints=6")
+SHORT = ("--config.epochs=6", "--config.teacher.epochs=2", *_EVERY_EPOCH)
+LONG = ("--config.epochs=50", "--config.teacher.epochs=10", "--config.checkpoint_every_steps=20")
+
+
+class Run:
+    """The command, running in a process of its own."""
+
+    def __init__(self, arguments, environment):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "examples.distill", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        )
+        self._written = {}
+        self._readers = [
+            threading.Thread(target=self._read, args=[stream])
+            for stream in (self._process.stdout, self._process.stderr)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream):
+        chunks = self._written[stream] = []
+        with stream:
+            while chunk := stream.read1():
+                chunks.append(chunk)
+
+    def _text(self, stream):
+        return b"".join(self._written.get(stream, [])).decode(errors="replace").replace("\r", "\n")
+
+    def output(self):
+        return self._text(self._process.stdout)
+
+    def errors(self):
+        return self._text(self._process.stderr)
+
+    def wait_for(self, holds):
+        """Waits until `holds()`; the process must not end before."""
+        while not holds():
+            assert self._process.poll() is None, self.errors()
+            time.sleep(0.01)
+
+    def wait_for_training(self, arm=""):
+        self.wait_for(lambda: any(arm in line and "images/s" in line for line in self.errors().splitlines()))
+
+    def send(self, number):
+        """Sends a signal; returns whether the process was alive."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+            return True
+        return False
+
+    def limit_files(self, size):
+        """Allows files no more bytes than that."""
+        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def wait(self, timeout=240):
+        """Returns (exit code, seconds until it came)."""
+        begun = time.perf_counter()
+        try:
+            return self._process.wait(timeout), time.perf_counter() - begun
+        finally:
+            self._process.kill()
+            self._process.wait()
+            for reader in self._readers:
+                reader.join()
+
+
+class Laboratory:
+    """A folder for runs, with a prepared dataset. What they compile is compiled once for all of them."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        tfds.disable_progress_bar()
+        tfds.builder("sklearn_digits", data_dir=self.folder, file_format="array_record").download_and_prepare()
+        # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
+        without_torch = self.folder / "without_torch"
+        without_torch.mkdir()
+        (without_torch / "torch.py").write_text("raise ImportError")
+        self._environment = {
+            "PYTHONPATH": str(without_torch),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def start(self, workdir, *flags, devices=1, environment=None):
+        arguments = [
+            f"--workdir={workdir}",
+            f"--config.dataset.data_dir={self.folder}",
+            "--config.method=dot",
+            *flags,
+        ]
+        devices = {"JAX_NUM_CPU_DEVICES": str(devices)}
+        return Run(arguments, self._environment | devices | (environment or {}))
+
+    def start_two_hosts(self, workdir, *flags, each=((), ())):
+        """Starts two processes with two devices each."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        flags = (*flags, f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_timeout={HEARTBEAT}")
+        return [self.start(workdir, *flags, f"--process_id={i}", *each[i], devices=2) for i in range(2)]
+
+    def finish(self, workdir, *flags, **options):
+        """Runs the command to its end; returns what it printed as errors and warnings."""
+        run = self.start(workdir, *flags, **options)
+        code, _ = run.wait()
+        assert code == 0, run.errors()
+        return run.errors()
+
+    @functools.cached_property
+    def short(self):
+        """The folder of an undisturbed run."""
+        self.finish(self.folder / "short", *SHORT)
+        return self.folder / "short"
+
+    @functools.cached_property
+    def long(self):
+        """The folder of an undisturbed run that takes some seconds."""
+        self.finish(self.folder / "long", *LONG)
+        return self.folder / "long"
+
+    def with_teacher(self, name, undisturbed):
+        """Returns a folder in which only the student is still to be trained."""
+        shutil.copytree(undisturbed, self.folder / name, ignore=shutil.ignore_patterns("dot"))
+        return self.folder / name
+
+    def unfinished(self, name):
+        """Returns a folder of the short run that lacks the result, and has a checkpoint of each of the six epochs."""
+        shutil.copytree(self.short, self.folder / name)
+        (self.folder / name / "dot" / "result.json").unlink()
+        return self.folder / name
