@@ -114,6 +114,20 @@ def killed_at_random_moments(lab):
     )
 
 
+def killed_with_workers(lab):
+    workdir = lab.with_teacher("killed_workers", lab.short)
+    run = lab.start(workdir, *SHORT, "--config.dataset.in_memory=False", "--config.dataset.workers=2")
+    run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
+    workers = run.children()
+    assert len(workers) > 2  # the third removes their shared memory
+    run.send(signal.SIGKILL)
+    run.wait()
+    begun = time.perf_counter()
+    while any(worker.exists() for worker in workers):
+        time.sleep(0.01)
+    return f"all processes that it had started ended as well, after {time.perf_counter() - begun:.1f} s"
+
+
 def preempted(lab):
     workdir = lab.with_teacher("preempted", lab.long)
     run = lab.start(workdir, *LONG)
@@ -157,9 +171,6 @@ def one_of_two_hosts_killed(lab, victim):
     assert code != 0 and seconds < 6 * HEARTBEAT
     assert "another task died" in runs[1 - victim].errors()
     runs[victim].wait()
-    if victim == 1:
-        lab.finish(workdir, *LONG, devices=4)
-        _assert_close(workdir, lab.long)
     return f"the other ended with an error after {seconds:.1f} s, with --heartbeat_timeout={HEARTBEAT}"
 
 
@@ -275,6 +286,7 @@ def only_nan_batches(lab):
 
 FAULTS = {
     "`kill -9` at random moments": killed_at_random_moments,
+    "`kill -9` of a run with worker processes": killed_with_workers,
     "SIGTERM": preempted,
     "SIGTERM on one of two hosts": preempted_on_one_of_two_hosts,
     "`kill -9` of the second of two hosts": functools.partial(one_of_two_hosts_killed, victim=1),

@@ -70,6 +70,11 @@ class Run:
             return True
         return False
 
+    def children(self):
+        """Returns the folders in /proc of the processes that it has started."""
+        lists = pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/children")
+        return [pathlib.Path("/proc") / child for children in lists for child in children.read_text().split()]
+
     def limit_files(self, size):
         """Allows files no more bytes than that."""
         _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)

@@ -9,7 +9,8 @@
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
     steps.py        the train step and the evaluation step
     parallel.py     how devices share the work of a step: jit, pmap or shard_map
-    train.py        the loop over epochs: metrics, checkpoints, resuming
+    train.py        the loop over steps: metrics, checkpoints, resuming
+    preemption.py   SIGTERM
     log.py          progress bar, metrics.jsonl, TensorBoard
     data.py         TFDS and Grain; datasets/ holds the TFDS builders
     images.py       decoding and augmentation, one image at a time
@@ -30,6 +31,6 @@ A working directory holds `config.json`, `losses.png`, and one folder for the te
 
     model = models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(32,), rngs=nnx.Rngs(0))
     graphdef, _, _ = models.split(model)
-    params, rest = checkpoint.load_variables(Path("runs/digits/dot"))
+    params, rest = checkpoint.load_variables(Path("runs/digits/dot"))  # as last trained; or with step=... the best
     logits, _ = models.apply(graphdef, params, rest, images / 16, train=False)  # normalized as in the config
 """

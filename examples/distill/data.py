@@ -16,9 +16,11 @@ import gc
 import importlib.util
 import io
 import math
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -120,6 +122,7 @@ def train_batches(
     augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
 
     def augmented(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        _end_with_parent()
         return example | {"image": augment(example["image"], size, rng)}
 
     host = host or _this_host()
@@ -182,6 +185,19 @@ def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
         return None
     flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which this program does not have.
     return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
+
+
+@functools.cache  # Once in a process.
+def _end_with_parent() -> None:
+    """Ends this worker process, if it is one, with its parent: after a `kill -9` it would wait for it, and hold memory."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    if parent:
+        threading.Thread(target=wait, args=[parent], daemon=True).start()
 
 
 @contextlib.contextmanager
