@@ -7,18 +7,22 @@ compiles it in bfloat16, in each form of data parallelism, with KD and with DOT,
 for the paper's 512, and prints in 8 minutes (libtpu 0.0.42, for JAX 0.10.2; what it says about worker hostnames is no error)
 
     per chip of 256 batch  method    GFLOP  traffic   memory  collectives
-    jit              4096  kd        225.4  8.81 GB  0.57 GB  all-reduce 21.29 MB
-    jit              4096  dot       225.4  9.00 GB  0.59 GB  all-reduce 21.29 MB
-    pmap             4096  kd        225.4  8.89 GB  0.58 GB  all-reduce 34.12 MB
-    pmap             4096  dot       225.5  9.05 GB  0.59 GB  all-reduce 34.12 MB
-    shard_map        4096  kd        225.4  8.81 GB  0.57 GB  all-reduce 17.19 MB
-    shard_map        4096  dot       225.4  9.05 GB  0.59 GB  all-reduce 17.19 MB
-    jit               512  kd         32.3  4.49 GB  0.30 GB  all-reduce 21.29 MB
-    jit               512  dot        32.3  4.65 GB  0.32 GB  all-reduce 21.29 MB
-    pmap              512  kd         32.3  4.84 GB  0.33 GB  all-reduce 34.12 MB
-    pmap              512  dot        32.3  5.01 GB  0.35 GB  all-reduce 34.12 MB
-    shard_map         512  kd         32.3  4.56 GB  0.32 GB  all-reduce 17.19 MB
-    shard_map         512  dot        32.3  4.76 GB  0.33 GB  all-reduce 17.19 MB
+    jit              4096  kd        225.4  8.88 GB  0.57 GB  all-reduce 21.29 MB
+    jit              4096  dot       225.5  9.02 GB  0.59 GB  all-reduce 21.29 MB
+    jit_sharded      4096  kd        225.4  8.27 GB  0.52 GB  all-reduce 37.82 MB
+    jit_sharded      4096  dot       225.4  8.38 GB  0.53 GB  all-reduce 37.82 MB
+    pmap             4096  kd        225.5  8.95 GB  0.58 GB  all-reduce 34.12 MB
+    pmap             4096  dot       225.5  9.10 GB  0.60 GB  all-reduce 34.12 MB
+    shard_map        4096  kd        225.5  9.03 GB  0.59 GB  all-reduce 17.19 MB
+    shard_map        4096  dot       225.5  9.37 GB  0.61 GB  all-reduce 17.19 MB
+    jit               512  kd         32.3  4.55 GB  0.31 GB  all-reduce 21.29 MB
+    jit               512  dot        32.3  4.70 GB  0.33 GB  all-reduce 21.29 MB
+    jit_sharded       512  kd         32.2  4.34 GB  0.29 GB  all-reduce 39.87 MB, all-to-all 0.01 MB
+    jit_sharded       512  dot        32.2  4.12 GB  0.27 GB  all-reduce 39.87 MB, all-to-all 0.01 MB
+    pmap              512  kd         32.3  4.90 GB  0.33 GB  all-reduce 34.12 MB
+    pmap              512  dot        32.3  5.13 GB  0.36 GB  all-reduce 34.12 MB
+    shard_map         512  kd         32.3  4.81 GB  0.33 GB  all-reduce 17.19 MB
+    shard_map         512  dot        32.3  5.09 GB  0.35 GB  all-reduce 17.19 MB
 
 of 16 GB, 197 TFLOP/s and 819 GB/s that a chip has. MobileNetV1 has 16.9 MB of parameters: with `shard_map` the update
 is averaged, and DOT moves what KD moves. With `pmap` the gradients of both losses are, for KD too, since the trainer logs

@@ -18,7 +18,7 @@ import examples.distill.datasets  # noqa: F401  (registers the builders)
 HEARTBEAT = 10  # seconds
 _EVERY_EPOCH = ("--config.checkpoint_every_steps=14", "--config.keep_checkpoints=6")
 SHORT = ("--config.epochs=6", "--config.teacher.epochs=2", *_EVERY_EPOCH)
-LONG = ("--config.epochs=50", "--config.teacher.epochs=10", "--config.checkpoint_every_steps=20")
+LONG = ("--config.epochs=60", "--config.teacher.epochs=10", "--config.checkpoint_every_steps=10")
 
 
 class Run:
@@ -33,7 +33,7 @@ class Run:
         )
         self._written = {}
         self._readers = [
-            threading.Thread(target=self._read, args=[stream])
+            threading.Thread(target=self._read, args=[stream], daemon=True)
             for stream in (self._process.stdout, self._process.stderr)
         ]
         for reader in self._readers:
@@ -56,12 +56,12 @@ class Run:
 
     def wait_for(self, holds):
         """Waits until `holds()`; the process must not end before."""
+        deadline = time.monotonic() + 120
         while not holds():
-            assert self._process.poll() is None, self.errors()
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                raise AssertionError(f"waited in vain: {self.errors()}")
             time.sleep(0.01)
-
-    def wait_for_training(self, arm=""):
-        self.wait_for(lambda: any(arm in line and "images/s" in line for line in self.errors().splitlines()))
 
     def send(self, number):
         """Sends a signal; returns whether the process was alive."""
@@ -76,9 +76,12 @@ class Run:
         return [pathlib.Path("/proc") / child for children in lists for child in children.read_text().split()]
 
     def limit_files(self, size):
-        """Allows files no more bytes than that."""
+        """Allows files no more bytes than that, as if the disk were full."""
         _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def lift_limit(self):
+        self.limit_files(resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)[1])
 
     def wait(self, timeout=240):
         """Returns (exit code, seconds until it came)."""

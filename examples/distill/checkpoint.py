@@ -79,8 +79,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._settle()
-        self._manager.close()
+        try:
+            self._settle()
+        finally:
+            self._manager.close()
 
     def latest(self) -> Path | None:
         """The folder of the latest checkpoint that is written to the end."""
@@ -89,29 +91,35 @@ class Checkpoints:
         return None if step is None else self._directory / str(step)
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of this step, if only in the making."""
+        """Whether there is a checkpoint of this step that is written to the end."""
+        self._settle()
         return step in self._manager.all_steps()
 
     def save(
         self, state: TrainState, batches: grain.DatasetIterator, progress: Progress, *, wait: bool = False
-    ) -> None:
+    ) -> Progress:
         """Copies the arrays and returns; the files are written in the background.
 
         That this failed, as on a full disk, is said at the next save, and training goes on. With `wait` it returns when
         all is written, and raises a `UserError` if that cannot be; so it does on several hosts, which do not know of
-        each other's failures.
+        each other's failures. Returns the progress as it is saved: a best validation that was never saved is forgotten.
         """
-        self._settle()
-        self._saving = int(state.step)
+        self._settle(go_on=not wait)
+        step, saved = int(state.step), self._manager.all_steps()
+        if progress.best and progress.best.step not in (step, *saved):
+            progress = progress._replace(best=None)
         self._best.step = progress.best.step if progress.best else None
+        self._saving = step
         items = _items(state)
         record = progress._asdict() | {"best": progress.best and progress.best._asdict(), "data": batches.get_state()}
         try:
-            self._manager.save(self._saving, args=_save_args(items, record))
+            if not self._manager.save(step, args=_save_args(items, record)):
+                raise ValueError("there is a later one")
         except Exception as error:  # Orbax raises whatever it stumbles over.
             self._failed(error, go_on=not wait)
         if wait:
             self._settle(go_on=False)
+        return progress
 
     def restore_latest(
         self, state: TrainState, batches: grain.DatasetIterator, seed: int
@@ -121,61 +129,57 @@ class Checkpoints:
         `state` says which structure, dtypes and shardings to restore to. Damaged checkpoints are moved out of the way if
         there is an older one to go on from.
         """
-        damaged: dict[int, UserError] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                state, record = self._restore(step, state)
-            except UserError as error:
-                damaged[step] = error
-                continue
-            self._set_aside(damaged, step)
-            if record["seed"] != seed:
-                raise UserError(f"{self._directory / str(step)} is of a run with --config.seed={record['seed']}")
-            batches.set_state(record.pop("data"))
-            best = record["best"] and Best(**record["best"])
-            self._best.step = best.step if best else None
-            return state, Progress(**record | {"best": best})
-        if damaged:
-            raise UserError(f"{damaged[max(damaged)]}{_REMEDY}")
-        return state, Progress(seed)
-
-    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state and the record of a checkpoint, or raises on all hosts, if only one of them cannot read it."""
+        step = self._find_intact(_items(state))
+        if step is None:
+            return state, Progress(seed)
         folder = self._directory / str(step)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(state))
-        problem = None
-        try:
-            with _explained(folder, remedy=""):
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        **{name: ocp.args.StandardRestore(item) for name, item in like.items()},
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
-                items = {name: restored[name] for name in like}
-                record = _unsealed(restored["progress"], items)
-        except UserError as error:
-            problem = error
-        if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(problem is not None)).any():
-            problem = problem or UserError(f"another host cannot read the checkpoint {folder}")
-        if problem:
-            raise problem
-        return TrainState(**items["variables"], **items["optimizer"]), record
+        with _explained(folder):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(item) for name, item in like.items()},
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+        record = restored["progress"]
+        del record["checksums"]
+        if record["seed"] != seed:
+            raise UserError(f"{folder} is of a run with --config.seed={record['seed']}")
+        batches.set_state(record.pop("data"))
+        best = record["best"] and Best(**record["best"])
+        self._best.step = best.step if best else None
+        return TrainState(**restored["variables"], **restored["optimizer"]), Progress(**record | {"best": best})
 
-    def _set_aside(self, damaged: Mapping[int, UserError], intact: int) -> None:
-        if not damaged:
-            return
-        folder = self._directory.with_name("damaged_checkpoints")
+    def _find_intact(self, like: Mapping[str, Any]) -> int | None:
+        """Returns the step of the newest intact checkpoint, which the first host finds out for all."""
+        step = None
         if jax.process_index() == 0:
-            folder.mkdir(exist_ok=True)
-            for step in damaged:
+            damaged: dict[int, UserError] = {}
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                try:
+                    with _explained(self._directory / str(step), remedy=""):
+                        _read(self._directory / str(step), like)
+                except UserError as error:
+                    damaged[step] = error
+                else:
+                    break
+            if len(damaged) == len(self._manager.all_steps()) > 0:
+                raise UserError(f"{damaged[max(damaged)]}{_REMEDY}")
+            self._set_aside(damaged, step)
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+            step = None if found < 0 else found
+        self._manager.reload()
+        return step
+
+    def _set_aside(self, damaged: Mapping[int, UserError], intact: int | None) -> None:
+        folder = self._directory.with_name("damaged_checkpoints")
+        for step, error in damaged.items():
+            with writing(folder):
+                folder.mkdir(exist_ok=True)
                 shutil.rmtree(folder / str(step), ignore_errors=True)
                 (self._directory / str(step)).rename(folder / str(step))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are moved")
-        self._manager.reload()
-        for error in damaged.values():
             warn(f"{error}; it is now in {folder}, and training goes on from step {intact}")
 
     def _settle(self, *, go_on: bool = True) -> None:
@@ -196,7 +200,7 @@ class Checkpoints:
         kept = "no other was saved" if step is None else f"the latest is that of step {step}"
         if not go_on or jax.process_count() > 1:
             raise UserError(f"{message}; {kept}; put this right, and the same command goes on from there") from error
-        warn(f"{message}; {kept}; training goes on")
+        warn(f"{message}; {kept}")
 
 
 class _OneStep:
@@ -214,8 +218,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 def saved_steps(arm_dir: Path) -> list[int]:
-    """Returns the steps of the checkpoints that were saved to the end."""
-    return ocp.utils.checkpoint_steps(_directory(arm_dir))
+    """Returns the steps of the checkpoints that were saved to the end, in order."""
+    return sorted(ocp.utils.checkpoint_steps(_directory(arm_dir)))
 
 
 def save_variables(arm_dir: Path, params: Any, rest: Any) -> None:
@@ -244,17 +248,33 @@ def load_variables(arm_dir: Path, step: int | None = None) -> tuple[Any, Any]:
         of_step = "" if step is None else f" of step {step}"
         raise UserError(f"no checkpoint{of_step} in {_directory(arm_dir)}; delete {arm_dir} to train it again")
     folder = _directory(arm_dir) / str(max(steps) if step is None else step)
-    with (
-        _explained(folder),
-        ocp.StandardCheckpointer() as arrays,
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as records,
-    ):
-        # To NumPy: the devices that saved it need not be there.
-        saved = arrays.metadata(folder / "variables").item_metadata.tree
-        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
-        variables = arrays.restore(folder / "variables", like)
-        _unsealed(records.restore(folder / "progress"), {"variables": variables})
+    with _explained(folder):
+        variables = _read(folder, {"variables": None})["variables"]
     return variables["params"], variables["rest"]
+
+
+def _read(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns items of a checkpoint, of NumPy arrays, on this host alone; raises if they are not what was saved.
+
+    `like` says which items, and how each is built of which shapes; None stands for nested dicts, of whatever is there.
+    """
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"host{jax.process_index()}",
+    )
+    with (
+        ocp.StandardCheckpointer(multiprocessing_options=alone) as arrays,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=alone) as records,
+    ):
+        items = {}
+        for name, item in like.items():
+            item = arrays.metadata(folder / name).item_metadata.tree if item is None else item
+            # To NumPy: the devices that saved it need not be there.
+            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), item)
+            items[name] = arrays.restore(folder / name, target)
+        _check(records.restore(folder / "progress"), items)
+    return items
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -272,16 +292,14 @@ def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.
     return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
 
 
-def _unsealed(record: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record as it was before `_save_args`; raises if it, or one of the items, is not what was saved."""
+def _check(record: dict[str, Any], items: Mapping[str, Any]) -> None:
+    """Raises if a record or one of the items is not what `_save_args` was given."""
     checksums = record["checksums"]
     if checksums.pop("progress") != _crc32(record):
         raise ValueError("the checksum of its progress is wrong")
     for name, item in items.items():
         if int(_checksum(item)) != checksums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
-    del record["checksums"]
-    return record
 
 
 def _crc32(record: Mapping[str, Any]) -> int:
@@ -297,6 +315,7 @@ def _checksum(tree: Any) -> jax.Array:
         return jnp.sum(words * weights, dtype=jnp.uint32)
 
     def words(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
         bits = min(8 * leaf.dtype.itemsize, 32)
         return jax.lax.bitcast_convert_type(leaf, f"uint{bits}").astype(jnp.uint32)
 

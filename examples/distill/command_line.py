@@ -27,6 +27,7 @@ from examples.distill import settings
 from examples.distill.errors import UserError, one_line
 
 _CONFIGS = Path(__file__).parent / "configs"
+_ANY_REST = "the same command goes on with whatever was saved"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,12 +44,12 @@ def main(argv: Sequence[str]) -> int:
         try:
             experiment.run(config, name, directory)
         except preemption.Preempted as end:
-            print("terminated;", end, file=sys.stderr)
+            print("terminated;", str(end) or _ANY_REST, file=sys.stderr)
     except UserError as error:
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print("interrupted;", str(interrupt) or "the same command goes on with whatever was saved", file=sys.stderr)
+        print("interrupted;", str(interrupt) or _ANY_REST, file=sys.stderr)
         return 130
     return 0
 

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -119,12 +120,7 @@ def train_batches(
     dict, which Orbax saves beside the model: how many images were consumed, over all hosts. Its threads and processes
     end with the `with` block.
     """
-    augment, size = dataset.preprocessing.augment, dataset.image_shape[0]
-
-    def augmented(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        _end_with_parent()
-        return example | {"image": augment(example["image"], size, rng)}
-
+    augmented = _Augmented(dataset.preprocessing.augment, dataset.image_shape[0])
     host = host or _this_host()
     _check_divides(batch_size, host, "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
@@ -187,17 +183,27 @@ def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
     return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
 
 
-@functools.cache  # Once in a process.
-def _end_with_parent() -> None:
-    """Ends this worker process, if it is one, with its parent: after a `kill -9` it would wait for it, and hold memory."""
+class _Augmented:
+    """Augments the image of an example. It is pickled only to worker processes, where it begins their work."""
 
-    def wait(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
+    def __init__(self, augment: Callable[..., np.ndarray], size: int) -> None:
+        self._augment, self._size = augment, size
 
-    parent = multiprocessing.parent_process()
-    if parent:
-        threading.Thread(target=wait, args=[parent], daemon=True).start()
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return example | {"image": self._augment(example["image"], self._size, rng)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        parent = multiprocessing.parent_process()
+        if parent:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Clusters send it to all processes, but the parent decides.
+            threading.Thread(target=_end_after, args=[parent], daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    """Ends this process with its parent: after a `kill -9` it would wait for it forever, and hold memory."""
+    parent.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

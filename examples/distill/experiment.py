@@ -19,6 +19,7 @@ from examples.distill.steps import Teacher
 
 def run(config: ConfigDict, name: str, directory: Path) -> None:
     """Trains what is not trained yet in `directory` and reports on every arm that is there."""
+    preempted = preemption.watch()
     settings.check(config)
     methods.betas(config.optimizer)  # The report needs them, whichever methods are trained.
     wanted = methods.parse(config.method)
@@ -33,7 +34,6 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
         teacher_folder = _find_teacher(missing, config, directory)
         for model in (config.teacher.model, config.student.model):
             models.check_name(model.name)
-        preempted = preemption.watch()
         setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config), preempted)
         teacher, students = _arms(missing, setup, directory)
         given = _load_teacher(teacher, teacher_folder, setup)
@@ -48,8 +48,8 @@ def run(config: ConfigDict, name: str, directory: Path) -> None:
 
 def _check_hosts_agree(config: ConfigDict, directory: Path, missing: list[str]) -> None:
     """Raises if hosts were started differently, or do not see the same files: they would wait for each other forever."""
-    latest = {arm: checkpoint.saved_steps(directory / arm)[-1:] for arm in ("teacher", *methods.METHODS)}
-    seen = json.dumps([settings.fields(config), missing, latest], sort_keys=True)
+    saved = {arm: checkpoint.saved_steps(directory / arm) for arm in ("teacher", *methods.METHODS)}
+    seen = json.dumps([settings.fields(config), missing, saved], sort_keys=True)
     try:
         multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
     except AssertionError:

@@ -64,7 +64,9 @@ class Log:
         self.skipped_in_a_row: int = state.get("skipped_in_a_row", 0)
         self._epoch_steps: int = state.get("epoch_steps", 0)  # of an epoch that is not written down yet
         self._skipped: int = state.get("skipped", 0)  # ... and how many of these were
-        self._totals = collections.Counter(state.get("totals", {}))  # ... and the sums of the metrics of the others
+        # ... and the sums of the metrics of the others, and how many had them
+        self._totals = collections.Counter(state.get("totals", {}))
+        self._counts = collections.Counter(state.get("counts", {}))
         self._name, self._path = name, directory / "metrics.jsonl"
         self._epochs, self._steps_per_epoch, self._batch_size = epochs, steps_per_epoch, batch_size
         self._writes = jax.process_index() == 0
@@ -92,6 +94,7 @@ class Log:
             "epoch_steps": self._epoch_steps,
             "skipped": self._skipped,
             "totals": dict(self._totals),
+            "counts": dict(self._counts),
         }
 
     @property
@@ -118,6 +121,7 @@ class Log:
         else:
             self.skipped_in_a_row = 0
             self._totals.update(values)
+            self._counts.update(values.keys())
         means = self._means()
         shown = [f"{label} {means[name]:.4f}" for name, label in _SHOWN.items() if name in means]
         shown += [f"{self._skipped} skipped"] if self._skipped else []
@@ -141,6 +145,7 @@ class Log:
                 _write_event(self._events, record)
         self._epoch_steps = self._skipped = 0
         self._totals.clear()
+        self._counts.clear()
 
     def close(self) -> None:
         self._bar.close()
@@ -149,8 +154,7 @@ class Log:
                 self._events.close()
 
     def _means(self) -> dict[str, float]:
-        count = self._epoch_steps - self._skipped
-        return {name: total / count for name, total in self._totals.items()}
+        return {name: total / self._counts[name] for name, total in self._totals.items()}
 
 
 def _begin_events(directory: Path, lines: list[records.Record]) -> EventsWriter:

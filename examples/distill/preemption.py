@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-    """Training has ended early, and all is saved."""
+    """The run ends early; what is not saved by then, the next one does again."""
 
 
 def watch() -> Callable[[], bool]:

@@ -59,7 +59,7 @@ def make_train_step(
     gradients and the cosine between these; without a teacher, only those of the task. By default it runs on one device.
 
     A step of which a loss, the update or a statistic of BatchNorm is not finite, on any device, is skipped: only `step`
-    changes. The metric `skipped` says so: it is above 0 then.
+    changes, and no schedule of the optimizer moves on. The metric `skipped` says so: it is above 0 then.
     """
     layout = layout or jit_layout(jax.sharding.Mesh(jax.devices()[:1], (AXIS,)))
 

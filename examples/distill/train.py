@@ -217,15 +217,17 @@ class _Training:
         state = self._setup.layout.gather(self.state)
         validation = self.evaluate((state.params, state.rest), "validation")
         self._check_validation(validation)
-        self.progress = self.progress.validated(self.log.steps, validation["top1"])
+        if not self.log.skipped_in_a_row:  # else it is not saved
+            self.progress = self.progress.validated(self.log.steps, validation["top1"])
         self.log.epoch(validation, self._seconds())
 
     def _save(self, *, wait: bool) -> None:
         if self.log.steps == 0 or self._checkpoints.has(self.log.steps):
             return
         state = self._setup.layout.gather(self.state)
+        del self.state  # With shard_map it is a second set of momenta.
         self.progress = self.progress._replace(seconds=self._seconds(), log=self.log.state())
-        self._checkpoints.save(state, self._batches, self.progress, wait=wait)
+        self.progress = self._checkpoints.save(state, self._batches, self.progress, wait=wait)
         self.state = self._setup.layout.spread(state)  # so that it goes on as a run does that begins here
 
     def _seconds(self) -> float:

@@ -284,15 +284,18 @@ def test_only_the_first_host_claims_the_workdir(tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupt_of_the_imports():
-    # With `importtime` Python reports each module, so the interrupt can wait for one that is imported early.
+@pytest.mark.parametrize(
+    ("number", "code", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "terminated")]
+)
+def test_a_signal_while_it_imports(number, code, what):
+    # With `importtime` Python reports each module, so the signal can wait for one that is imported early.
     command = [sys.executable, "-X", "importtime", "-m", "examples.distill"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         next(line for line in process.stderr if "absl" in line)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate()
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted before anything was begun"
+    assert process.returncode == code
+    assert errors.splitlines()[-1] == f"{what} before anything was begun"
 
 
 def test_an_interrupt_that_python_drops_is_sent_again(monkeypatch):

@@ -137,7 +137,7 @@ def test_a_run_interrupted_before_its_result_only_evaluates(distill, tmp_path, m
     result = tmp_path / "run" / "kd" / "result.json"
     expected = records.read_json(result)
     result.unlink()
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(Log, "step", lambda *args: pytest.fail("trained again"))
     assert distill(tmp_path / "run", "--config.method=kd") == 0
     assert records.read_json(result) == expected
 
@@ -149,6 +149,21 @@ def test_a_method_can_be_added_and_the_teacher_is_reused(distill, tmp_path, caps
     assert distill(tmp_path / "run", "--config.method=kd_gain_matched", "--config.epochs=1") == 0
     assert re.search(r"^ +CE +KD, gain-matched$", capsys.readouterr().out, re.MULTILINE)
     assert (tmp_path / "run" / "teacher" / "result.json").stat().st_mtime_ns == teacher
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(distill, tmp_path):
+    flags = ("--config.method=ce", "--config.checkpoint_every_steps=5", "--config.keep_checkpoints=3")
+    momentum = ("--config.optimizer.momentum=0.99", "--config.optimizer.delta=0")
+    assert distill(tmp_path / "run", *flags, "--config.teacher.train=False", *momentum) == 0
+    accuracies = {line["step"]: line["validation_top1"] for line in _lines(tmp_path / "run" / "ce")}
+    best = max(accuracies, key=accuracies.get)
+    assert best < 70  # so much momentum makes it worse again
+    assert checkpoint.saved_steps(tmp_path / "run" / "ce") == [best, 75, 80, 84]
+    result = records.read_json(tmp_path / "run" / "ce" / "result.json")
+    assert result["best"] == {"step": best, "top1": accuracies[best]}
+    params, _ = checkpoint.load_variables(tmp_path / "run" / "ce", best)
+    last, _ = checkpoint.load_variables(tmp_path / "run" / "ce")
+    assert not np.array_equal(params["classifier"]["kernel"], last["classifier"]["kernel"])
 
 
 def test_dot_without_delta_ends_where_kd_ends(finished, distill, tmp_path):
