@@ -4,7 +4,7 @@
     JAX_PLATFORMS=cpu python -m benchmarks.pod_cost
 
 compiles it in bfloat16, in each form of data parallelism, with KD and with DOT, for a batch of 4096 over all chips and
-for the paper's 512, and prints in 8 minutes (libtpu 0.0.42, for JAX 0.10.2; what it says about worker hostnames is no error)
+for the paper's 512, and prints in a quarter of an hour (libtpu 0.0.42, for JAX 0.10.2; what it says about worker hostnames is no error)
 
     per chip of 256 batch  method    GFLOP  traffic   memory  collectives
     jit              4096  kd        225.4  8.88 GB  0.57 GB  all-reduce 21.29 MB
@@ -26,7 +26,8 @@ for the paper's 512, and prints in 8 minutes (libtpu 0.0.42, for JAX 0.10.2; wha
 
 of 16 GB, 197 TFLOP/s and 819 GB/s that a chip has. MobileNetV1 has 16.9 MB of parameters: with `shard_map` the update
 is averaged, and DOT moves what KD moves. With `pmap` the gradients of both losses are, for KD too, since the trainer logs
-both. With `jit` the compiler averages both gradients as well, but in the bfloat16 that the convolutions compute in.
+both. With `jit` the compiler averages both gradients as well, but in the bfloat16 that the convolutions compute in;
+`jit_sharded`, with --config.shard_params=True, moves more, for less memory.
 """
 
 import argparse

@@ -18,7 +18,12 @@ import examples.distill.datasets  # noqa: F401  (registers the builders)
 HEARTBEAT = 10  # seconds
 _EVERY_EPOCH = ("--config.checkpoint_every_steps=14", "--config.keep_checkpoints=6")
 SHORT = ("--config.epochs=6", "--config.teacher.epochs=2", *_EVERY_EPOCH)
-LONG = ("--config.epochs=60", "--config.teacher.epochs=10", "--config.checkpoint_every_steps=10")
+LONG = (
+    "--config.epochs=15",
+    "--config.teacher.epochs=3",
+    "--config.batch_size=16",  # 56 steps in an epoch
+    "--config.checkpoint_every_steps=10",
+)
 
 
 class Run:

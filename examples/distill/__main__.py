@@ -26,6 +26,7 @@ def _unraisable(unraisable: Any) -> None:
 
 def _exit_at_once(code: int) -> None:
     # The interpreter's shutdown can crash when XLA was interrupted while it compiled, and waits for other hosts.
+    sys.unraisablehook = lambda _: None  # What Orbax gave up has nobody to report to.
     gc.collect()  # Else Python complains about the semaphores of Grain's worker processes.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -82,7 +82,8 @@ class Checkpoints:
         try:
             self._settle()
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # It raises once more what was reported.
+                self._manager.close()
 
     def latest(self) -> Path | None:
         """The folder of the latest checkpoint that is written to the end."""
