@@ -1,19 +1,19 @@
 """What does a training step of each experiment of the paper cost, and the whole run at least?  Compiled, not run.
 
-    pip install libtpu==0.0.52
+    pip install "jax[tpu]"
     JAX_PLATFORMS=cpu python -m benchmarks.recipe_cost
 
 compiles every config's step with DOT, in its own batch size and in bfloat16, for one TPU v5e chip, which need not be
-there (what libtpu says to stderr about worker hostnames is no error), and prints in 10 minutes
+there (what libtpu says to stderr about worker hostnames is no error), and prints in 10 minutes (libtpu 0.0.42, for JAX 0.10.2)
 
     one TPU v5e, bfloat16          batch  GFLOP/image  memory  bound by    images/s at most  hours at least
-    cifar100_r32x4_r8x4               64         3.64  0.1 GB  traffic               23,035             0.1
-    cifar100_vgg13_vgg8               64         1.21  0.1 GB  traffic               41,617             0.1
-    cifar100_r32x4_shufflev2          64         2.48  0.2 GB  traffic               10,064             0.3
-    tiny_imagenet_r18_mobilenetv2    256         6.59  2.1 GB  traffic                4,732             1.2
-    tiny_imagenet_r18_shufflev2      256         6.15  1.8 GB  traffic                3,819             1.5
-    imagenet_r34_r18                 512        23.34  5.0 GB  traffic                6,252             5.7
-    imagenet_r50_mobilenetv1         512        14.10  5.9 GB  traffic                3,539            10.1
+    cifar100_r32x4_r8x4               64         3.64  0.1 GB  traffic               21,894             0.2
+    cifar100_vgg13_vgg8               64         1.21  0.1 GB  traffic               37,552             0.1
+    cifar100_r32x4_shufflev2          64         2.47  0.3 GB  traffic                9,789             0.3
+    tiny_imagenet_r18_mobilenetv2    256         6.58  2.9 GB  traffic                4,716             1.2
+    tiny_imagenet_r18_shufflev2      256         6.14  2.4 GB  traffic                3,884             1.4
+    imagenet_r34_r18                 512        23.33  7.5 GB  traffic                6,248             5.7
+    imagenet_r50_mobilenetv1         512        14.08  8.0 GB  traffic                3,535            10.1
 
 FLOP and memory are the compiler's. The hours are those of all training steps on a chip that is never idle: whichever
 takes longer, the arithmetic at its 197 TFLOP/s or the traffic at its 819 GB/s. It is a bound from below, evaluation and

@@ -8,6 +8,7 @@ prints what happened, in three minutes on two cores; `tests/examples/test_distil
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -99,15 +100,16 @@ def _saved(workdir):
 def killed_at_random_moments(lab):
     workdir, rng = lab.folder / "killed", random.Random(0)
     seconds = json.loads((lab.long / "dot" / "result.json").read_text())["seconds"]
-    while_training = 0
+    while_training, until_first_save = 0, math.inf
     for kill in range(KILLS):
         before = _saved(workdir)
-        run = lab.start(workdir, *LONG)
-        if kill % 2:
+        begun, run = time.perf_counter(), lab.start(workdir, *LONG)
+        if kill % 2 == 0:
             run.wait_for(lambda before=before: _saved(workdir) > before)
+            until_first_save = min(until_first_save, time.perf_counter() - begun)
             time.sleep(rng.uniform(0, seconds / KILLS))
-        else:
-            time.sleep(rng.uniform(0, 4))  # imports, restores, compiles
+        else:  # while it imports, restores, compiles or takes the first steps
+            time.sleep(rng.uniform(0, until_first_save))
         assert run.send(signal.SIGKILL), run.errors()
         code, _ = run.wait()
         assert code == -signal.SIGKILL
