@@ -166,7 +166,10 @@ class Checkpoints:
                 else:
                     break
             if len(damaged) == len(self._manager.all_steps()) > 0:
-                raise UserError(f"{damaged[max(damaged)]}{_REMEDY}")
+                raise UserError(
+                    f"{damaged[max(damaged)]}, nor any older one; restore one of them, or delete"
+                    f" {self._directory.parent} to train from the start"
+                )
             self._set_aside(damaged, step)
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
@@ -199,7 +202,9 @@ class Checkpoints:
         step = self._manager.latest_step()
         message = f"cannot save the checkpoint {self._directory / str(self._saving)} ({reason})"
         kept = "no other was saved" if step is None else f"the latest is that of step {step}"
-        if not go_on or jax.process_count() > 1:
+        if jax.process_count() > 1:
+            raise UserError(f"{message}; {kept}; see what the other hosts say, and start all of them again") from error
+        if not go_on:
             raise UserError(f"{message}; {kept}; put this right, and the same command goes on from there") from error
         warn(f"{message}; {kept}")
 
@@ -247,7 +252,8 @@ def load_variables(arm_dir: Path, step: int | None = None) -> tuple[Any, Any]:
     steps = saved_steps(arm_dir)
     if not steps or step not in (None, *steps):
         of_step = "" if step is None else f" of step {step}"
-        raise UserError(f"no checkpoint{of_step} in {_directory(arm_dir)}; delete {arm_dir} to train it again")
+        hint = f"there are {', '.join(map(str, steps))}" if steps else "give the folder of a method or of a teacher"
+        raise UserError(f"no checkpoint{of_step} in {_directory(arm_dir)}; {hint}")
     folder = _directory(arm_dir) / str(max(steps) if step is None else step)
     with _explained(folder):
         variables = _read(folder, {"variables": None})["variables"]

@@ -5,8 +5,8 @@ defaults to runs/NAME. Every field of the config can be overridden, for example 
 
 On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
 themselves who belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
-process 0. FOLDER and the dataset must be the same for all. When a host dies the others end, after --heartbeat_timeout=60
-seconds at the latest; start the same command again on each, and they go on.
+process 0. FOLDER and the dataset must be the same for all. When a host dies the others end, after about
+--heartbeat_timeout=60 seconds (5 or more) at the latest; start the same command again on each, and they go on.
 """
 
 import difflib

@@ -270,6 +270,25 @@ def test_a_damaged_teacher(damage, finished, data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_no_checkpoint_is_intact(finished, data_dir, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "dot" / "result.json").unlink()
+    folder = tmp_path / "run" / "dot" / "checkpoints"
+    damaged = sorted(int(path.name) for path in folder.iterdir())
+    for step in damaged:
+        shutil.rmtree(folder / str(step) / "optimizer")
+    flags = (f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}", "--config.method=dot")
+    command = [sys.executable, "-m", "examples.distill", *flags, "--config.epochs=6", "--config.teacher.epochs=2"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith(f"error: cannot read the checkpoint {folder / str(damaged[-1])} (")
+    assert line.endswith(
+        f"), nor any older one; restore one of them, or delete {folder.parent} to train from the start"
+    )
+    assert sorted(int(path.name) for path in folder.iterdir()) == damaged
+
+
 def test_two_runs_in_one_workdir(finished, distill, capsys):
     with (finished / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
