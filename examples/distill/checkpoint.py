@@ -12,6 +12,7 @@ kept of all arrays, and compared with those of what is read.
 """
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -293,7 +294,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
     """What to save: the items, and a record with their checksums and its own."""
-    record = {**record, "checksums": {name: int(_checksum(item)) for name, item in items.items()}}
+    record = {**record, "checksums": {name: int(_checksum_on_devices(item)) for name, item in items.items()}}
     record["checksums"]["progress"] = _crc32(record)
     saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
@@ -305,7 +306,7 @@ def _check(record: dict[str, Any], items: Mapping[str, Any]) -> None:
     if checksums.pop("progress") != _crc32(record):
         raise ValueError("the checksum of its progress is wrong")
     for name, item in items.items():
-        if int(_checksum(item)) != checksums[name]:
+        if int(_checksum(item, np)) != checksums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
 
 
@@ -313,20 +314,24 @@ def _crc32(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-@jax.jit
-def _checksum(tree: Any) -> jax.Array:
-    """A sum of all 32-bit words modulo 2**32, each times an odd number of its own: one that changes is always noticed."""
+def _checksum(tree: Any, xp: Any) -> Any:
+    """A sum of all 32-bit words modulo 2**32, each times an odd number of its own: one that changes is always noticed.
 
-    def weighted(words: jax.Array) -> jax.Array:
-        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape) + 1
-        return jnp.sum(words * weights, dtype=jnp.uint32)
+    `xp` is `numpy` or `jax.numpy`, whichever has the arrays.
+    """
 
-    def words(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    def weighted(words: Any) -> Any:
+        weights = 2 * xp.arange(words.size, dtype=xp.uint32).reshape(words.shape) + 1
+        return xp.sum(words * weights, dtype=xp.uint32)
+
+    def words(leaf: Any) -> Any:
         bits = min(8 * leaf.dtype.itemsize, 32)
-        return jax.lax.bitcast_convert_type(leaf, f"uint{bits}").astype(jnp.uint32)
+        return xp.atleast_1d(leaf).view(f"uint{bits}").astype(xp.uint32)
 
-    return weighted(jnp.stack([weighted(words(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return weighted(xp.stack([weighted(words(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+_checksum_on_devices = jax.jit(functools.partial(_checksum, xp=jnp))
 
 
 @contextlib.contextmanager
