@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,7 +294,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
     """What to save: the items, and a record with their checksums and its own."""
-    record = {**record, "checksums": {name: int(_checksum_on_devices(item)) for name, item in items.items()}}
+    record = {**record, "checksums": {name: _checksum(item, _sum_words_on_devices) for name, item in items.items()}}
     record["checksums"]["progress"] = _crc32(record)
     saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
@@ -306,7 +306,7 @@ def _check(record: dict[str, Any], items: Mapping[str, Any]) -> None:
     if checksums.pop("progress") != _crc32(record):
         raise ValueError("the checksum of its progress is wrong")
     for name, item in items.items():
-        if int(_checksum(item, np)) != checksums[name]:
+        if _checksum(item, _sum_words) != checksums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
 
 
@@ -314,24 +314,19 @@ def _crc32(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _checksum(tree: Any, xp: Any) -> Any:
-    """A sum of all 32-bit words modulo 2**32, each times an odd number of its own: one that changes is always noticed.
-
-    `xp` is `numpy` or `jax.numpy`, whichever has the arrays.
-    """
-
-    def weighted(words: Any) -> Any:
-        weights = 2 * xp.arange(words.size, dtype=xp.uint32).reshape(words.shape) + 1
-        return xp.sum(words * weights, dtype=xp.uint32)
-
-    def words(leaf: Any) -> Any:
-        bits = min(8 * leaf.dtype.itemsize, 32)
-        return xp.atleast_1d(leaf).view(f"uint{bits}").astype(xp.uint32)
-
-    return weighted(xp.stack([weighted(words(leaf)) for leaf in jax.tree.leaves(tree)]))
+def _sum_words(array: Any, xp: Any = np) -> Any:
+    """A sum of all 32-bit words modulo 2**32, each times an odd number of its own: one that changes is always noticed."""
+    words = xp.atleast_1d(array).view(f"uint{min(8 * array.dtype.itemsize, 32)}").astype(xp.uint32)
+    weights = 2 * xp.arange(words.size, dtype=xp.uint32).reshape(words.shape) + 1
+    return xp.sum(words * weights, dtype=xp.uint32)
 
 
-_checksum_on_devices = jax.jit(functools.partial(_checksum, xp=jnp))
+_sum_words_on_devices = jax.jit(functools.partial(_sum_words, xp=jnp))  # compiled for every shape
+
+
+def _checksum(tree: Any, sum_words: Callable[[Any], Any]) -> int:
+    sums = jax.device_get([sum_words(leaf) for leaf in jax.tree.leaves(tree)])
+    return int(_sum_words(np.stack(sums)))
 
 
 @contextlib.contextmanager
@@ -359,5 +354,12 @@ def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -
         raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))
 
 
+def check_name(folder: Path) -> None:
+    """Raises if Orbax could write to the folder, but would not find there what it wrote."""
+    if "[" in str(folder.absolute()):
+        raise UserError(f"there cannot be checkpoints in {folder.absolute()}: Orbax would take the [ for a pattern")
+
+
 def _directory(arm_dir: Path) -> Path:
+    check_name(arm_dir)
     return (arm_dir / "checkpoints").absolute()  # Orbax takes absolute paths only.

@@ -53,6 +53,7 @@ def _check_hosts_agree(config: ConfigDict, directory: Path, missing: list[str]) 
     try:
         multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
     except AssertionError:
+        jax.distributed.shutdown()  # It waits for the others, which find out the same: the first to end would abort them.
         raise UserError(
             "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
         ) from None

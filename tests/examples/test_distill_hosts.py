@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from examples.distill import checkpoint
-
-FLAGS = ("--config.epochs=6", "--config.teacher.epochs=2", "--config.checkpoint_every_steps=28")
+from tests.runs import SHORT
 
 
 def _run_on_two_hosts(laboratory, workdir, *flags, **options):
     """Returns (exit code, stdout, stderr) of both processes."""
-    runs = laboratory.start_two_hosts(workdir, *FLAGS, *flags, **options)
+    runs = laboratory.start_two_hosts(workdir, *SHORT, *flags, **options)
     codes = [run.wait()[0] for run in runs]
     return [(code, run.output(), run.errors()) for code, run in zip(codes, runs, strict=True)]
 
@@ -27,26 +26,29 @@ def _assert_same_student(a, b, atol):
 
 
 @pytest.mark.parametrize("form", ["jit", "jit --config.shard_params=True", "pmap", "shard_map"])
-def test_two_hosts_train_and_evaluate_like_one(form, finished, laboratory, tmp_path):
-    first, second = _run_on_two_hosts(laboratory, tmp_path / "run", *f"--config.parallel={form}".split())
+def test_two_hosts_train_and_evaluate_like_one(form, laboratory):
+    flags = f"--config.parallel={form}".split()
+    alone, run = laboratory.short, laboratory.with_teacher(f"hosts {form}", laboratory.short)
+    first, second = _run_on_two_hosts(laboratory, run, *flags)
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "train task loss" in first[1] and "train task loss" not in second[1]
-    # Rounding errors of 112 steps, the teacher's among them, as on four devices of one process.
-    _assert_same_student(tmp_path / "run", finished, atol=1e-5)
-    results = [json.loads((run / "dot" / "result.json").read_text()) for run in (tmp_path / "run", finished)]
+    # Rounding errors of 84 steps, as on four devices of one process.
+    _assert_same_student(run, alone, atol=1e-5)
+    results = [json.loads((folder / "dot" / "result.json").read_text()) for folder in (run, alone)]
     for split in ("train", "validation", "test"):
         assert results[0][split] == pytest.approx(results[1][split], rel=1e-4)
         assert results[0][split]["count"] == results[1][split]["count"]
-    lines = (tmp_path / "run" / "dot" / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "dot" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [14, 28, 42, 56, 70, 84]
 
     if form == "jit":  # go on from an earlier checkpoint, with the bits of the first run
-        shutil.copytree(tmp_path / "run", tmp_path / "again")
-        (tmp_path / "again" / "dot" / "result.json").unlink()
-        shutil.rmtree(tmp_path / "again" / "dot" / "checkpoints" / "84")
-        codes = [code for code, *_ in _run_on_two_hosts(laboratory, tmp_path / "again")]
+        again = run.with_name("hosts_again")
+        shutil.copytree(run, again)
+        (again / "dot" / "result.json").unlink()
+        shutil.rmtree(again / "dot" / "checkpoints" / "84")
+        codes = [code for code, *_ in _run_on_two_hosts(laboratory, again)]
         assert codes == [0, 0]
-        _assert_same_student(tmp_path / "again", tmp_path / "run", atol=0)
+        _assert_same_student(again, run, atol=0)
 
 
 def test_hosts_that_were_started_differently(laboratory, tmp_path):
