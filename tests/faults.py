@@ -88,7 +88,7 @@ def _assert_same_bits(workdir, undisturbed):
 
 
 def _assert_close(workdir, undisturbed):
-    """As close as four devices are to one: rounding errors of some hundred steps."""
+    """As close as four devices are to one: rounding errors of 900 steps."""
     a, b = (checkpoint.load_variables(folder / "dot") for folder in (workdir, undisturbed))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
 
@@ -151,12 +151,14 @@ def _terminate(workdir, start):
         time.sleep(0.1)
         runs[-1].send(signal.SIGTERM)
         (code, seconds), *others = [run.wait() for run in runs]
+        if (workdir / "dot" / "result.json").exists():
+            continue
         assert code == 0 and all(other == 0 for other, _ in others), [run.errors() for run in runs]
+        step = max(checkpoint.saved_steps(workdir / "dot"))
+        for run in runs:
+            assert f"terminated; the same command goes on from step {step} of dot" in run.errors()
         record = json.loads((_checkpoint(workdir / "dot") / "progress" / "metadata").read_text())
         if record["log"]["epoch_steps"]:
-            step = max(checkpoint.saved_steps(workdir / "dot"))
-            for run in runs:
-                assert f"terminated; the same command goes on from step {step} of dot" in run.errors()
             return seconds
     raise AssertionError("nothing was saved within an epoch")
 

@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,6 +224,12 @@ class _Manager(ocp.CheckpointManager):
         return False  # preemption.py asks; JAX's service must be asked with one and the same count of calls.
 
 
+def check_path(folder: Path) -> None:
+    """Raises if Orbax can write to the folder, but would not find there what it wrote."""
+    if re.search(r"\[.*\]", str(folder.absolute())):
+        raise UserError(f"no checkpoints can be in {folder}: Orbax takes [ ] in a path for a pattern; use other names")
+
+
 def saved_steps(arm_dir: Path) -> list[int]:
     """Returns the steps of the checkpoints that were saved to the end, in order."""
     return sorted(ocp.utils.checkpoint_steps(_directory(arm_dir)))
@@ -250,6 +256,7 @@ def load_variables(arm_dir: Path, step: int | None = None) -> tuple[Any, Any]:
 
     The `step` with the best validation is in `result.json`.
     """
+    check_path(arm_dir)
     steps = saved_steps(arm_dir)
     if not steps or step not in (None, *steps):
         of_step = "" if step is None else f" of step {step}"
@@ -294,7 +301,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
     """What to save: the items, and a record with their checksums and its own."""
-    record = {**record, "checksums": {name: _checksum(item, _sum_words_on_devices) for name, item in items.items()}}
+    record = {**record, "checksums": {name: _checksum(item) for name, item in items.items()}}
     record["checksums"]["progress"] = _crc32(record)
     saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
@@ -306,7 +313,7 @@ def _check(record: dict[str, Any], items: Mapping[str, Any]) -> None:
     if checksums.pop("progress") != _crc32(record):
         raise ValueError("the checksum of its progress is wrong")
     for name, item in items.items():
-        if _checksum(item, _sum_words) != checksums[name]:
+        if _checksum(item) != checksums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
 
 
@@ -324,9 +331,12 @@ def _sum_words(array: Any, xp: Any = np) -> Any:
 _sum_words_on_devices = jax.jit(functools.partial(_sum_words, xp=jnp))  # compiled for every shape
 
 
-def _checksum(tree: Any, sum_words: Callable[[Any], Any]) -> int:
-    sums = jax.device_get([sum_words(leaf) for leaf in jax.tree.leaves(tree)])
-    return int(_sum_words(np.stack(sums)))
+def _checksum(tree: Any) -> int:
+    sums = [
+        _sum_words_on_devices(leaf) if isinstance(leaf, jax.Array) else _sum_words(np.asarray(leaf))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return int(_sum_words(np.stack(jax.device_get(sums))))
 
 
 @contextlib.contextmanager
@@ -354,12 +364,5 @@ def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -
         raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))
 
 
-def check_name(folder: Path) -> None:
-    """Raises if Orbax could write to the folder, but would not find there what it wrote."""
-    if "[" in str(folder.absolute()):
-        raise UserError(f"there cannot be checkpoints in {folder.absolute()}: Orbax would take the [ for a pattern")
-
-
 def _directory(arm_dir: Path) -> Path:
-    check_name(arm_dir)
     return (arm_dir / "checkpoints").absolute()  # Orbax takes absolute paths only.

@@ -330,6 +330,6 @@ def _read(builder: tfds.core.DatasetBuilder, split: str, in_memory: bool) -> gra
         return {"image": image, "label": np.int32(stored["label"])}
 
     examples = grain.MapDataset.range(len(source)).map(read)
-    # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read small
-    # images with threads, as `list(examples)` does, takes longer than without.
+    # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read them
+    # takes 0.15 s one by one, and 0.41 s by `list(examples)`, which uses threads.
     return grain.MapDataset.source([examples[i] for i in range(len(examples))]) if in_memory else examples

@@ -1,5 +1,6 @@
 """One experiment from start to report: the teacher, then a student for every method, then table and picture."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -53,7 +54,10 @@ def _check_hosts_agree(config: ConfigDict, directory: Path, missing: list[str]) 
     try:
         multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
     except AssertionError:
-        jax.distributed.shutdown()  # It waits for the others, which find out the same: the first to end would abort them.
+        with contextlib.suppress(
+            Exception
+        ):  # It waits for the others: the first to end would abort those that still talk.
+            jax.distributed.shutdown()
         raise UserError(
             "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
         ) from None

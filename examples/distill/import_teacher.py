@@ -73,6 +73,7 @@ def import_teacher(model: str, num_classes: int, source: Path, target: Path) -> 
         raise UserError(f"cannot import a model {model!r}; known: {', '.join(sorted(_RULES))}")
     if num_classes < 1:
         raise UserError(f"bad --num_classes={num_classes}: it must be at least 1")
+    checkpoint.check_path(target)
     if target.exists():
         raise UserError(f"--to={target} exists already; choose another folder")
     try:

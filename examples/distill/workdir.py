@@ -42,7 +42,7 @@ _LOCK = ".lock"
 
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raises if the folder cannot be written, or holds what is not of this config; changes nothing."""
-    checkpoint.check_name(workdir)
+    checkpoint.check_path(workdir)
     existing = next(path for path in (workdir, *workdir.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(f"cannot write to --workdir={workdir}: {existing} is not a folder that may be written")

@@ -161,6 +161,13 @@ def test_a_folder_of_something_else(tmp_path, capsys):
     assert "is not empty" in line
 
 
+def test_a_folder_in_which_checkpoints_would_not_be_found(tmp_path, capsys):
+    assert main([f"--workdir={tmp_path / 'run[1]'}"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("run[1]: Orbax takes [ ] in a path for a pattern; use other names")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_command_prints_one_line_and_exits_with_1():
     command = [sys.executable, "-m", "examples.distill", "--config=digit"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -345,6 +345,7 @@ def test_keys_that_are_not_names(network, tmp_path, capsys):
         ({"--num_classes": "ten"}, "--num_classes: invalid int value: 'ten'"),
         ({"--from": "{folder}/none.pth"}, "no such file: {folder}/none.pth"),
         ({"--from": "{folder}"}, "its name must end in .safetensors or .pth or .pt or .tar"),
+        ({"--to": "{folder}/a[1]"}, "no checkpoints can be in {folder}/a[1]: Orbax takes [ ] in a path for a pattern"),
         ({"--to": "{folder}"}, "--to={folder} exists already; choose another folder"),
         ({"--to": "{folder}/teacher.safetensors/x"}, "cannot write to --to={folder}/teacher.safetensors/x: Not a dir"),
         ({"--too": "x"}, "unrecognized arguments: --too"),

@@ -1,0 +1,58 @@
+"""Checksums, and what is saved and loaded by itself; what a run does with its checkpoints is in `test_distill_run.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.distill import checkpoint
+
+_RNG = np.random.default_rng(0)
+_ARRAYS = {
+    "float32": _RNG.normal(size=(4, 3, 5)).astype(np.float32),
+    "bfloat16": _RNG.normal(size=(4, 3)).astype(jnp.bfloat16),
+    "int8": np.array([-3, 5], np.int8),
+    "bool": np.array([True, False, True]),
+    "scalar": np.array(2.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "float64": _RNG.normal(size=(2, 3)),
+    "int64": np.array(-(2**40)),
+}
+
+
+@pytest.mark.parametrize("name", _ARRAYS)
+def test_the_checksum_is_the_same_on_devices(name):
+    array = _ARRAYS[name]
+    with jax.enable_x64("64" in name):
+        assert checkpoint._checksum(array) == checkpoint._checksum(jnp.asarray(array))
+
+
+def test_the_checksum_of_an_array_that_is_divided_among_devices():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    array = _ARRAYS["float32"]
+    assert checkpoint._checksum(jax.device_put(array, sharding)) == checkpoint._checksum(array)
+
+
+def test_the_checksum_by_hand():
+    """Checkpoints that were saved before need it: each word times 1, 3, 5, ..., and each of these sums once more."""
+    tree = {"a": np.array([7, 2**31], np.uint32), "b": np.array(9, np.uint8)}
+    assert checkpoint._checksum(tree) == ((7 + 3 * 2**31) % 2**32 + 3 * 9) % 2**32
+
+
+@pytest.mark.parametrize("name", sorted(_ARRAYS.keys() - {"empty"}))
+def test_every_changed_byte_is_noticed(name):
+    before = _ARRAYS[name]
+    for i in range(before.nbytes):
+        content = bytearray(before.tobytes())
+        content[i] ^= 1
+        after = np.frombuffer(content, before.dtype).reshape(before.shape)
+        assert checkpoint._checksum(after) != checkpoint._checksum(before)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save_variables(tmp_path / "network", _ARRAYS | {"empty": np.ones(1)}, {})
+    params, rest = checkpoint.load_variables(tmp_path / "network")
+    assert rest == {}
+    for name in set(_ARRAYS) - {"empty"}:
+        np.testing.assert_array_equal(params[name], _ARRAYS[name], strict=True)
