@@ -257,13 +257,14 @@ def disk_full_of_checkpoints(lab):
     run = lab.start(workdir, *flags)
     run.limit_files(7000)
     code, _ = run.wait()
-    lines = run.errors().splitlines()
     folder = workdir / "dot" / "checkpoints"
-    failed = "(File too large); the latest is that of step 70;"
-    for step in (72, 76, 80):
-        assert f"warning: cannot save the checkpoint {folder / str(step)} {failed.rstrip(';')}" in lines
+    lines = [line for line in run.errors().splitlines() if ": cannot save the checkpoint" in line]
+    for line, step, kind in zip(lines, (72, 76, 80, 84), ("warning", "warning", "warning", "error"), strict=True):
+        assert line.startswith(f"{kind}: cannot save the checkpoint {folder / str(step)} (")
+        assert "); the latest is that of step 70" in line
+    # Now and then TensorStore first stumbles over what it could not write to the end.
+    assert any("(File too large); " in line for line in lines), lines
     assert code == 1
-    assert lines[-1].startswith(f"error: cannot save the checkpoint {folder / '84'} {failed}"), lines[-1]
     assert {path.name for path in folder.iterdir()} == {"14", "28", "42", "56", "70"}
     lab.finish(workdir, *SHORT)
     _assert_same_bits(workdir, lab.short)
