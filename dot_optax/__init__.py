@@ -10,19 +10,19 @@ Start with `help(dot_optax.dot)`.
 """
 
 from dot_optax import losses as losses
+from dot_optax._algebra import joint as joint
+from dot_optax._algebra import per_loss as per_loss
+from dot_optax._algebra import sum_losses as sum_losses
 from dot_optax._containers import PerLoss as PerLoss
 from dot_optax._dot import betas as betas
 from dot_optax._dot import dot as dot
+from dot_optax._dot import gain_matched_sgd as gain_matched_sgd
+from dot_optax._dot import gains as gains
 from dot_optax._dot import scale_by_dot as scale_by_dot
-from dot_optax._gain_matched import gain_matched_sgd as gain_matched_sgd
-from dot_optax._gain_matched import gains as gains
-from dot_optax._gradients import reached as reached
 from dot_optax._gradients import value_and_grads as value_and_grads
 from dot_optax._parallel import average_over as average_over
-from dot_optax._per_loss import joint as joint
-from dot_optax._per_loss import per_loss as per_loss
-from dot_optax._per_loss import sum_losses as sum_losses
-from dot_optax._per_loss import wrap as wrap
+from dot_optax._reach import reached as reached
+from dot_optax._wrap import wrap as wrap
 
 __all__ = [
     "PerLoss",

@@ -1,21 +1,19 @@
-"""DOT: one momentum per loss, the larger one for the distillation loss.
+"""DOT: one momentum per loss, the larger one for the distillation loss; and the baseline that it should beat.
 
-The optimizer is a sentence in the algebra of `_per_loss.py`: a trace for each loss, their sum, the learning rate.  What
-is said here beyond that is which loss reaches which parameter, and which gradient the L2 penalty joins.
+Each optimizer is a sentence in the algebra of `_algebra.py`: a trace for each loss, their sum, the learning rate.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import _LOOKS_SINGLE, _check_scalar, _describe, _difference, _is_number, _leaf_difference
+from dot_optax._checks import _check_scalar, _is_number
 from dot_optax._containers import _TASK_AND_KD, PerLoss
-from dot_optax._masks import Mask, _l2_masks, _LeafDecay, _LeafMask, _reach, _where
-from dot_optax._per_loss import per_loss, sum_losses
+from dot_optax._momenta import _add_l2, _keep_dtypes, _scale_by_dot, _trace, _widen
+from dot_optax._reach import Mask, _l2_masks, _reach, _where
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
@@ -203,173 +201,121 @@ def dot(
     )
 
 
-class ScheduledState(NamedTuple):
-    """The state of a transformation whose hyperparameters follow schedules.
+def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike = 0.975) -> PerLoss:
+    r"""How far the momenta amplify a steady gradient.
 
-    Attributes:
-        count: the number of updates so far, int32.
-        inner_state: the state of the transformation.
+    .. math::
+        \mathrm{gain}(\beta) = \sum_{t=0}^\infty \beta^t = \frac{1}{1 - \beta}
+
+    A learning rate that was tuned for plain momentum :math:`\mu` is in effect multiplied by
+    :math:`\mathrm{gain}(\beta) / \mathrm{gain}(\mu)` for each loss: look here before you tune DOT.
+
+    Args:
+        beta_task: the momentum of the task loss, in [0, 1).
+        beta_kd: the momentum of the distillation loss, in [0, 1).
+
+    Returns:
+        `PerLoss(task, kd)` of the two gains, without unit.
+
+    Raises:
+        TypeError: if a beta is not a number or a scalar array.
+        ValueError: if a beta given as a Python number is outside [0, 1).
+
+    Example:
+        >>> import dot_optax
+        >>> task, kd = dot_optax.gains(*dot_optax.betas(momentum=0.9, delta=0.075))
+        >>> print(f'{task:.2f} {kd:.2f}')  # where SGD with momentum 0.9 has 10 and 10
+        5.71 40.00
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose two
+        momenta these are the gains of.
     """
+    _check_scalar("beta_task", beta_task, 0, 1)
+    _check_scalar("beta_kd", beta_kd, 0, 1)
+    return PerLoss(task=1 / (1 - beta_task), kd=1 / (1 - beta_kd))
 
-    count: Any
-    inner_state: Any
 
-
-def _with_schedules(
-    make: Callable[..., optax.GradientTransformationExtraArgs], *hyperparams: Any
+def gain_matched_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    beta_task: jax.typing.ArrayLike = 0.825,
+    beta_kd: jax.typing.ArrayLike = 0.975,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`make(*hyperparams)`, with those that are schedules evaluated at the number of updates so far."""
-    if not any(map(callable, hyperparams)):
-        return make(*hyperparams)
+    r"""The baseline that DOT should beat: one momentum, and the gains of DOT.
 
-    def at(count: Any) -> optax.GradientTransformationExtraArgs:
-        return make(*(h(count) if callable(h) else h for h in hyperparams))
+    .. math::
+        g &\leftarrow \frac{1 - \mu}{1 - \beta_{task}} (g_{task} + \lambda \theta)
+            + \frac{1 - \mu}{1 - \beta_{kd}} \, g_{kd}, \qquad \mu = (\beta_{task} + \beta_{kd}) / 2 \\
+        v &\leftarrow g + \mu v \\
+        \theta &\leftarrow \theta - \eta v
 
-    def init(params: optax.Params) -> ScheduledState:
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledState(count, at(count).init(params))
+    Under a steady gradient of either loss, the steps become those of `dot` with the same arguments, so what `dot` does
+    better than this is due to its two momenta and not to its larger effective learning rate.
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, ScheduledState]:
-        updates, inner_state = at(state.count).update(updates, state.inner_state, params, **extra_args)
-        return updates, ScheduledState(optax.safe_increment(state.count), inner_state)
+    Args:
+        learning_rate: :math:`\eta`, a scalar or a schedule.
+        beta_task: as for `dot`, in [0, 1).
+        beta_kd: as for `dot`, in [0, 1).
+        weight_decay: :math:`\lambda \geq 0`, the coupled L2 penalty, as for `dot`.
+        mask: which parameters `weight_decay` applies to, as for `dot`.
+        nesterov: whether to use Nesterov momentum.
+        accumulator_dtype: the dtype of the buffer; by default that of the parameters.
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    Returns:
+        A transformation from a container of two gradient trees to one update tree.
 
+    Raises:
+        TypeError: as `dot`.
+        ValueError: as `dot`.
 
-def _scale_by_dot(
-    beta_task: Any, beta_kd: Any, nesterov: bool, accumulator_dtype: Any, task: _LeafMask, kd: _LeafMask
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dot` of leaf masks."""
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> params, grads = jnp.zeros(()), (jnp.ones(()), jnp.ones(()))
+        >>> for optimizer in (dot_optax.dot(0.1), dot_optax.gain_matched_sgd(0.1)):
+        ...     state = optimizer.init(params)
+        ...     for _ in range(1000):
+        ...         updates, state = optimizer.update(grads, state, params)
+        ...     print(f'{updates:.3f}')
+        -4.571
+        -4.571
 
-    def make(beta_task: Any, beta_kd: Any) -> optax.GradientTransformationExtraArgs:
-        _check_scalar("beta_task", beta_task, 0, 1)
-        _check_scalar("beta_kd", beta_kd, 0, 1)
-        mean = (beta_task + beta_kd) / 2
-
-        def decay(beta: Any) -> Callable[[bool, bool], Any]:
-            return lambda mine, other: (beta if other else mean) if mine else None
-
-        return optax.chain(
-            per_loss(
-                _trace(_where(decay(beta_task), task, kd), nesterov, accumulator_dtype),
-                _trace(_where(decay(beta_kd), kd, task), nesterov, accumulator_dtype),
-            ),
-            sum_losses(),
-        )
-
-    return _with_schedules(make, beta_task, beta_kd)
-
-
-def _trace(decay: _LeafDecay, nesterov: bool, accumulator_dtype: Any) -> optax.GradientTransformation:
-    """`optax.trace` with a momentum for each leaf, or no buffer and a zero update where that is None.
-
-    It computes in float32 or wider: rounded to bfloat16, a momentum of 0.975 is 0.9766, whose gain is not 40 but 43.
-    The new state has the dtypes of the old one, also where a traced momentum is wider than the buffers.
+    References:
+        A control of ours; `python -m benchmarks.digits_learning_rates` compares it with `dot`.
     """
-    accumulator_dtype = _canonical_accumulator_dtype(accumulator_dtype)
-    if not isinstance(nesterov, bool):
-        raise TypeError(f"nesterov must be True or False, got {_describe(nesterov)}")
+    _check_learning_rate(learning_rate)
+    both = gains(beta_task, beta_kd)
+    mu = (beta_task + beta_kd) / 2
+    task, kd = _reach(None)
+    tx = optax.chain(
+        _add_l2(weight_decay, *_l2_masks(weight_decay, mask, task, kd), task, kd),
+        _weighted_sum([(1 - mu) * gain for gain in both]),
+        _trace(_where(lambda _: mu, task), nesterov, accumulator_dtype),
+        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
+    )
 
-    def init(params: optax.Params) -> optax.TraceState:
-        leaves, treedef = jax.tree.flatten(params)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        like = _TASK_AND_KD.unpack(updates, params)[0][0] if params is None else params
+        new_updates, state = tx.update(updates, state, params, **extra_args)
+        return optax.tree.cast_like(new_updates, like), state
 
-        def buffer(p: Any, beta: Any) -> Any:
-            if beta is None:
-                return optax.MaskedNode()
-            dtype = jnp.result_type(p) if accumulator_dtype is None else accumulator_dtype
-            # A real accumulator would drop the imaginary part.
-            return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(p) else dtype)
-
-        return optax.TraceState(treedef.unflatten(map(buffer, leaves, decay(params))))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
-        del params
-        grads, treedef = jax.tree.flatten(updates)
-
-        def step(g: Any, v: Any, beta: Any) -> tuple[Any, Any]:
-            if beta is None:
-                return jnp.zeros_like(g), v
-            new_v = _widen(g) + beta * _widen(v)
-            u = _widen(g) + beta * new_v if nesterov else new_v
-            return u.astype(jnp.result_type(g, v)), new_v.astype(v.dtype)
-
-        betas = decay(updates)
-        steps = list(map(step, grads, _buffers_for(updates, state.trace, betas), betas))
-        return treedef.unflatten([u for u, _ in steps]), optax.TraceState(treedef.unflatten([v for _, v in steps]))
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, whose updates would take the dtype of a hyperparameter that is an array."""
+def _weighted_sum(weights: Sequence[Any]) -> optax.GradientTransformation:
+    """The sum of the losses' gradients with weights, in float32 or wider: the momentum rounds it."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        new_updates, state = tx.update(updates, state, params)
-        return optax.tree.cast_like(new_updates, updates), state
+    def weighted(updates: Any, params: Any) -> Any:
+        grads, _ = _TASK_AND_KD.unpack(updates, params)
+        return jax.tree.map(lambda *g: sum(w * _widen(x) for w, x in zip(weights, g, strict=True)), *grads)
 
-    return optax.GradientTransformation(tx.init, update)
-
-
-def _widen(x: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
-
-
-def _buffers_for(updates: Any, trace: Any, decay: Sequence[Any]) -> list[Any]:
-    """The buffers, one for each gradient, with the `MaskedNode` of a gradient that has none."""
-
-    def structure(tree: Any) -> Any:
-        return jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-
-    if structure(updates) != structure(trace):
-        raise ValueError(f"the updates of one loss{_difference(updates, trace, 'the state')}; {_LOOKS_SINGLE}")
-    buffers = jax.tree.structure(updates).flatten_up_to(trace)
-    for (path, g), v, beta in zip(jax.tree.leaves_with_path(updates), buffers, decay, strict=True):
-        where = f"the updates of one loss{jax.tree_util.keystr(path)}"
-        if isinstance(v, optax.MaskedNode) != (beta is None):
-            raise ValueError(f"{where}: the state was made with other masks than `reached` and `mask` give now")
-        problem = "" if beta is None else _leaf_difference(g, v, "the state")
-        if problem:
-            raise ValueError(f"{where}: {problem}")
-    return buffers
-
-
-def _add_l2(
-    weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask, task: _LeafMask, kd: _LeafMask
-) -> optax.GradientTransformation:
-    """Adds `weight_decay * params` to the gradient of one loss, for each parameter that a mask selects."""
-    if _is_number(weight_decay) and weight_decay == 0:
-        return optax.identity()
-
-    def add(updates: Any, params: Any) -> Any:
-        if params is None:
-            raise ValueError("dot: weight_decay needs the parameters: call update(grads, state, params)")
-        grads, repack = _TASK_AND_KD.unpack(updates, params)
-        theta, treedef = jax.tree.flatten(params)
-
-        def penalized(tree: Any, joins: _LeafMask, reaches: _LeafMask) -> Any:
-            def leaf(g: Any, p: Any, join: bool, reach: bool) -> Any:
-                # Not rounded to the gradient's dtype again: in bfloat16 a small penalty would vanish in the sum.
-                return _widen(g if reach else jnp.zeros_like(g)) + weight_decay * _widen(p) if join else g
-
-            return treedef.unflatten(map(leaf, jax.tree.leaves(tree), theta, joins(params), reaches(params)))
-
-        return repack([penalized(grads[0], on_task, task), penalized(grads[1], on_kd, kd)])
-
-    return optax.stateless(add)
+    return optax.stateless(weighted)
 
 
 def _check_learning_rate(learning_rate: Any) -> None:
     if not callable(learning_rate):
         _check_scalar("learning_rate", learning_rate)
-
-
-def _canonical_accumulator_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return None
-    try:
-        canonical = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        canonical = None
-    if canonical is None or not jnp.issubdtype(canonical, jnp.inexact):
-        raise TypeError(f"accumulator_dtype must be None or a floating point or complex dtype, got {_describe(dtype)}")
-    return canonical

@@ -1,4 +1,4 @@
-"""Gradients of several losses from one forward pass, and which loss reaches which parameter."""
+"""Gradients of several losses from one forward pass."""
 
 import functools
 import operator
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dot_optax._checks import _describe, _shape_and_dtype
 from dot_optax._containers import _children, _entry_name
@@ -78,91 +77,6 @@ def value_and_grads(
         return ((values, aux) if has_aux else values), grads
 
     return wrapped
-
-
-def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
-    r"""Which loss reaches which parameter: whether its gradient can be other than zero.
-
-    .. math::
-        r_{ij} = [\, \partial \ell_i / \partial \theta_j \text{ is not identically } 0 \,]
-
-    It is found by tracing the backward pass of each loss; nothing is computed, whatever the sizes. A parameter that
-    enters a `jax.lax.scan`, `cond` or `while_loop` counts as reached by every loss that depends on the result.
-
-    Args:
-        loss_fn: as for `value_and_grads`: `loss_fn(params, *args, **kwargs)` returns a container of scalars.
-        params: the parameters: arrays, or `jax.ShapeDtypeStruct`.
-        *args: the other arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
-        has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
-        **kwargs: the keyword arguments, likewise.
-
-    Returns:
-        A container of the type that `loss_fn` returns, with one tree of bools of the structure of `params` per loss:
-        the `reached` argument of `dot`.
-
-    Raises:
-        TypeError: as `value_and_grads`.
-
-    Example:
-        A head that only the task loss reads, and a projector that only the distillation loss reads:
-
-        >>> import dot_optax
-        >>> def loss_fn(params, x):
-        ...     features = params['body'] * x
-        ...     return dot_optax.PerLoss(task=features * params['head'], kd=features * params['projector'])
-        >>> params = {'body': 1.0, 'head': 1.0, 'projector': 1.0}
-        >>> dot_optax.reached(loss_fn, params, 2.0).kd
-        {'body': True, 'head': False, 'projector': True}
-
-    References:
-        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose
-        published optimizer finds it by which gradients are missing.
-    """
-    _check_callable(loss_fn, "reached")
-    leaves, treedef = jax.tree.flatten(params)
-    _check_differentiable(params, "reached: params")
-    arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
-    # Python and NumPy scalars may be static: a flag, a number of layers.
-    is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
-
-    def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
-        positional, keywords = args_treedef.unflatten(filled)
-        output = loss_fn(treedef.unflatten(leaves), *positional, **keywords)
-        return _check_losses(_split_aux(output, "reached")[0] if has_aux else output, "reached")
-
-    arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
-    entries, rebuild = _children(jax.eval_shape(call, leaves, arrays))
-
-    def reaches(key: Any) -> Any:
-        found: set[int] = set()
-
-        def loss(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
-            tapped = [_tap(functools.partial(found.add, i))(leaf) for i, leaf in enumerate(leaves)]
-            return _children(call(tapped, arrays))[0][key]
-
-        jax.eval_shape(jax.grad(loss), leaves, arrays)
-        return treedef.unflatten([i in found for i in range(len(leaves))])
-
-    return rebuild({key: reaches(key) for key in entries})
-
-
-def _tap(on_gradient: Callable[[], None]) -> Callable[[Any], Any]:
-    """The identity, which calls `on_gradient` when a cotangent that is not known to be zero is traced through it."""
-
-    @jax.custom_vjp
-    def tap(x: Any) -> Any:
-        return x
-
-    def backward(_: None, cotangent: Any) -> tuple[Any]:
-        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-            return (None,)
-        on_gradient()
-        return (cotangent,)
-
-    tap.defvjp(lambda x: (x.value, None), backward, symbolic_zeros=True)
-    return tap
 
 
 def _differentiated(

@@ -1,11 +1,12 @@
-"""Which leaves of a tree a mask selects: the masks of `reached` and of the L2 penalty, and how they combine.
+"""Which loss reaches which parameter: `reached`, found by tracing, and the masks that say it to an optimizer.
 
 A leaf mask is a function from a tree to one bool for each of its leaves, in their order, so that it applies to params,
 to gradients and to either with parts masked out.
 """
 
+import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,97 @@ import numpy as np
 
 from dot_optax._checks import _check_scalar, _describe, _is_number
 from dot_optax._containers import _TASK_AND_KD, PerLoss, _children, _key
+from dot_optax._gradients import _check_callable, _check_differentiable, _check_losses, _split_aux
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from such a tree to the mask.
 Mask = Any | Callable[[Any], Any]
 _LeafMask = Callable[[Any], list[bool]]
 _LeafDecay = Callable[[Any], list[Any]]  # one momentum, or None, for each leaf
+
+
+def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
+    r"""Which loss reaches which parameter: whether its gradient can be other than zero.
+
+    .. math::
+        r_{ij} = [\, \partial \ell_i / \partial \theta_j \text{ is not identically } 0 \,]
+
+    It is found by tracing the backward pass of each loss; nothing is computed, whatever the sizes. A parameter that
+    enters a `jax.lax.scan`, `cond` or `while_loop` counts as reached by every loss that depends on the result.
+
+    Args:
+        loss_fn: as for `value_and_grads`: `loss_fn(params, *args, **kwargs)` returns a container of scalars.
+        params: the parameters: arrays, or `jax.ShapeDtypeStruct`.
+        *args: the other arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
+        has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
+        **kwargs: the keyword arguments, likewise.
+
+    Returns:
+        A container of the type that `loss_fn` returns, with one tree of bools of the structure of `params` per loss:
+        the `reached` argument of `dot`.
+
+    Raises:
+        TypeError: as `value_and_grads`.
+
+    Example:
+        A head that only the task loss reads, and a projector that only the distillation loss reads:
+
+        >>> import dot_optax
+        >>> def loss_fn(params, x):
+        ...     features = params['body'] * x
+        ...     return dot_optax.PerLoss(task=features * params['head'], kd=features * params['projector'])
+        >>> params = {'body': 1.0, 'head': 1.0, 'projector': 1.0}
+        >>> dot_optax.reached(loss_fn, params, 2.0).kd
+        {'body': True, 'head': False, 'projector': True}
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose
+        published optimizer finds it by which gradients are missing.
+    """
+    _check_callable(loss_fn, "reached")
+    leaves, treedef = jax.tree.flatten(params)
+    _check_differentiable(params, "reached: params")
+    arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
+    # Python and NumPy scalars may be static: a flag, a number of layers.
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
+
+    def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
+        positional, keywords = args_treedef.unflatten(filled)
+        output = loss_fn(treedef.unflatten(leaves), *positional, **keywords)
+        return _check_losses(_split_aux(output, "reached")[0] if has_aux else output, "reached")
+
+    arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
+    entries, rebuild = _children(jax.eval_shape(call, leaves, arrays))
+
+    def reaches(key: Any) -> Any:
+        found: set[int] = set()
+
+        def loss(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
+            tapped = [_tap(functools.partial(found.add, i))(leaf) for i, leaf in enumerate(leaves)]
+            return _children(call(tapped, arrays))[0][key]
+
+        jax.eval_shape(jax.grad(loss), leaves, arrays)
+        return treedef.unflatten([i in found for i in range(len(leaves))])
+
+    return rebuild({key: reaches(key) for key in entries})
+
+
+def _tap(on_gradient: Callable[[], None]) -> Callable[[Any], Any]:
+    """The identity, which calls `on_gradient` when a cotangent that is not known to be zero is traced through it."""
+
+    @jax.custom_vjp
+    def tap(x: Any) -> Any:
+        return x
+
+    def backward(_: None, cotangent: Any) -> tuple[Any]:
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            return (None,)
+        on_gradient()
+        return (cotangent,)
+
+    tap.defvjp(lambda x: (x.value, None), backward, symbolic_zeros=True)
+    return tap
 
 
 def _reach(reached: Any) -> tuple[_LeafMask, _LeafMask]:

@@ -1,0 +1,159 @@
+"""Wrappers of optimizers (`optax.MultiSteps`, `optax.apply_if_finite`, ...) around an optimizer of gradients per loss."""
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from dot_optax._algebra import _params_in_state, _sum_like, joint, sum_losses
+from dot_optax._checks import _check_transformation, _describe
+from dot_optax._containers import PerLoss, _Losses, _same_structure
+
+
+def wrap(
+    wrapper: Callable[[optax.GradientTransformationExtraArgs], Any],
+    tx: optax.GradientTransformation,
+    *,
+    losses: int | Sequence[str] = PerLoss._fields,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs an Optax wrapper of optimizers around a loss-space optimizer.
+
+    Wrappers such as `optax.apply_if_finite` or `optax.partition` expect updates that look like the parameters. So the
+    wrapper is given the summed gradient, and everything in it (masks, labels, norms, other optimizers) means what it
+    means without losses; `tx`, where the wrapper calls it, gets the gradient of each loss instead:
+
+    .. math::
+        u = \mathrm{wrapper}\Big[\textstyle\sum_i g_i \mapsto \mathrm{tx}(g_1, \ldots, g_N)\Big]\Big(\textstyle\sum_i g_i\Big)
+
+    `optax.MultiSteps` changes the gradients before it hands them on; around `tx` alone, it accumulates those of each
+    loss. To put more inside it, nest: `wrap(MultiSteps, wrap(other, tx))`.
+
+    Args:
+        wrapper: a function from a transformation to the wrapped one, e.g. `lambda tx: optax.masked(tx, mask)`, or
+            `functools.partial(optax.MultiSteps, every_k_schedule=4)`. It may be called twice.
+        tx: the loss-space optimizer, from container to tree, such as `dot(...)`, or another `wrap`.
+        losses: the names of the losses in order, or their number for an unnamed tuple of losses.
+
+    Returns:
+        A transformation from container to tree, with the state of the wrapper. For `MultiSteps` that holds one
+        accumulator per loss, and its `should_skip_update_fn` is given the container.
+
+    Raises:
+        TypeError: if `tx` or what `wrapper` returns is not a gradient transformation.
+        ValueError: if `MultiSteps` holds more than `tx`; from `update`, as `per_loss`, and if the wrapper hands `tx`
+            other arrays than the summed gradient that it was given, so that the losses cannot be told apart.
+            `optax.flatten` belongs inside `per_loss`; `optax.lookahead` and `optax.contrib.split_real_and_imaginary`
+            need no `wrap`.
+
+    Example:
+        Skip a step if either gradient has a NaN:
+
+        >>> import jax.numpy as jnp, optax, dot_optax
+        >>> tx = dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=5), dot_optax.dot(0.1))
+        >>> params = {'w': jnp.zeros(())}
+        >>> state = tx.init(params)
+        >>> for kd in (2.0, jnp.nan, 2.0):
+        ...     updates, state = tx.update(({'w': jnp.ones(())}, {'w': jnp.asarray(kd)}), state, params)
+        ...     print(f"{updates['w']:.4f}")
+        -0.3000
+        0.0000
+        -0.5775
+
+    References:
+        `Optax's wrappers <https://optax.readthedocs.io/en/latest/api/transformations.html>`_.
+    """
+    container = _Losses.named(losses, "wrap")
+    inner = optax.with_extra_args_support(_check_transformation(tx, "wrap"))
+
+    # What `update` below was given, for the calls of `split_update` that it makes by way of the wrapper.
+    current: contextvars.ContextVar[_Split] = contextvars.ContextVar("split")
+
+    def split_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        grads = container.pack(current.get().per_loss(updates))
+        total, state = inner.update(grads, state, params, **extra_args)
+        return _check_tree(total, updates), state
+
+    if not callable(wrapper):
+        raise TypeError(
+            f"wrap: `wrapper` must be a function from a transformation to another, got {_describe(wrapper)}"
+        )
+    wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, split_update))
+    if isinstance(wrapped, optax.MultiSteps):
+        return _accumulated(wrapper, inner, container, losses)
+    outer = optax.with_extra_args_support(_check_transformation(wrapped, "wrap: `wrapper`"))
+
+    def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
+        grads, _ = container.unpack(updates, _params_in_state(outer.init, state) if params is None else params)
+        total = _sum_like(grads, params)
+        token = current.set(_Split(total, grads))
+        try:
+            return outer.update(total, state, params, **extra_args)
+        finally:
+            current.reset(token)
+
+    return optax.GradientTransformationExtraArgs(outer.init, update)
+
+
+def _check_tree(total: Any, like: Any) -> Any:
+    if not _same_structure(total, like):
+        raise ValueError(
+            f"wrap: `tx` must turn the gradients of the losses into one tree, but returned {_describe(total)}: "
+            "chain sum_losses() to it"
+        )
+    return total
+
+
+class _Split:
+    """The gradients of each loss, to be looked up by the arrays of the summed gradient that a wrapper passes on."""
+
+    def __init__(self, total: Any, grads: Sequence[Any]):
+        sums = jax.tree.leaves(total)
+        # The sums are kept: an id is only unique as long as its object lives.
+        self._entries = dict(zip(map(id, sums), zip(sums, *map(jax.tree.leaves, grads), strict=True), strict=True))
+        self._count = len(grads)
+
+    def per_loss(self, updates: Any) -> list[Any]:
+        """The gradients of each loss, each a tree of the structure of `updates`."""
+        if not all(id(leaf) in self._entries for leaf in jax.tree.leaves(updates)):
+            raise ValueError(
+                "wrap: the wrapper changed the summed gradient before the optimizer, so that the losses cannot be told "
+                "apart. Put it inside per_loss(...), or before the optimizer with joint(...), or use it without wrap; "
+                "return optax.MultiSteps itself, not its gradient_transformation()"
+            )
+        return [jax.tree.map(lambda leaf, i=i: self._entries[id(leaf)][i], updates) for i in range(1, self._count + 1)]
+
+
+def _accumulated(
+    wrapper: Callable[[Any], Any], tx: optax.GradientTransformationExtraArgs, container: _Losses, losses: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`wrap` of `optax.MultiSteps`, which accumulates any tree: here, the container."""
+    spread = _spread(tx, container)
+    multi_steps = wrapper(spread)
+    if multi_steps.inner_opt is not spread:
+        raise ValueError(
+            "wrap: optax.MultiSteps must hold the optimizer alone, since all inside it sees the gradients of each loss; "
+            "nest instead: wrap(MultiSteps, wrap(other, optimizer))"
+        )
+    steps = joint(optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update), losses=losses)
+
+    def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = steps.update(updates, state, params, **extra_args)
+        total, _ = sum_losses().update(updates, optax.EmptyState(), params)
+        return total, state
+
+    return optax.GradientTransformationExtraArgs(steps.init, update)
+
+
+def _spread(tx: optax.GradientTransformationExtraArgs, container: _Losses) -> optax.GradientTransformationExtraArgs:
+    """`tx` from container to container: its update in the place of the first loss, and zeros."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        params = None if params is None else container.values(params)[0]
+        total, state = tx.update(updates, state, params, **extra_args)
+        first, *others = container.values(updates)
+        total, zeros = _check_tree(total, first), map(optax.tree.zeros_like, others)
+        return container.pack([total, *zeros]), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(container.values(params)[0]), update)
