@@ -20,6 +20,7 @@ from dot_optax._dot import gain_matched_sgd as gain_matched_sgd
 from dot_optax._dot import gains as gains
 from dot_optax._dot import scale_by_dot as scale_by_dot
 from dot_optax._gradients import value_and_grads as value_and_grads
+from dot_optax._momenta import scale_by_momenta as scale_by_momenta
 from dot_optax._parallel import average_over as average_over
 from dot_optax._reach import reached as reached
 from dot_optax._wrap import wrap as wrap
@@ -36,6 +37,7 @@ __all__ = [
     "per_loss",
     "reached",
     "scale_by_dot",
+    "scale_by_momenta",
     "sum_losses",
     "value_and_grads",
     "wrap",

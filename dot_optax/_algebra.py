@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import _check_transformation, _describe
-from dot_optax._containers import PerLoss, _check_container, _Losses
+from dot_optax._checks import check_transformation
+from dot_optax._containers import LossNames, PerLoss
 
 
 def per_loss(
@@ -64,20 +64,19 @@ def per_loss(
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose update is
         `per_loss` of two traces.
     """
-    losses = _Losses(_as_container(transformations))
-    for name, tx in zip(losses.names, losses.values(losses.template), strict=True):
-        if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(f"per_loss: expected an optax.GradientTransformation for {name!r}, got {_describe(tx)}")
-    txs = [optax.with_extra_args_support(tx) for tx in losses.values(losses.template)]
+    single = len(transformations) == 1 and not isinstance(transformations[0], optax.GradientTransformation)
+    container = transformations[0] if single else transformations
+    losses = LossNames.of(container, "per_loss: transformations")
+    given = losses.entries(container, "transformations").values()
+    txs = [check_transformation(tx, f"per_loss, {name!r}") for name, tx in zip(losses.names, given, strict=True)]
 
     def init(params: optax.Params) -> Any:
         return losses.pack([tx.init(params) for tx in txs])
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = losses.unpack(updates, _params_in_state(init, state) if params is None else params)
-        results = [
-            tx.update(g, s, params, **extra_args) for tx, g, s in zip(txs, grads, losses.values(state), strict=True)
-        ]
+        grads, repack = losses.gradients(updates, params_in_state(init, state) if params is None else params)
+        states = losses.entries(state, "state").values()
+        results = [tx.update(g, s, params, **extra_args) for tx, g, s in zip(txs, grads, states, strict=True)]
         new_updates, new_state = zip(*results, strict=True)
         return repack(new_updates), losses.pack(new_state)
 
@@ -115,8 +114,8 @@ def sum_losses() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Any, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any) -> Any:
         del extra_args
-        trees, _ = _Losses(_check_container(updates)).unpack(updates, params)
-        return _sum_like(trees, params), state
+        trees, _ = LossNames.of(updates, "updates").gradients(updates, params)
+        return sum_like(trees, params), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -155,8 +154,8 @@ def joint(
         Pascanu et al., `On the difficulty of training recurrent neural networks <https://arxiv.org/abs/1211.5063>`_,
         2013, for the norm over all gradients of the example.
     """
-    container = _Losses.named(losses, "joint")
-    inner = optax.with_extra_args_support(_check_transformation(tx, "joint"))
+    container = LossNames.named(losses, "joint")
+    inner = check_transformation(tx, "joint")
 
     def repeat(params: optax.Params) -> Any:
         return container.pack([params] * len(container.names))
@@ -165,25 +164,15 @@ def joint(
         return inner.init(repeat(params))
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = container.unpack(updates, _params_in_state(init, state) if params is None else params)
-        new_updates, state = inner.update(
-            container.pack(grads), state, None if params is None else repeat(params), **extra_args
-        )
-        return repack(container.values(new_updates)), state
+        grads, repack = container.gradients(updates, params_in_state(init, state) if params is None else params)
+        repeated = None if params is None else repeat(params)
+        new_updates, state = inner.update(container.pack(grads), state, repeated, **extra_args)
+        return repack(list(container.entries(new_updates).values())), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _as_container(transformations: tuple[Any, ...]) -> Any:
-    """The container that the arguments of `per_loss` mean."""
-    if len(transformations) == 1 and not isinstance(transformations[0], optax.GradientTransformation):
-        return _check_container(transformations[0], what="transformations", entry="gradient transformation")
-    if not transformations:
-        raise TypeError("per_loss: expected one gradient transformation for each loss, got none")
-    return PerLoss(*transformations) if len(transformations) == 2 else transformations
-
-
-def _params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
+def params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
     """A tree in the state that looks like the parameters (a momentum), to check gradients against without them."""
     found: list[Any] = []
     try:
@@ -194,6 +183,6 @@ def _params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
     return found[0] if found and not any(isinstance(x, optax.MaskedNode) for x in leaves) else None
 
 
-def _sum_like(trees: Sequence[Any], params: Any) -> Any:
+def sum_like(trees: Sequence[Any], params: Any) -> Any:
     total = jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *trees)
     return total if params is None else optax.tree.cast_like(total, params)

@@ -1,6 +1,6 @@
 """The container with one entry per loss, and how a transformation finds its losses in one.
 
-A user's container may be a tuple, a NamedTuple or a mapping; `_Losses` matches it to the losses that a transformation
+A user's container may be a tuple, a NamedTuple or a mapping; `LossNames` matches it to the losses that a transformation
 knows, by name or by position but never by the order of a dict, and checks the gradients in it.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dot_optax._checks import _LOOKS_SINGLE, _describe, _difference
+from dot_optax._checks import LOOKS_SINGLE, check_like, describe
 
 
 class PerLoss(NamedTuple):
@@ -41,81 +41,73 @@ class PerLoss(NamedTuple):
 PerLoss.__module__ = "dot_optax"  # where errors and pickles should look for it
 
 
-class _Losses:
-    """The losses that a transformation knows: their names, and how containers are matched to them."""
+class LossNames:
+    """The losses that a transformation knows: their names, and how containers are matched to them.
+
+    Attributes:
+        names: what the losses are called, in order: strings, or 0, 1, ... in a tuple.
+        ordered: whether a plain tuple may be matched by this order, and so a mapping with the keys 0, 1, ...:
+            `nnx.Optimizer` makes one of a tuple.
+    """
 
     def __init__(self, template: Any, *, ordered: bool | None = None):
-        self.template = template
+        self._template = template
         # JAX sorts the keys of a dict; where order matters it is that in which they were given.
-        self.names = tuple(template) if isinstance(template, Mapping) else tuple(_children(template)[0])
+        self.names = tuple(template) if isinstance(template, Mapping) else tuple(entries_by_key(template)[0])
         self.ordered = isinstance(template, tuple) if ordered is None else ordered
 
     @classmethod
-    def named(cls, losses: int | Sequence[str], where: str) -> "_Losses":
+    def of(cls, container: Any, what: str) -> "LossNames":
+        """From a container with one entry per loss; two losses in a plain tuple are called `task` and `kd`."""
+        if not entries_by_key(container)[0]:
+            raise _mismatch(what, "a container with one entry per loss (a tuple or a mapping)", container)
+        return cls(PerLoss(*container) if type(container) is tuple and len(container) == 2 else container)
+
+    @classmethod
+    def named(cls, losses: int | Sequence[str], where: str) -> "LossNames":
         """From the `losses` argument of `joint` and `wrap`."""
-        if isinstance(losses, int) and not isinstance(losses, bool) and losses > 0:
-            return cls((None,) * losses)
-        if isinstance(losses, Sequence) and not isinstance(losses, str) and losses and len(set(losses)) == len(losses):
-            if tuple(losses) == PerLoss._fields:
-                return cls(PerLoss(None, None))
-            return cls(dict.fromkeys(losses), ordered=True)
-        raise ValueError(f"{where}: `losses` must be distinct names in order, or their number; got {losses!r}")
+        names = tuple(range(losses)) if isinstance(losses, int) else tuple(losses)
+        if isinstance(losses, str) or len(set(names)) < max(len(names), 1):
+            raise ValueError(f"{where}: `losses` must be distinct names in order, or their number; got {losses!r}")
+        if names == PerLoss._fields:
+            return cls(PerLoss(None, None))
+        return cls(names) if isinstance(losses, int) else cls(dict.fromkeys(names), ordered=True)
 
     def pack(self, entries: Sequence[Any]) -> Any:
         """The container of `entries`, which come in the order of `names`."""
-        return _children(self.template)[1](dict(zip(self.names, entries, strict=True)))
+        return entries_by_key(self._template)[1](dict(zip(self.names, entries, strict=True)))
 
-    def values(self, container: Any) -> list[Any]:
-        """The entries of one of our own containers, in the order of `names`."""
-        children, _ = _children(container)
-        return [children[name] for name in self.names]
-
-    def match(self, container: Any, what: str = "updates", params: Any = None) -> tuple[Any, ...]:
-        """The keys of a user's container, in the order of `names`."""
-        children, _ = _children(_check_container(container, self, what=what))
-        keys = self._keys(tuple(children), isinstance(container, tuple))
-        if keys is None:
-            hint = _hint(container, params)
-            raise ValueError(f"{what}: expected {self._expected()}, got {_describe(container)}{hint}")
-        return keys
-
-    def unpack(self, updates: Any, params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-        """The checked gradients of a user's container, and the function that puts new ones in a container like it."""
-        keys = self.match(updates, params=params)
-        children, rebuild = _children(updates)
-        entries = [children[key] for key in keys]
-        if isinstance(updates, Mapping) and not all(_same_structure(entry, params) for entry in entries):
-            # Flax's mappings keep plain dicts inside and only give them their type when one asks for them by key.
-            entries = [updates[key] for key in keys]
-        reference, what = (entries[0], "the first loss") if params is None else (params, "params")
-        for key, entry in zip(keys, entries, strict=True):
-            problem = _difference(entry, reference, what)
-            if problem:
-                raise ValueError(f"updates{_entry_name(updates, key)}{problem}{_hint(updates, params)}")
-        return entries, lambda new: rebuild(dict(zip(keys, new, strict=True)))
-
-    def _keys(self, found: tuple[Any, ...], is_tuple: bool) -> tuple[Any, ...] | None:
-        """The container's keys in the order of `names`, or None if they do not match."""
-        positions = tuple(range(len(self.names)))
+    def entries(self, container: Any, what: str = "updates", params: Any = None) -> dict[Any, Any]:
+        """The entries of a user's container by the user's keys, in the order of `names`."""
+        found, _ = entries_by_key(container)
+        n, keys = len(self.names), None
         if set(found) == set(self.names):
-            return self.names
-        if self.ordered and set(found) == set(positions):
-            return positions
-        if self.names == positions and is_tuple and len(found) == len(positions):
-            return found
-        return None
+            keys = self.names
+        elif self.ordered and set(found) == set(range(n)):
+            keys = range(n)
+        elif self.names == tuple(range(n)) and isinstance(container, tuple) and len(found) == n:
+            keys = tuple(found)  # a NamedTuple for losses without names
+        if keys is not None:
+            return {key: found[key] for key in keys}
+        by_name = f"a mapping with the keys {', '.join(map(repr, self.names))}"
+        in_order = f", or a {n}-tuple in this order" if self.ordered else ""
+        per_loss = "PerLoss(task=..., kd=...), " if self.names == PerLoss._fields else ""
+        raise _mismatch(what, per_loss + by_name + in_order, container, _hint(container, params))
 
-    def _expected(self) -> str:
-        n = len(self.names)
-        if self.names == tuple(range(n)):
-            return f"a tuple of {n} gradient trees, one per loss"
-        keys = ", ".join(map(repr, self.names))
-        if self.names == PerLoss._fields:
-            return f"PerLoss(task=..., kd=...), a 2-tuple in this order, or a mapping with the keys {keys}"
-        return f"a mapping with the keys {keys}" + (f", or a {n}-tuple in this order" if self.ordered else "")
+    def gradients(self, updates: Any, params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+        """The checked gradients of a user's container, and the function that puts new ones in a container like it."""
+        entries = self.entries(updates, params=params)
+        if isinstance(updates, Mapping) and not all(same_structure(entry, params) for entry in entries.values()):
+            # Flax's mappings keep plain dicts inside and only give them their type when one asks for them by key.
+            entries = {key: updates[key] for key in entries}
+        reference, what = (next(iter(entries.values())), "the first loss") if params is None else (params, "params")
+        for key, entry in entries.items():
+            check_like(entry, reference, f"updates{entry_name(updates, key)}", what, _hint(updates, params))
+        rebuild = entries_by_key(updates)[1]
+        return list(entries.values()), lambda new: rebuild(dict(zip(entries, new, strict=True)))
 
 
-def _key(entry: Any) -> Any:
+def key_of(entry: Any) -> Any:
     """The plain key, name or index of one entry of a JAX key path."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -123,44 +115,32 @@ def _key(entry: Any) -> Any:
     return str(entry)
 
 
-def _children(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[Any, Any]], Any]]:
-    """The entries of a container by key, and the function that rebuilds it from a dict with the same keys."""
+def entries_by_key(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[Any, Any]], Any]]:
+    """The entries of a container by key, and the function that rebuilds it from a dict with the same keys.
+
+    There are none in what is neither a tuple nor a mapping, and in a mapping that JAX does not know.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
-    children = {_key(path[0]): child for path, child in paths}
-    return children, lambda new: treedef.unflatten([new[key] for key in children])
+    found = {key_of(path[0]): child for path, child in paths if path and isinstance(container, (tuple, Mapping))}
+    return found, lambda new: treedef.unflatten([new[key] for key in found])
 
 
-def _check_container(
-    container: Any, losses: _Losses | None = None, *, what: str = "updates", entry: str = "gradient tree"
-) -> Any:
-    if isinstance(container, (tuple, Mapping)) and len(container) and _is_pytree_node(container):
-        return container
-    expected = losses._expected() if losses else f"a container with one {entry} per loss (a tuple or a mapping)"
-    hint = f"; {_LOOKS_SINGLE}" if what == "updates" else ""
-    raise TypeError(f"{what}: expected {expected}, got {_describe(container)}{hint}")
-
-
-def _is_pytree_node(container: Any) -> bool:
-    """Whether JAX looks into the container: not into unregistered mappings, nor into dicts whose keys do not compare."""
-    try:
-        treedef = jax.tree.structure(container, is_leaf=lambda x: x is not container)
-    except (TypeError, ValueError):
-        return False
-    return not jax.tree_util.treedef_is_leaf(treedef)
-
-
-def _entry_name(container: Any, key: Any) -> str:
+def entry_name(container: Any, key: Any) -> str:
     return f".{key}" if hasattr(container, "_fields") else f"[{key!r}]"
+
+
+def same_structure(tree: Any, params: Any) -> bool:
+    return params is not None and jax.tree.structure(tree) == jax.tree.structure(params)
+
+
+def _mismatch(what: str, expected: str, container: Any, hint: str = "") -> Exception:
+    is_container = bool(entries_by_key(container)[0])
+    if what == "updates" and not is_container:
+        hint = f"; {LOOKS_SINGLE}"
+    return (ValueError if is_container else TypeError)(f"{what}: expected {expected}, got {describe(container)}{hint}")
 
 
 def _hint(updates: Any, params: Any) -> str:
     if isinstance(updates, tuple) and updates and all(isinstance(entry, PerLoss) for entry in updates):
         return "; this looks like all that value_and_grads returned: unpack it, `values, grads = ...`"
-    return f"; {_LOOKS_SINGLE}" if _same_structure(updates, params) else ""
-
-
-def _same_structure(tree: Any, params: Any) -> bool:
-    return params is not None and jax.tree.structure(tree) == jax.tree.structure(params)
-
-
-_TASK_AND_KD = _Losses(PerLoss(None, None))  # what `dot` and its parts expect
+    return f"; {LOOKS_SINGLE}" if same_structure(updates, params) else ""

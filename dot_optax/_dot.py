@@ -1,19 +1,21 @@
 """DOT: one momentum per loss, the larger one for the distillation loss; and the baseline that it should beat.
 
-Each optimizer is a sentence in the algebra of `_algebra.py`: a trace for each loss, their sum, the learning rate.
+All of it is made of `scale_by_momenta`, which keeps a momentum for each loss and adds them up:
+
+    v_i <- g_i + beta_i v_i  for each loss i,   u = sum_i v_i
 """
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from dot_optax._checks import _check_scalar, _is_number
-from dot_optax._containers import _TASK_AND_KD, PerLoss
-from dot_optax._momenta import _add_l2, _keep_dtypes, _scale_by_dot, _trace, _widen
-from dot_optax._reach import Mask, _l2_masks, _reach, _where
+from dot_optax._algebra import per_loss
+from dot_optax._checks import check_scalar, is_number
+from dot_optax._containers import PerLoss
+from dot_optax._momenta import scale_by_learning_rate, scale_by_momenta
+from dot_optax._reach import Mask
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
@@ -55,15 +57,12 @@ def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule 
             return betas(*now)
 
         return PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
-    _check_scalar("momentum", momentum)
-    _check_scalar("delta", delta)
+    check_scalar("momentum", momentum)
+    check_scalar("delta", delta)
     result = PerLoss(task=momentum - delta, kd=momentum + delta)
     for sign, beta in zip("-+", result, strict=True):
-        if _is_number(beta) and not 0 <= beta < 1:
-            raise ValueError(
-                f"betas: momentum {sign} delta must lie in [0, 1), got {beta:g} from momentum={momentum:g} and "
-                f"delta={delta:g}"
-            )
+        if is_number(beta) and not 0 <= beta < 1:
+            raise ValueError(f"betas: momentum {sign} delta must lie in [0, 1), got {momentum:g} {sign} {delta:g}")
     return result
 
 
@@ -90,7 +89,7 @@ def scale_by_dot(
         beta_kd: :math:`\beta_{kd}`, in [0, 1), or a schedule. See `betas` for the paper's choice, and its example for a
             warm-up.
         nesterov: use :math:`g_i + \beta_i v_i` of the new :math:`v_i` in the sum, as `optax.trace` has it.
-        accumulator_dtype: the dtype of the buffers; by default that of the parameters.
+        accumulator_dtype: the dtype of the buffers; by default that of the parameters, or float32 if they have 16 bits.
         reached: which loss reaches which parameter, as `PerLoss(task=mask, kd=mask)`. A mask is a pytree of bools of
             the structure of `params` or a prefix of it, or a callable from such a tree to the mask. The function
             `reached` computes it. By default both losses reach every parameter. A parameter that no loss reaches has
@@ -120,7 +119,8 @@ def scale_by_dot(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    return _scale_by_dot(beta_task, beta_kd, nesterov, accumulator_dtype, *_reach(reached))
+    momenta = PerLoss(beta_task, beta_kd)
+    return scale_by_momenta(momenta, reached=reached, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
 
 
 def dot(
@@ -159,7 +159,7 @@ def dot(
         reached: which loss reaches which parameter; see `scale_by_dot`. A decayed parameter that no loss reaches is
             moved by its L2 penalty alone.
         nesterov: whether to use Nesterov momentum for each loss.
-        accumulator_dtype: the dtype of the buffers; by default that of the parameters.
+        accumulator_dtype: the dtype of the buffers; by default that of the parameters, or float32 if they have 16 bits.
 
     `optax.inject_hyperparams` takes every callable for a schedule: give it `static_args=('mask', 'accumulator_dtype')`.
 
@@ -190,18 +190,18 @@ def dot(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    _check_learning_rate(learning_rate)
-    task, kd = _reach(reached)
-    l2_on_task, l2_on_kd = _l2_masks(weight_decay, mask, task, kd)
-    moved_by_task = _where(operator.or_, task, l2_on_task)
-    return optax.chain(
-        _add_l2(weight_decay, l2_on_task, l2_on_kd, task, kd),
-        _scale_by_dot(beta_task, beta_kd, nesterov, accumulator_dtype, moved_by_task, kd),
-        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
+    momenta = scale_by_momenta(
+        PerLoss(beta_task, beta_kd),
+        weight_decay=weight_decay,
+        mask=mask,
+        reached=reached,
+        nesterov=nesterov,
+        accumulator_dtype=accumulator_dtype,
     )
+    return optax.chain(momenta, scale_by_learning_rate(learning_rate))
 
 
-def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike = 0.975) -> PerLoss:
+def gains(beta_task: float | jax.Array = 0.825, beta_kd: float | jax.Array = 0.975) -> PerLoss:
     r"""How far the momenta amplify a steady gradient.
 
     .. math::
@@ -231,15 +231,15 @@ def gains(beta_task: jax.typing.ArrayLike = 0.825, beta_kd: jax.typing.ArrayLike
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose two
         momenta these are the gains of.
     """
-    _check_scalar("beta_task", beta_task, 0, 1)
-    _check_scalar("beta_kd", beta_kd, 0, 1)
+    check_scalar("beta_task", beta_task, 0, 1)
+    check_scalar("beta_kd", beta_kd, 0, 1)
     return PerLoss(task=1 / (1 - beta_task), kd=1 / (1 - beta_kd))
 
 
 def gain_matched_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    beta_task: jax.typing.ArrayLike = 0.825,
-    beta_kd: jax.typing.ArrayLike = 0.975,
+    beta_task: float | jax.Array = 0.825,
+    beta_kd: float | jax.Array = 0.975,
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
@@ -264,7 +264,7 @@ def gain_matched_sgd(
         weight_decay: :math:`\lambda \geq 0`, the coupled L2 penalty, as for `dot`.
         mask: which parameters `weight_decay` applies to, as for `dot`.
         nesterov: whether to use Nesterov momentum.
-        accumulator_dtype: the dtype of the buffer; by default that of the parameters.
+        accumulator_dtype: the dtype of the buffers, as for `dot`.
 
     Returns:
         A transformation from a container of two gradient trees to one update tree.
@@ -287,35 +287,17 @@ def gain_matched_sgd(
     References:
         A control of ours; `python -m benchmarks.digits_learning_rates` compares it with `dot`.
     """
-    _check_learning_rate(learning_rate)
+    check_scalar("weight_decay", weight_decay, low=0)
     both = gains(beta_task, beta_kd)
     mu = (beta_task + beta_kd) / 2
-    task, kd = _reach(None)
-    tx = optax.chain(
-        _add_l2(weight_decay, *_l2_masks(weight_decay, mask, task, kd), task, kd),
-        _weighted_sum([(1 - mu) * gain for gain in both]),
-        _trace(_where(lambda _: mu, task), nesterov, accumulator_dtype),
-        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
+    task, kd = ((1 - mu) * gain for gain in both)
+    optimizer = dot(
+        learning_rate,
+        mu,
+        mu,
+        weight_decay=task * weight_decay,
+        mask=mask,
+        nesterov=nesterov,
+        accumulator_dtype=accumulator_dtype,
     )
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        like = _TASK_AND_KD.unpack(updates, params)[0][0] if params is None else params
-        new_updates, state = tx.update(updates, state, params, **extra_args)
-        return optax.tree.cast_like(new_updates, like), state
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def _weighted_sum(weights: Sequence[Any]) -> optax.GradientTransformation:
-    """The sum of the losses' gradients with weights, in float32 or wider: the momentum rounds it."""
-
-    def weighted(updates: Any, params: Any) -> Any:
-        grads, _ = _TASK_AND_KD.unpack(updates, params)
-        return jax.tree.map(lambda *g: sum(w * _widen(x) for w, x in zip(weights, g, strict=True)), *grads)
-
-    return optax.stateless(weighted)
-
-
-def _check_learning_rate(learning_rate: Any) -> None:
-    if not callable(learning_rate):
-        _check_scalar("learning_rate", learning_rate)
+    return optax.chain(per_loss(optax.scale(task), optax.scale(kd)), optimizer)

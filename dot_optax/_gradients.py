@@ -1,15 +1,16 @@
 """Gradients of several losses from one forward pass."""
 
 import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dot_optax._checks import _describe, _shape_and_dtype
-from dot_optax._containers import _children, _entry_name
+from dot_optax._checks import SPLIT_OFF, describe, kind
+from dot_optax._containers import entries_by_key
 
 
 def value_and_grads(
@@ -51,25 +52,30 @@ def value_and_grads(
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, which
         takes the same gradients with two backward passes.
     """
-    _check_callable(loss_fn, "value_and_grads")
-    argnums = _check_argnums(argnums)
 
     @functools.wraps(loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        primals, call = _differentiated(loss_fn, argnums, args, kwargs)
+        indices = _positions(argnums, len(args))
+        for index in indices:
+            _check_no_nnx_module(args[index], f"value_and_grads: argument {index}")
+            check_trainable(args[index], f"value_and_grads: argument {index}")
 
         def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
-            output = call(*primals)
-            losses, aux = _split_aux(output, "value_and_grads") if has_aux else (output, None)
-            return _check_losses(losses, "value_and_grads"), aux
+            replaced = list(args)
+            for index, primal in zip(indices, primals, strict=True):
+                replaced[index] = primal
+            output = loss_fn(*replaced, **kwargs)
+            losses, aux = output if has_aux else (output, None)
+            return check_losses(losses, "value_and_grads"), aux
 
+        primals = [args[index] for index in indices]
         values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
-        entries, rebuild = _children(values)
+        entries, rebuild = entries_by_key(values)
 
         def gradient(key: Any) -> Any:
             # Transposing one output at a time leaves the other losses out, where a zero cotangent for them would be
             # multiplied through their backward passes.
-            transpose = jax.linear_transpose(lambda *tangents: _children(jvp(*tangents))[0][key], *primals)
+            transpose = jax.linear_transpose(lambda *tangents: entries_by_key(jvp(*tangents))[0][key], *primals)
             grads = transpose(jnp.ones_like(entries[key]))
             return grads[0] if isinstance(argnums, int) else grads
 
@@ -79,69 +85,42 @@ def value_and_grads(
     return wrapped
 
 
-def _differentiated(
-    loss_fn: Callable[..., Any], argnums: int | Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Callable[..., Any]]:
-    """The arguments to differentiate, and `loss_fn` as a function of them alone."""
-    indices = [argnums] if isinstance(argnums, int) else list(argnums)
-    for index in indices:
-        if not -len(args) <= index < len(args):
-            raise TypeError(f"value_and_grads: argnums={argnums} needs that positional argument, got {len(args)}")
-        _check_differentiable(args[index], f"value_and_grads: argument {index}")
-
-    def call(*primals: Any) -> Any:
-        replaced = list(args)
-        for index, primal in zip(indices, primals, strict=True):
-            replaced[index] = primal
-        return loss_fn(*replaced, **kwargs)
-
-    return [args[index] for index in indices], call
-
-
-def _check_argnums(argnums: Any) -> int | tuple[int, ...]:
+def _positions(argnums: Any, count: int) -> list[int]:
+    """The positions of the arguments to differentiate, counted from the first."""
     try:
-        checked = tuple(map(operator.index, argnums)) if isinstance(argnums, Sequence) else operator.index(argnums)
-    except TypeError:
-        raise TypeError(f"value_and_grads: argnums must be an int or several, got {_describe(argnums)}") from None
-    if isinstance(checked, tuple) and (not checked or len(set(checked)) < len(checked)):
-        raise ValueError(f"value_and_grads: argnums must name one argument or more, each once; got {checked}")
-    return checked
+        positions = [range(count)[index] for index in jax.tree.leaves(argnums)]
+    except (IndexError, TypeError):
+        positions = []
+    if not positions or len(set(positions)) < len(positions):
+        raise TypeError(f"value_and_grads: argnums={argnums!r} must name some of the {count} arguments, each once")
+    return positions
 
 
-def _check_callable(loss_fn: Any, where: str) -> None:
-    if not callable(loss_fn):
-        raise TypeError(f"{where}: expected a function that returns one scalar per loss, got {_describe(loss_fn)}")
-
-
-def _check_differentiable(tree: Any, what: str) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        kind = _shape_and_dtype(leaf)
-        if kind is None:
-            raise TypeError(f"{what}{jax.tree_util.keystr(path)}: expected an array, got {_describe(leaf)}")
-        if not jnp.issubdtype(kind[1], jnp.inexact):
-            path = jax.tree_util.keystr(path)
-            raise TypeError(f"{what}{path} must be floating point or complex to be differentiated, got {kind[1]}")
-
-
-def _split_aux(output: Any, where: str) -> tuple[Any, Any]:
-    if not (isinstance(output, tuple) and len(output) == 2):
-        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {_describe(output)}")
-    return output
-
-
-def _check_losses(losses: Any, where: str) -> Any:
-    """The container of losses as arrays, if each is a real scalar."""
-    if not isinstance(losses, (tuple, Mapping)) or not len(losses):
+def _check_no_nnx_module(tree: Any, what: str) -> None:
+    nnx = getattr(sys.modules.get("flax"), "nnx", None)  # whoever has a module of Flax NNX has imported it
+    is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else (lambda x: False)
+    if any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module))):
         raise TypeError(
-            f"{where}: loss_fn must return one scalar per loss, such as PerLoss(task=..., kd=...), got "
-            f"{_describe(losses)}. Return the losses apart instead of their sum (has_aux=True if it also returns more)"
+            f"{what}: a Flax NNX module goes to dot_optax.nnx.value_and_grads, else its statistics never move"
         )
-    entries, rebuild = _children(losses)
-    for key, value in entries.items():
-        kind = _shape_and_dtype(value)
-        if kind is None or kind[0] != () or not jnp.issubdtype(kind[1], jnp.floating):
-            raise TypeError(
-                f"{where}: the loss{_entry_name(losses, key)} must be a real floating point scalar, got "
-                f"{_describe(value)}: reduce it, for example with jnp.mean (has_aux=True if it is auxiliary data)"
-            )
-    return rebuild({key: jnp.asarray(value) for key, value in entries.items()})
+
+
+def check_trainable(tree: Any, what: str) -> None:
+    """Raises where a tree has something else than arrays and numbers that have a gradient."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if kind(leaf) is None:
+            path = jax.tree_util.keystr(path)
+            raise TypeError(f"{what}{path} must be floating point or complex, got {describe(leaf)}; {SPLIT_OFF}")
+
+
+def check_losses(losses: Any, where: str) -> Any:
+    """The container of losses as arrays, if each is a real scalar."""
+    entries, rebuild = entries_by_key(losses)
+    wrong = {key: loss for key, loss in entries.items() if kind(loss) is not jnp.floating or np.shape(loss)}
+    if wrong or not entries:
+        what = "".join(f" for the loss {key!r}" for key in list(wrong)[:1])
+        raise TypeError(
+            f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...) (has_aux=True if "
+            f"also something else); got {describe(next(iter(wrong.values()), losses))}{what}: reduce it, or do not sum"
+        )
+    return rebuild({key: jnp.asarray(loss) for key, loss in entries.items()})

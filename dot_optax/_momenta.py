@@ -1,20 +1,203 @@
-"""One momentum for each loss and parameter, and the L2 penalty that joins one of the gradients."""
+"""One momentum for each loss and parameter: the step that `dot`, `deepkd` and every other SGD of this package takes."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dot_optax._algebra import per_loss, sum_losses
-from dot_optax._checks import _LOOKS_SINGLE, _check_scalar, _describe, _difference, _is_number, _leaf_difference
-from dot_optax._containers import _TASK_AND_KD
-from dot_optax._reach import _LeafDecay, _LeafMask, _where
+from dot_optax._checks import LOOKS_SINGLE, check_scalar, describe, is_number
+from dot_optax._containers import LossNames, same_structure
+from dot_optax._reach import Mask, Plan, plans
+
+# A momentum for each loss: numbers, scalar arrays, or schedules from the number of updates so far.
+Betas = tuple[optax.ScalarOrSchedule, ...] | Mapping[Any, optax.ScalarOrSchedule]
+
+
+def scale_by_momenta(
+    betas: Betas,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    reached: tuple[Mask, ...] | Mapping[Any, Mask] | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""One momentum for each of any number of losses, summed: container in, tree out.
+
+    .. math::
+        v_i &\leftarrow g_i + \beta_i v_i \quad \text{for each loss } i \\
+        u &= \textstyle\sum_i v_i
+
+    Where exactly one loss reaches a parameter, that parameter has one buffer, with the mean of all momenta. Where
+    several do, each of them has a buffer with its own momentum.
+
+    Args:
+        betas: the momentum of each loss, in [0, 1), in a container: a dict such as `{"ce": 0.825, "kd": 0.975}`, a
+            NamedTuple, or a tuple (two losses in a plain tuple are called `task` and `kd`). A momentum may be a
+            schedule, from the number of updates so far to the momentum.
+        weight_decay: :math:`\lambda \geq 0`, a coupled L2 penalty: :math:`\lambda \theta` joins, before the momentum,
+            the gradient of the first loss that reaches the parameter. A parameter that no loss reaches is moved by its
+            penalty alone. For a decoupled decay chain `optax.add_decayed_weights` after this.
+        mask: which parameters `weight_decay` applies to: a pytree of bools of the structure of `params` or a prefix of
+            it (but no single bool), or a function from `params` to the mask. By default all.
+        reached: which loss reaches which parameter: a container with one mask per loss. The function `reached` computes
+            it. By default every loss reaches every parameter. A parameter that no loss reaches has no buffer and a zero
+            update. A gradient where its loss is said not to reach is not read.
+        nesterov: use :math:`g_i + \beta_i v_i` of the new :math:`v_i` in the sum, as `optax.trace` has it.
+        accumulator_dtype: the dtype of the buffers. By default that of the parameters, but float32 for those of 16
+            bits: in bfloat16 a momentum of 0.975 amplifies a steady gradient 35-fold instead of 40-fold. All arithmetic
+            is done in float32 or wider.
+
+    Returns:
+        A transformation from a container with one gradient tree per loss to one update tree with the dtypes of
+        `params`. Its state is a container of `optax.TraceState`, so that `optax.tree.get(state, 'kd').trace` reads a
+        buffer, with an `optax.MaskedNode` where there is none (so `optax.tree.map_params` with further trees wants
+        `is_leaf=lambda x: isinstance(x, optax.MaskedNode)`).
+
+    Raises:
+        TypeError: if `betas` is not a container of numbers, scalar arrays or schedules; from `update` if the updates
+            are not a container.
+        ValueError: if a momentum given as a Python number is outside [0, 1), `weight_decay` is negative, or a mask does
+            not fit the parameters; from `update` if a loss is missing or unknown, if an entry differs from `params` in
+            structure, shape or kind of number, or if `params` is needed (for `weight_decay`, or a mask that is a
+            function) and missing.
+
+    Example:
+        >>> import dot_optax
+        >>> tx = dot_optax.scale_by_momenta({'ce': 0.5, 'hint': 0.0, 'kd': 0.75})
+        >>> params = {'w': 0.0}
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     grads = {'ce': {'w': 1.0}, 'hint': {'w': 100.0}, 'kd': {'w': 10.0}}
+        ...     updates, state = tx.update(grads, state, params)
+        >>> print(updates['w'])  # (1 + 0.5 * 1) + 100 + (10 + 0.75 * 10)
+        119.0
+
+    References:
+        Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, for two losses.
+    """
+    losses = LossNames.of(betas, "betas")
+    buffer_dtype = canonical_dtype(accumulator_dtype, "accumulator_dtype")
+    decayed = decay_mask(weight_decay, mask)
+    check_flag("nesterov", nesterov)
+
+    def make(*betas: Any) -> optax.GradientTransformationExtraArgs:
+        plan_for = functools.partial(plans, losses, betas, reached, decayed)
+
+        def kept(plan: list[Plan]) -> list[list[bool]]:
+            return [[leaf.betas[i] is not None for leaf in plan] for i in range(len(betas))]
+
+        def init(params: optax.Params) -> Any:
+            traces = [init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
+            return losses.pack([optax.TraceState(trace) for trace in traces])
+
+        def step(parameter: Parameter) -> tuple[Any, list[Any]]:
+            plan, grads, buffers, theta = parameter
+            dtype = widest(*grads, *buffers)
+            total, new_buffers = None, list(buffers)
+            for i, beta in enumerate(plan.betas):
+                if beta is None:
+                    continue
+                g = jnp.asarray(grads[i], dtype) if plan.reads[i] else jnp.zeros_like(grads[i], dtype)
+                if plan.l2 == i:
+                    g = g + jnp.asarray(weight_decay, dtype) * jnp.asarray(theta, dtype)
+                beta = jnp.asarray(beta, dtype)
+                v = g + beta * buffers[i].astype(dtype)
+                u = g + beta * v if nesterov else v
+                total = u if total is None else total + u
+                new_buffers[i] = v.astype(buffers[i].dtype)
+            return jnp.zeros_like(grads[0]) if total is None else total, new_buffers
+
+        def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+            del extra_args
+            check_params(params, decayed)
+            traces = [entry.trace for entry in losses.entries(state, "state").values()]
+            total, traces = update_parameters(step, losses, plan_for, kept, updates, traces, params)
+            return total, losses.pack([optax.TraceState(trace) for trace in traces])
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return with_schedules(make, losses, betas)
+
+
+class Parameter(NamedTuple):
+    """What a step knows of one parameter: its plan, each loss's gradient, its buffers, and its value if that is given."""
+
+    plan: Plan
+    grads: list[Any]
+    buffers: list[Any]
+    value: Any
+
+
+def init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
+    """A tree of zeros like the parameters, with an `optax.MaskedNode` where no buffer is kept."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def buffer(p: Any, keep: bool) -> Any:
+        if not keep:
+            return optax.MaskedNode()
+        wanted = widest(p) if dtype is None else dtype
+        if jnp.issubdtype(jnp.result_type(p), jnp.complexfloating):  # a real buffer would drop the imaginary part
+            wanted = jnp.complex128 if jnp.finfo(wanted).bits == 64 else jnp.complex64
+        return jnp.zeros_like(p, wanted)
+
+    return treedef.unflatten(map(buffer, leaves, kept))
+
+
+def update_parameters(
+    step: Callable[[Parameter], tuple[Any, list[Any]]],
+    losses: LossNames,
+    plan_for: Callable[..., list[Plan]],
+    kept: Callable[[list[Plan]], list[list[bool]]],
+    updates: Any,
+    buffers: list[Any],
+    params: Any,
+) -> tuple[Any, list[Any]]:
+    """The update, with the dtypes of the parameters, and the new buffers, from one `step` for each parameter."""
+    grads, _ = losses.gradients(updates, params)
+    leaves, treedef = jax.tree.flatten(grads[0])
+    plan = plan_for(params, grads[0])
+    for tree, keeps in zip(buffers, kept(plan), strict=True):
+        expected = treedef.unflatten([g if keep else optax.MaskedNode() for g, keep in zip(leaves, keeps, strict=True)])
+        if _shapes(tree) != _shapes(expected):
+            hint = "" if same_structure(grads[0], params) else f"; {LOOKS_SINGLE}"
+            raise ValueError(
+                "updates: the state was made for other parameters, or with other masks for `reached` or `mask`: "
+                f"{_shapes(tree)!s:.200}, not {_shapes(expected)!s:.200}{hint}"
+            )
+    values = [None] * len(plan) if params is None else jax.tree.leaves(params)
+    columns = [*map(jax.tree.leaves, grads), *map(treedef.flatten_up_to, buffers)]
+    results = []
+    for leaf, value, *row in zip(plan, values, *columns, strict=True):
+        update, new_buffers = step(Parameter(leaf, row[: len(grads)], row[len(grads) :], value))
+        results.append([jnp.asarray(update, jnp.result_type(row[0] if value is None else value)), *new_buffers])
+    trees = [treedef.unflatten(column) for column in zip(*results, strict=True)] or [grads[0], *buffers]
+    return trees[0], trees[1:]
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def widest(*arrays: Any) -> Any:
+    """The widest dtype among the arrays, but at least float32.
+
+    Without promoting: `jax.numpy_dtype_promotion("strict")` forbids that for 16 bits.
+    """
+    dtypes = [jnp.result_type(x) for x in arrays if not _is_masked(x)]
+    return max([*dtypes, jnp.dtype(jnp.float32)], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 class ScheduledState(NamedTuple):
-    """The state of a transformation whose hyperparameters follow schedules.
+    """The state of a transformation whose momenta follow schedules.
 
     Attributes:
         count: the number of updates so far, int32.
@@ -25,15 +208,20 @@ class ScheduledState(NamedTuple):
     inner_state: Any
 
 
-def _with_schedules(
-    make: Callable[..., optax.GradientTransformationExtraArgs], *hyperparams: Any
+def with_schedules(
+    make: Callable[..., optax.GradientTransformationExtraArgs], losses: LossNames, betas: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """`make(*hyperparams)`, with those that are schedules evaluated at the number of updates so far."""
-    if not any(map(callable, hyperparams)):
-        return make(*hyperparams)
+    """`make(*betas)`, with those that are schedules evaluated at the number of updates so far."""
+    momenta = list(losses.entries(betas, "betas").values())
 
     def at(count: Any) -> optax.GradientTransformationExtraArgs:
-        return make(*(h(count) if callable(h) else h for h in hyperparams))
+        now = [beta(count) if callable(beta) else beta for beta in momenta]
+        for name, beta in zip(losses.names, now, strict=True):
+            check_scalar(f"beta_{name}", beta, 0, 1)
+        return make(*now)
+
+    if not any(map(callable, momenta)):
+        return at(None)
 
     def init(params: optax.Params) -> ScheduledState:
         count = jnp.zeros([], jnp.int32)
@@ -46,72 +234,11 @@ def _with_schedules(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _scale_by_dot(
-    beta_task: Any, beta_kd: Any, nesterov: bool, accumulator_dtype: Any, task: _LeafMask, kd: _LeafMask
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dot` of leaf masks."""
-
-    def make(beta_task: Any, beta_kd: Any) -> optax.GradientTransformationExtraArgs:
-        _check_scalar("beta_task", beta_task, 0, 1)
-        _check_scalar("beta_kd", beta_kd, 0, 1)
-        mean = (beta_task + beta_kd) / 2
-
-        def decay(beta: Any) -> Callable[[bool, bool], Any]:
-            return lambda mine, other: (beta if other else mean) if mine else None
-
-        return optax.chain(
-            per_loss(
-                _trace(_where(decay(beta_task), task, kd), nesterov, accumulator_dtype),
-                _trace(_where(decay(beta_kd), kd, task), nesterov, accumulator_dtype),
-            ),
-            sum_losses(),
-        )
-
-    return _with_schedules(make, beta_task, beta_kd)
-
-
-def _trace(decay: _LeafDecay, nesterov: bool, accumulator_dtype: Any) -> optax.GradientTransformation:
-    """`optax.trace` with a momentum for each leaf, or no buffer and a zero update where that is None.
-
-    It computes in float32 or wider: rounded to bfloat16, a momentum of 0.975 is 0.9766, whose gain is not 40 but 43.
-    The new state has the dtypes of the old one, also where a traced momentum is wider than the buffers.
-    """
-    accumulator_dtype = _canonical_accumulator_dtype(accumulator_dtype)
-    if not isinstance(nesterov, bool):
-        raise TypeError(f"nesterov must be True or False, got {_describe(nesterov)}")
-
-    def init(params: optax.Params) -> optax.TraceState:
-        leaves, treedef = jax.tree.flatten(params)
-
-        def buffer(p: Any, beta: Any) -> Any:
-            if beta is None:
-                return optax.MaskedNode()
-            dtype = jnp.result_type(p) if accumulator_dtype is None else accumulator_dtype
-            # A real accumulator would drop the imaginary part.
-            return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(p) else dtype)
-
-        return optax.TraceState(treedef.unflatten(map(buffer, leaves, decay(params))))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
-        del params
-        grads, treedef = jax.tree.flatten(updates)
-
-        def step(g: Any, v: Any, beta: Any) -> tuple[Any, Any]:
-            if beta is None:
-                return jnp.zeros_like(g), v
-            new_v = _widen(g) + beta * _widen(v)
-            u = _widen(g) + beta * new_v if nesterov else new_v
-            return u.astype(jnp.result_type(g, v)), new_v.astype(v.dtype)
-
-        betas = decay(updates)
-        steps = list(map(step, grads, _buffers_for(updates, state.trace, betas), betas))
-        return treedef.unflatten([u for u, _ in steps]), optax.TraceState(treedef.unflatten([v for _, v in steps]))
-
-    return optax.GradientTransformation(init, update)
-
-
-def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, whose updates would take the dtype of a hyperparameter that is an array."""
+def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, whose updates keep their dtypes where the learning rate is an array."""
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate)
+    tx = optax.scale_by_learning_rate(learning_rate)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         new_updates, state = tx.update(updates, state, params)
@@ -120,61 +247,30 @@ def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(tx.init, update)
 
 
-def _widen(x: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+def decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:
+    """Which parameters are decayed: False if none ever is."""
+    check_scalar("weight_decay", weight_decay, low=0)
+    if isinstance(mask, (bool, np.bool_)):
+        raise ValueError(
+            f"mask must be a tree of bools or a function of the parameters, got {mask}; if inject_hyperparams called "
+            "your function, give it static_args='mask'"
+        )
+    if is_number(weight_decay) and weight_decay == 0:
+        return False
+    return True if mask is None else mask
 
 
-def _buffers_for(updates: Any, trace: Any, decay: Sequence[Any]) -> list[Any]:
-    """The buffers, one for each gradient, with the `MaskedNode` of a gradient that has none."""
-
-    def structure(tree: Any) -> Any:
-        return jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-
-    if structure(updates) != structure(trace):
-        raise ValueError(f"the updates of one loss{_difference(updates, trace, 'the state')}; {_LOOKS_SINGLE}")
-    buffers = jax.tree.structure(updates).flatten_up_to(trace)
-    for (path, g), v, beta in zip(jax.tree.leaves_with_path(updates), buffers, decay, strict=True):
-        where = f"the updates of one loss{jax.tree_util.keystr(path)}"
-        if isinstance(v, optax.MaskedNode) != (beta is None):
-            raise ValueError(f"{where}: the state was made with other masks than `reached` and `mask` give now")
-        problem = "" if beta is None else _leaf_difference(g, v, "the state")
-        if problem:
-            raise ValueError(f"{where}: {problem}")
-    return buffers
+def check_params(params: Any, decayed: Mask) -> None:
+    if params is None and decayed is not False:
+        raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
 
-def _add_l2(
-    weight_decay: Any, on_task: _LeafMask, on_kd: _LeafMask, task: _LeafMask, kd: _LeafMask
-) -> optax.GradientTransformation:
-    """Adds `weight_decay * params` to the gradient of one loss, for each parameter that a mask selects."""
-    if _is_number(weight_decay) and weight_decay == 0:
-        return optax.identity()
-
-    def add(updates: Any, params: Any) -> Any:
-        if params is None:
-            raise ValueError("dot: weight_decay needs the parameters: call update(grads, state, params)")
-        grads, repack = _TASK_AND_KD.unpack(updates, params)
-        theta, treedef = jax.tree.flatten(params)
-
-        def penalized(tree: Any, joins: _LeafMask, reaches: _LeafMask) -> Any:
-            def leaf(g: Any, p: Any, join: bool, reach: bool) -> Any:
-                # Not rounded to the gradient's dtype again: in bfloat16 a small penalty would vanish in the sum.
-                return _widen(g if reach else jnp.zeros_like(g)) + weight_decay * _widen(p) if join else g
-
-            return treedef.unflatten(map(leaf, jax.tree.leaves(tree), theta, joins(params), reaches(params)))
-
-        return repack([penalized(grads[0], on_task, task), penalized(grads[1], on_kd, kd)])
-
-    return optax.stateless(add)
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def _canonical_accumulator_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return None
-    try:
-        canonical = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        canonical = None
-    if canonical is None or not jnp.issubdtype(canonical, jnp.inexact):
-        raise TypeError(f"accumulator_dtype must be None or a floating point or complex dtype, got {_describe(dtype)}")
-    return canonical
+def canonical_dtype(dtype: Any, name: str) -> Any:
+    if dtype is not None and not jnp.issubdtype(jax.dtypes.canonicalize_dtype(dtype), jnp.inexact):
+        raise TypeError(f"{name} must be None or a floating point or complex dtype, got {describe(dtype)}")
+    return None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)

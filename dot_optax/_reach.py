@@ -1,25 +1,19 @@
-"""Which loss reaches which parameter: `reached`, found by tracing, and the masks that say it to an optimizer.
-
-A leaf mask is a function from a tree to one bool for each of its leaves, in their order, so that it applies to params,
-to gradients and to either with parts masked out.
-"""
+"""Which loss reaches which parameter: `reached` finds it by tracing, `plans` turns it into a plan for each parameter."""
 
 import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dot_optax._checks import _check_scalar, _describe, _is_number
-from dot_optax._containers import _TASK_AND_KD, PerLoss, _children, _key
-from dot_optax._gradients import _check_callable, _check_differentiable, _check_losses, _split_aux
+from dot_optax._checks import describe
+from dot_optax._containers import LossNames, entries_by_key, key_of
+from dot_optax._gradients import check_losses, check_trainable
 
-# A pytree of bools of the structure of the parameters or a prefix of it, or a function from such a tree to the mask.
+# A pytree of bools of the structure of the parameters or a prefix of it, or a function from the parameters to the mask.
 Mask = Any | Callable[[Any], Any]
-_LeafMask = Callable[[Any], list[bool]]
-_LeafDecay = Callable[[Any], list[Any]]  # one momentum, or None, for each leaf
 
 
 def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
@@ -60,9 +54,8 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose
         published optimizer finds it by which gradients are missing.
     """
-    _check_callable(loss_fn, "reached")
     leaves, treedef = jax.tree.flatten(params)
-    _check_differentiable(params, "reached: params")
+    check_trainable(params, "reached: params")
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
     # Python and NumPy scalars may be static: a flag, a number of layers.
     is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
@@ -72,17 +65,18 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
         positional, keywords = args_treedef.unflatten(filled)
         output = loss_fn(treedef.unflatten(leaves), *positional, **keywords)
-        return _check_losses(_split_aux(output, "reached")[0] if has_aux else output, "reached")
+        losses, _ = output if has_aux else (output, None)
+        return check_losses(losses, "reached")
 
     arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
-    entries, rebuild = _children(jax.eval_shape(call, leaves, arrays))
+    entries, rebuild = entries_by_key(jax.eval_shape(call, leaves, arrays))
 
     def reaches(key: Any) -> Any:
         found: set[int] = set()
 
         def loss(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
             tapped = [_tap(functools.partial(found.add, i))(leaf) for i, leaf in enumerate(leaves)]
-            return _children(call(tapped, arrays))[0][key]
+            return entries_by_key(call(tapped, arrays))[0][key]
 
         jax.eval_shape(jax.grad(loss), leaves, arrays)
         return treedef.unflatten([i in found for i in range(len(leaves))])
@@ -107,76 +101,97 @@ def _tap(on_gradient: Callable[[], None]) -> Callable[[Any], Any]:
     return tap
 
 
-def _reach(reached: Any) -> tuple[_LeafMask, _LeafMask]:
-    """The leaf masks of the `reached` argument: by default both losses reach every parameter."""
-    if reached is None:
-        reached = PerLoss(True, True)
-    keys = _TASK_AND_KD.match(reached, "reached")
-    masks, _ = _children(reached)
-    return _leaf_mask(masks[keys[0]], "reached, task"), _leaf_mask(masks[keys[1]], "reached, kd")
+class Plan(NamedTuple):
+    """What an optimizer does with one parameter.
+
+    Attributes:
+        betas: the momentum of each loss, or None where the loss keeps no buffer for this parameter.
+        reads: for each loss, whether its gradient is read.
+        l2: which loss's gradient the L2 penalty joins, by position; None: there is no penalty.
+    """
+
+    betas: tuple[Any, ...]
+    reads: tuple[bool, ...]
+    l2: int | None
 
 
-def _where(function: Callable[..., Any], *masks: _LeafMask) -> Callable[[Any], list[Any]]:
-    return lambda tree: list(map(function, *(mask(tree) for mask in masks)))
+def plans(
+    losses: LossNames, betas: Sequence[Any], reached: Any, decayed: Mask, params: Any, like: Any = None
+) -> list[Plan]:
+    """The plan of each parameter, in the order of the leaves of `params`, or of a tree `like` them where that is None.
 
+    Where several losses move a parameter each has a buffer with its own momentum. Where exactly one does, this has the
+    mean of all momenta, as in the published code. The L2 penalty joins the first loss that reaches the parameter; where
+    none does, it joins the first of all, whose gradient is not read there.
+    """
+    n = len(losses.names)
+    masks = [True] * n if reached is None else losses.entries(reached, "reached").values()
+    reads_of_losses = [
+        leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)
+    ]
+    mean = sum(betas) / n
 
-def _leaf_mask(mask: Any, name: str) -> _LeafMask:
-    """From a bool pytree prefix, or a callable that gives one, to one bool for each leaf of a tree."""
-
-    def leaves(tree: Any) -> list[bool]:
-        paths = [_plain(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        if not paths:  # also the placeholder with which optax.tree.map_params looks for parameters in a state
-            return []
-        rules = dict(_rules(mask(tree) if callable(mask) else mask, name))
-        _check_no_strangers(rules, tree, name)
-        return [_rule(rules, path, name) for path in paths]
-
-    return leaves
-
-
-def _check_no_strangers(rules: dict[tuple[Any, ...], bool], tree: Any, name: str) -> None:
-    """Raises if an entry of a mask belongs to nothing in the tree; to an empty or a masked part of it, it may."""
-    parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
-    ends = {_plain(path) for path, _ in parts}
-    inner = {path[:length] for path in ends for length in range(len(path))}
-    for rule in rules:
-        if rule not in inner and not any(rule[:length] in ends for length in range(len(rule) + 1)):
-            raise ValueError(f"{name}: the entry {'/'.join(map(str, rule))} belongs to no parameter")
-
-
-def _rules(mask: Any, name: str) -> Iterator[tuple[tuple[Any, ...], bool]]:
-    for path, value in jax.tree_util.tree_leaves_with_path(mask):
-        if not isinstance(value, (bool, np.bool_)):
-            where = jax.tree_util.keystr(path)
-            raise ValueError(f"{name}{where}: expected True or False, known before tracing; got {_describe(value)}")
-        yield _plain(path), bool(value)
-
-
-def _rule(rules: dict[tuple[Any, ...], bool], path: tuple[Any, ...], name: str) -> bool:
-    for length in range(len(path), -1, -1):
-        if path[:length] in rules:
-            return rules[path[:length]]
-    # A Flax `nnx.Param` is one level deeper than the array that an optimizer is given.
-    deeper = {value for rule, value in rules.items() if rule[: len(path)] == path}
-    if len(deeper) == 1:
-        return deeper.pop()
-    raise ValueError(f"{name}: no entry for the parameter {'/'.join(map(str, path))}; give one for it or for a prefix")
-
-
-def _plain(path: Any) -> tuple[Any, ...]:
-    return tuple(map(_key, path))
-
-
-def _l2_masks(weight_decay: Any, mask: Any, task: _LeafMask, kd: _LeafMask) -> tuple[_LeafMask, _LeafMask]:
-    """Which gradient the L2 penalty joins: the task's, or the other where only the distillation loss reaches."""
-    _check_scalar("weight_decay", weight_decay, low=0)
-    if _is_number(weight_decay) and weight_decay == 0:
-        return _leaf_mask(False, "mask"), _leaf_mask(False, "mask")
-    if isinstance(mask, (bool, np.bool_)):
-        raise ValueError(
-            f"mask must be a tree of bools or a function of the parameters, got {mask}; if inject_hyperparams called "
-            "your function, give it static_args='mask'"
+    def plan(is_decayed: bool, *reads: bool) -> Plan:
+        l2 = (reads.index(True) if any(reads) else 0) if is_decayed else None
+        moves = [read or i == l2 for i, read in enumerate(reads)]
+        own = tuple(
+            (beta if sum(moves) > 1 else mean) if move else None for beta, move in zip(betas, moves, strict=True)
         )
-    decayed = _leaf_mask(True if mask is None else mask, "mask")
-    only_kd = _where(lambda t, k: k and not t, task, kd)
-    return _where(lambda d, o: d and not o, decayed, only_kd), _where(operator.and_, decayed, only_kd)
+        return Plan(own, reads, l2)
+
+    return list(map(plan, leaf_mask(decayed, params, "mask", like), *reads_of_losses))
+
+
+def leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool]:
+    """One bool for each leaf of `params` (or of `like`), from the mask's entry for the leaf or for a part of the tree that holds it.
+
+    Entries are matched by name, so that containers may differ in type. Two differences are allowed besides: a mask may
+    speak of an empty or masked-out part of the tree, and may be one level deeper than it, since the `nnx.Param` of a
+    Flax state is a level that optimizers are not shown.
+    """
+    tree = like if params is None else params
+    if not jax.tree.leaves(tree):  # also the placeholder with which optax.tree.map_params looks for parameters
+        return []
+    if callable(mask) and not _is_tree_of_bools(mask):
+        if params is None:
+            raise ValueError(f"{name} is a function of the parameters: call update(grads, state, params)")
+        mask = mask(params)
+    if not _is_tree_of_bools(mask):
+        raise ValueError(f"{name}: expected a tree of True and False, known before tracing; got {describe(mask)}")
+    entries = {_names(path): bool(value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    below = defaultdict(set)
+    for path, value in entries.items():
+        for length in range(len(path)):
+            below[path[:length]].add(value)
+
+    def value_at(path: tuple[Any, ...]) -> bool | None:
+        for length in range(len(path), -1, -1):
+            if path[:length] in entries:
+                return entries[path[:length]]
+        return min(below[path]) if len(below[path]) == 1 else None
+
+    leaves = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
+    ends = {_names(path) for path, _ in parts}  # of leaves, and of parts that are empty or masked out
+    within = {path[:length] for path in ends for length in range(len(path))}
+    wrong = [f"no entry for the parameter {_slashes(path)}" for path in leaves if value_at(path) is None]
+    for path in entries:
+        if path not in within and not any(path[:length] in ends for length in range(len(path) + 1)):
+            wrong.append(f"the entry {_slashes(path)} belongs to no parameter")
+    if wrong:
+        raise ValueError(f"{name}: {wrong[0]}")
+    return [bool(value_at(path)) for path in leaves]
+
+
+def _names(path: Any) -> tuple[Any, ...]:
+    return tuple(map(key_of, path))
+
+
+def _slashes(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _is_tree_of_bools(mask: Mask) -> bool:
+    """Also a module of Equinox or Flax with bools in the place of arrays, although it can be called."""
+    leaves = jax.tree.leaves(mask)
+    return bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from dot_optax._algebra import _params_in_state, _sum_like, joint, sum_losses
-from dot_optax._checks import _check_transformation, _describe
-from dot_optax._containers import PerLoss, _Losses, _same_structure
+from dot_optax._algebra import joint, params_in_state, sum_like, sum_losses
+from dot_optax._checks import check_transformation, describe
+from dot_optax._containers import LossNames, PerLoss, same_structure
 
 
 def wrap(
@@ -64,30 +64,27 @@ def wrap(
     References:
         `Optax's wrappers <https://optax.readthedocs.io/en/latest/api/transformations.html>`_.
     """
-    container = _Losses.named(losses, "wrap")
-    inner = optax.with_extra_args_support(_check_transformation(tx, "wrap"))
+    container = LossNames.named(losses, "wrap")
+    inner = check_transformation(tx, "wrap")
 
-    # What `update` below was given, for the calls of `split_update` that it makes by way of the wrapper.
-    current: contextvars.ContextVar[_Split] = contextvars.ContextVar("split")
+    # What `update` below was given, for the calls of `update_inner` that it makes by way of the wrapper. A context
+    # variable, because keywords do not reach SAM's inner optimizer, and leak into the predicates of users.
+    current: contextvars.ContextVar[_GradientsOfSums] = contextvars.ContextVar("gradients of sums")
 
-    def split_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads = container.pack(current.get().per_loss(updates))
+    def update_inner(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        grads = container.pack(current.get().grads_of(updates))
         total, state = inner.update(grads, state, params, **extra_args)
         return _check_tree(total, updates), state
 
-    if not callable(wrapper):
-        raise TypeError(
-            f"wrap: `wrapper` must be a function from a transformation to another, got {_describe(wrapper)}"
-        )
-    wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, split_update))
+    wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, update_inner))
     if isinstance(wrapped, optax.MultiSteps):
         return _accumulated(wrapper, inner, container, losses)
-    outer = optax.with_extra_args_support(_check_transformation(wrapped, "wrap: `wrapper`"))
+    outer = check_transformation(wrapped, "wrap: `wrapper`")
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, _ = container.unpack(updates, _params_in_state(outer.init, state) if params is None else params)
-        total = _sum_like(grads, params)
-        token = current.set(_Split(total, grads))
+        grads, _ = container.gradients(updates, params_in_state(outer.init, state) if params is None else params)
+        total = sum_like(grads, params)
+        token = current.set(_GradientsOfSums(total, grads))
         try:
             return outer.update(total, state, params, **extra_args)
         finally:
@@ -97,16 +94,16 @@ def wrap(
 
 
 def _check_tree(total: Any, like: Any) -> Any:
-    if not _same_structure(total, like):
-        raise ValueError(
-            f"wrap: `tx` must turn the gradients of the losses into one tree, but returned {_describe(total)}: "
-            "chain sum_losses() to it"
-        )
+    if not same_structure(total, like):
+        raise ValueError(f"wrap: `tx` must return one tree, such as sum_losses() makes; got {describe(total)}")
     return total
 
 
-class _Split:
-    """The gradients of each loss, to be looked up by the arrays of the summed gradient that a wrapper passes on."""
+class _GradientsOfSums:
+    """The gradient of each loss, looked up by the arrays of the summed gradient that a wrapper passes on.
+
+    They are found by identity, since a wrapper may drop some of the arrays or put them in another tree.
+    """
 
     def __init__(self, total: Any, grads: Sequence[Any]):
         sums = jax.tree.leaves(total)
@@ -114,46 +111,50 @@ class _Split:
         self._entries = dict(zip(map(id, sums), zip(sums, *map(jax.tree.leaves, grads), strict=True), strict=True))
         self._count = len(grads)
 
-    def per_loss(self, updates: Any) -> list[Any]:
-        """The gradients of each loss, each a tree of the structure of `updates`."""
+    def grads_of(self, updates: Any) -> list[Any]:
+        """The gradient of each loss, a tree of the structure of `updates`."""
         if not all(id(leaf) in self._entries for leaf in jax.tree.leaves(updates)):
             raise ValueError(
-                "wrap: the wrapper changed the summed gradient before the optimizer, so that the losses cannot be told "
-                "apart. Put it inside per_loss(...), or before the optimizer with joint(...), or use it without wrap; "
-                "return optax.MultiSteps itself, not its gradient_transformation()"
+                "wrap: the wrapper changed the summed gradient, so that the losses cannot be told apart. Put it inside "
+                "per_loss(...) or joint(...), or use it without wrap; return optax.MultiSteps, not what it converts to"
             )
         return [jax.tree.map(lambda leaf, i=i: self._entries[id(leaf)][i], updates) for i in range(1, self._count + 1)]
 
 
 def _accumulated(
-    wrapper: Callable[[Any], Any], tx: optax.GradientTransformationExtraArgs, container: _Losses, losses: Any
+    wrapper: Callable[[Any], Any], tx: optax.GradientTransformationExtraArgs, container: LossNames, losses: Any
 ) -> optax.GradientTransformationExtraArgs:
     """`wrap` of `optax.MultiSteps`, which accumulates any tree: here, the container."""
-    spread = _spread(tx, container)
-    multi_steps = wrapper(spread)
-    if multi_steps.inner_opt is not spread:
+    to_container = _to_container(tx, container)
+    multi_steps = wrapper(to_container)
+    if multi_steps.inner_opt is not to_container:
         raise ValueError(
-            "wrap: optax.MultiSteps must hold the optimizer alone, since all inside it sees the gradients of each loss; "
-            "nest instead: wrap(MultiSteps, wrap(other, optimizer))"
+            "wrap: optax.MultiSteps must hold the optimizer alone: nest, wrap(MultiSteps, wrap(other, tx))"
         )
     steps = joint(optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update), losses=losses)
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
         updates, state = steps.update(updates, state, params, **extra_args)
-        total, _ = sum_losses().update(updates, optax.EmptyState(), params)
-        return total, state
+        return sum_losses().update(updates, optax.EmptyState(), params)[0], state
 
     return optax.GradientTransformationExtraArgs(steps.init, update)
 
 
-def _spread(tx: optax.GradientTransformationExtraArgs, container: _Losses) -> optax.GradientTransformationExtraArgs:
-    """`tx` from container to container: its update in the place of the first loss, and zeros."""
+def _to_container(
+    tx: optax.GradientTransformationExtraArgs, container: LossNames
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` from container to container: its update in the place of the first loss, and zeros.
+
+    `optax.MultiSteps` wants updates that look like the gradients.
+    """
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        params = None if params is None else container.values(params)[0]
+        params = None if params is None else first(params)
         total, state = tx.update(updates, state, params, **extra_args)
-        first, *others = container.values(updates)
-        total, zeros = _check_tree(total, first), map(optax.tree.zeros_like, others)
-        return container.pack([total, *zeros]), state
+        zeros = optax.tree.zeros_like(first(updates))
+        return container.pack([_check_tree(total, zeros)] + [zeros] * (len(container.names) - 1)), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(container.values(params)[0]), update)
+    def first(entries: Any) -> Any:
+        return next(iter(container.entries(entries).values()))
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(first(params)), update)

@@ -56,7 +56,7 @@ def _trajectory(arrays, transform):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         largest.see("params", params, group(arrays, "params", step))
-        for loss, (trace,) in state[1][0]._asdict().items():
+        for loss, (trace,) in state[0]._asdict().items():
             buffers = {k: v for k, v in trace.items() if not isinstance(v, optax.MaskedNode)}
             largest.see(f"{loss}_trace", buffers, group(arrays, f"{loss}_trace", step))
     return largest.deviations

@@ -191,49 +191,6 @@ def test_complex_parameters_follow_jax_grad():
         np.testing.assert_allclose(grad, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("fn", "argument", "message"),
-    [
-        (lambda x: x**2, 1.0, r"loss_fn must return one scalar per loss, such as PerLoss.*got an array of shape \(\)"),
-        (lambda x: jnp.stack([x, x]), 1.0, r"one scalar per loss, .* got an array of shape \(2,\)"),
-        (
-            lambda x: (x, x * jnp.ones(3)),
-            1.0,
-            r"the loss\[1\] must be a real floating point scalar, got an array of shape \(3,\)",
-        ),
-        (lambda x: PerLoss(x, 1), 1.0, r"the loss.kd must be a real floating point scalar, got 1: reduce it"),
-        (lambda x: PerLoss(x, {"kd": x}), 1.0, r"the loss.kd must be a real .* got a dict with the keys 'kd'"),
-        (lambda x: PerLoss(x, x * 1j), 1.0, r"the loss.kd must be a real floating point scalar"),
-        (lambda x: (), 1.0, r"one scalar per loss"),
-        (
-            lambda x: PerLoss(x, x),
-            {"n": 1},
-            r"argument 0\['n'\] must be floating point or complex to be differentiated",
-        ),
-        (lambda x: PerLoss(x, x), "x", r"argument 0: expected an array, got 'x'"),
-    ],
-)
-def test_errors(fn, argument, message):
-    with pytest.raises(TypeError, match=message):
-        dot_optax.value_and_grads(fn)(argument)
-
-
-def test_errors_of_the_call():
-    with pytest.raises(TypeError, match="expected a function that returns one scalar per loss, got 3"):
-        dot_optax.value_and_grads(3)
-    with pytest.raises(TypeError, match="argnums=2 needs that positional argument, got 1"):
-        dot_optax.value_and_grads(lambda x: (x, x), argnums=2)(1.0)
-    with pytest.raises(
-        TypeError, match=r"the loss\[0\] must be .* got PerLoss .* \(has_aux=True if it is auxiliary data\)"
-    ):
-        dot_optax.value_and_grads(lambda x: (PerLoss(x, x), {"aux": x}))(1.0)
-    for argnums, error in (("x", TypeError), (None, TypeError), ((0, 0), ValueError), ((), ValueError)):
-        with pytest.raises(error, match="value_and_grads: argnums must"):
-            dot_optax.value_and_grads(lambda x: (x, x), argnums=argnums)
-    with pytest.raises(TypeError, match=r"with has_aux, loss_fn must return \(losses, aux\), got a tuple of 3"):
-        dot_optax.value_and_grads(lambda x: (x, x, x), has_aux=True)(1.0)
-
-
 def projector_losses(params, x):
     features = jnp.tanh(x @ params["body"]["w"])
     frozen = jax.lax.stop_gradient(params["frozen"])

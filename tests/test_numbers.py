@@ -134,7 +134,7 @@ def test_a_hundred_thousand_steps_in_float32(beta):
 
         start = tx.init(jnp.zeros(16, dtype)), jnp.zeros((), dtype)
         (state, largest), _ = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 100_000))
-        return state[0].task.trace + state[0].kd.trace, largest
+        return state.task.trace + state.kd.trace, largest
 
     with jax.enable_x64(True):
         single, _ = train(jnp.float32)

@@ -232,9 +232,12 @@ def in_jit(tx):
 @pytest.mark.parametrize(
     ("wrapper", "message"),
     [
-        (optax.flatten, "wrap: the wrapper changed the summed gradient before the optimizer"),
-        (in_jit, "wrap: the wrapper changed the summed gradient before the optimizer"),
-        (lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "return optax.MultiSteps itself"),
+        (optax.flatten, "wrap: the wrapper changed the summed gradient"),
+        (in_jit, "wrap: the wrapper changed the summed gradient"),
+        (
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            "return optax.MultiSteps, not what it converts to",
+        ),
         (lambda tx: optax.contrib.split_real_and_imaginary(tx), "or use it without wrap"),
     ],
 )
@@ -327,7 +330,7 @@ def test_wrap_in_scan_with_wider_gradients_than_parameters(wrapper):
 )
 def test_wrap_wants_one_tree_from_the_optimizer(wrapper):
     tx = dot_optax.wrap(wrapper, dot_optax.per_loss(optax.trace(0.9), optax.trace(0.9)))
-    with pytest.raises(ValueError, match=r"`tx` must turn the gradients of the losses into one tree.* sum_losses\(\)"):
+    with pytest.raises(ValueError, match=r"`tx` must return one tree, such as sum_losses\(\) makes; got"):
         tx.update((TASK, KD), tx.init(PARAMS), PARAMS)
 
 
@@ -360,147 +363,9 @@ def test_parameters_that_are_a_pair_themselves():
     params = (jnp.ones(3), jnp.ones(3))
     grads = PerLoss(params, params)
     np.testing.assert_allclose(dot_update(grads, params)[0], -0.1 * (1.5 + 1.75), rtol=1e-6)
-    with pytest.raises(ValueError, match="looks like one gradient tree instead of one per loss"):
-        dot_update(params, params)
-    tx = dot_optax.dot(0.1)
-    with pytest.raises(ValueError, match=r"updates\[0\]\[0\]: missing, but params has .* looks like one gradient"):
-        tx.update(params, tx.init(params))
-
-
-def test_the_result_of_value_and_grads_wants_unpacking():
-    result = dot_optax.value_and_grads(lambda p: PerLoss(p["w"].sum(), p["b"].sum()))(PARAMS)
-    with pytest.raises(ValueError, match="looks like all that value_and_grads returned: unpack it"):
-        dot_update(result)
-    dot_update(result[1])
 
 
 @pytest.mark.parametrize("params", [{}, {"w": None, "b": jnp.ones(2)}, (), jnp.ones(())], ids=repr)
 def test_empty_trees_none_leaves_and_bare_arrays(params):
     updates = dot_update(PerLoss(params, params), params, weight_decay=0.1)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
-
-
-BAD_SHAPE = {"w": TASK["w"], "b": jnp.ones(4)}
-MISSING = {"w": TASK["w"]}
-EXTRA = TASK | {"c": jnp.ones(1)}
-
-
-@pytest.mark.parametrize(
-    ("grads", "error", "message"),
-    [
-        (
-            TASK,
-            ValueError,
-            r"updates: expected PerLoss\(task=..., kd=...\).*keys 'task', 'kd', got a dict with the keys 'b', 'w'",
-        ),
-        (
-            TASK,
-            ValueError,
-            "looks like one gradient tree instead of one per loss: take the gradients with dot_optax.value",
-        ),
-        (jnp.ones(2), TypeError, r"updates: expected PerLoss.* got an array of shape \(2,\)"),
-        ([TASK, KD], TypeError, "updates: expected PerLoss.* got a list of 2"),
-        (None, TypeError, "updates: expected PerLoss.* got None"),
-        ((), TypeError, "updates: expected PerLoss.* got a tuple of 0"),
-        ((TASK,), ValueError, "updates: expected PerLoss.* got a tuple of 1"),
-        ((TASK, KD, KD), ValueError, "updates: expected PerLoss.* got a tuple of 3"),
-        ({"task": TASK}, ValueError, "updates: expected PerLoss.* got a dict with the keys 'task'"),
-        ({"task": TASK, "kd": KD, "x": KD}, ValueError, "updates: expected PerLoss.*'task', 'kd', 'x'"),
-        ({"ce": TASK, "kd": KD}, ValueError, "updates: expected PerLoss.* got a dict with the keys 'ce', 'kd'"),
-        (
-            collections.namedtuple("G", "a b")(TASK, KD),
-            ValueError,
-            "updates: expected PerLoss.* got G with the fields a, b",
-        ),
-        (PerLoss(TASK, BAD_SHAPE), ValueError, r"updates.kd\['b'\]: shape \(4,\), but params has shape \(3,\) there"),
-        ((BAD_SHAPE, KD), ValueError, r"updates\[0\]\['b'\]: shape \(4,\), but params has shape \(3,\) there"),
-        (
-            PerLoss(MISSING, KD),
-            ValueError,
-            r"updates.task\['b'\]: missing, but params has a leaf of shape \(3,\) there",
-        ),
-        (
-            PerLoss(TASK, EXTRA),
-            ValueError,
-            r"updates.kd\['c'\]: unexpected leaf \(an array .*\), params has none there",
-        ),
-        (PerLoss(TASK, None), ValueError, r"updates.kd\['b'\]: missing, but params"),
-        (PerLoss(TASK, KD | {"b": "x"}), ValueError, r"updates.kd\['b'\]: expected an array, got 'x'"),
-        (
-            PerLoss(TASK, KD | {"b": jnp.ones(3, int)}),
-            ValueError,
-            r"updates.kd\['b'\]: a gradient must be floating point",
-        ),
-        (
-            PerLoss(TASK, KD | {"b": 1j * KD["b"]}),
-            ValueError,
-            r"updates.kd\['b'\]: a complex gradient .*, but params is real",
-        ),
-        (PerLoss(TASK, FrozenDict(KD)), ValueError, "updates.kd: its containers differ from those of params"),
-    ],
-)
-def test_malformed_gradients(grads, error, message):
-    for tx in (dot_optax.dot(0.1), dot_optax.dot(0.1, weight_decay=0.1), dot_optax.scale_by_dot()):
-        with pytest.raises(error, match=message):
-            tx.update(grads, tx.init(PARAMS), PARAMS)
-    for tx in (
-        dot_optax.per_loss(optax.trace(0.1), optax.trace(0.1)),
-        dot_optax.joint(optax.identity()),
-        dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), dot_optax.dot(0.1)),
-    ):
-        with pytest.raises(error, match=message):
-            tx.update(grads, tx.init(PARAMS), PARAMS)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: dot_optax.per_loss(),
-            TypeError,
-            "per_loss: expected one gradient transformation for each loss, got none",
-        ),
-        (lambda: dot_optax.per_loss(optax.identity(), 3), TypeError, "per_loss: expected an optax.*for 'kd', got 3"),
-        (lambda: dot_optax.per_loss({"a": 1}), TypeError, "per_loss: expected an optax.*for 'a', got 1"),
-        (lambda: dot_optax.joint(3), TypeError, "joint: expected an optax.GradientTransformation, got 3"),
-        (
-            lambda: dot_optax.joint(optax.identity(), losses=("a", "a")),
-            ValueError,
-            "joint: `losses` must be distinct names",
-        ),
-        (
-            lambda: dot_optax.joint(optax.identity(), losses=0),
-            ValueError,
-            "joint: `losses` must be .* their number; got 0",
-        ),
-        (
-            lambda: dot_optax.wrap(optax.flatten, "x"),
-            TypeError,
-            "wrap: expected an optax.GradientTransformation, got 'x'",
-        ),
-        (
-            lambda: dot_optax.wrap(lambda tx: 3, optax.identity()),
-            TypeError,
-            "wrap: `wrapper`: expected an optax.*got 3",
-        ),
-        (lambda: dot_optax.wrap(3, dot_optax.dot(0.1)), TypeError, "wrap: `wrapper` must be a function .* got 3"),
-        (
-            lambda: dot_optax.per_loss({"a": optax.identity(), "b": optax.identity()}).update((TASK, KD), None, PARAMS),
-            ValueError,
-            "updates: expected a mapping with the keys 'a', 'b', got a tuple of 2",
-        ),
-        (
-            lambda: dot_optax.sum_losses().update(TASK["w"], None),
-            TypeError,
-            "expected a container with one gradient tree per loss",
-        ),
-        (
-            lambda: dot_optax.sum_losses().update((TASK, BAD_SHAPE), None),
-            ValueError,
-            r"updates\[1\]\['b'\]: shape \(4,\), but the first loss has shape \(3,\) there",
-        ),
-    ],
-)
-def test_errors_of_the_algebra(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
