@@ -1,13 +1,12 @@
-"""Distillation losses in Optax's conventions: one value per example, no reduction, safe for any finite logits."""
+"""Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from dot_optax._checks import _check_scalar, _describe, _is_number
+from dot_optax._checks import check_scalar, describe, kind
 
 __all__ = ["kd_loss"]
 
@@ -26,13 +25,20 @@ def kd_loss(
         T^2 \, \mathrm{KL}(q \,\|\, p) = T^2 \sum_c q_c (\log q_c - \log p_c), \qquad
         q = \mathrm{softmax}(z_{teacher} / T), \quad p = \mathrm{softmax}(z_{student} / T)
 
-    The factor :math:`T^2` keeps the size of the gradient comparable between temperatures. Logits of less than 32 bits
-    are promoted to float32 inside, since the two logarithms nearly cancel; the result has the dtype of the logits.
-    Gradients flow into both arguments: use `jax.lax.stop_gradient` on a teacher that is part of the parameters.
+    The factor :math:`T^2` keeps the size of the gradient comparable between temperatures. The difference of the two
+    logarithms cancels where the student is close to the teacher, so what is summed is
+
+    .. math::
+        \mathrm{KL}(q \,\|\, p) = \sum_c q_c \, (e^{d_c} - 1 - d_c), \qquad d_c = \log p_c - \log q_c
+
+    which is the same, since :math:`\sum_c q_c e^{d_c} = \sum_c p_c = 1`, and of which no term is negative. Logits of
+    less than 32 bits are promoted to float32 inside; the result has the dtype of the logits. Gradients flow into both
+    arguments: use `jax.lax.stop_gradient` on a teacher that is part of the parameters.
 
     Args:
         student_logits: unnormalised log probabilities, of shape `[..., num_classes]`.
-        teacher_logits: the teacher's, of the same shape.
+        teacher_logits: the teacher's, of the same shape. A class at minus infinity is one that the teacher excludes: it
+            adds nothing to the sum over :math:`q`. Where the student alone excludes a class, the loss is infinite.
         temperature: :math:`T > 0`.
         axis: the axis, or axes, of the classes.
         where: which classes to include, of a shape that broadcasts to the logits. The others have no probability; at
@@ -42,8 +48,8 @@ def kd_loss(
         The loss of each example in nats, of shape `[...]`.
 
     Raises:
-        ValueError: if the shapes differ, `where` does not fit them, or `temperature` is a Python number that is not
-            positive and finite.
+        ValueError: if the shapes differ, `where` is not of bools or does not fit them, there are fewer than two classes,
+            or `temperature` is a Python number that is not positive and finite.
         TypeError: if the logits are not real floating point numbers, or `temperature` is not a scalar.
 
     Example:
@@ -56,55 +62,65 @@ def kd_loss(
     References:
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
-    student_logits, teacher_logits = _check_logits(student_logits, teacher_logits)
-    dtype = jnp.result_type(student_logits, teacher_logits)
-    compute_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    temperature = jnp.asarray(_check_temperature(temperature), compute_dtype)
-    where = _check_where(where, student_logits.shape)
-
-    def log_softmax(logits: jax.Array) -> jax.Array:
-        log_probs = jax.nn.log_softmax(logits.astype(compute_dtype) / temperature, axis=axis, where=where)
-        # Outside `where` they are -inf, whose difference is NaN; two equal logarithms add nothing to the divergence.
-        return log_probs if where is None else jnp.where(where, log_probs, 0.0)
-
-    log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)
-    kl = optax.losses.kl_divergence_with_log_targets(log_p, log_q, axis=axis)
+    student_logits, teacher_logits = _check_logits(student_logits, teacher_logits, axis)
+    check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise ValueError(f"where must be bools, got {describe(where)}")
+        where = jnp.broadcast_to(where, student_logits.shape)
+    # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
+    dtype = max(student_logits.dtype, teacher_logits.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    temperature = jnp.asarray(temperature, wide)
+    kl = _kl_divergence(student_logits.astype(wide), teacher_logits.astype(wide), temperature, axis, where)
     return (temperature**2 * kl).astype(dtype)
 
 
-def _check_logits(student: Any, teacher: Any) -> tuple[jax.Array, jax.Array]:
-    arrays = []
+def _kl_divergence(student: Any, teacher: Any, temperature: Any, axis: Any, where: Any) -> jax.Array:
+    """KL(q || p) of `teacher` to `student`, two arrays of logits: exact to rounding of its own size, however small."""
+    if where is not None:
+        student, teacher = (jnp.where(where, logits, -jnp.inf) for logits in (student, teacher))
+    # Logits that are large and close lose nothing once they are shifted: it is their differences that count.
+    top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True))
+    excluded = teacher == -jnp.inf
+    difference = (jnp.where(excluded, 0.0, student) - jnp.where(excluded, 0.0, teacher)) / temperature
+    student, teacher = (student - top) / temperature, (teacher - top) / temperature
+    log_z = jax.nn.logsumexp(teacher, axis=axis, keepdims=True)
+    q = jnp.exp(teacher - log_z)
+
+    def compared(log_ratio: jax.Array) -> tuple[jax.Array, ...]:
+        """p; where log(p / q) is near 0; and this logarithm there, and where it is not."""
+        log_p_q, p = difference - log_ratio, jnp.exp(student - log_z - log_ratio)
+        near = (jnp.abs(log_p_q) < 0.5) & ~excluded
+        return p, near, jnp.where(near, log_p_q, 0.0), jnp.where(near, 0.0, log_p_q)
+
+    # The logarithm of the ratio of both normalisers. The loss is stationary in it: its gradient does not matter, and
+    # one Newton step makes its rounding as small as the differences of the logits.
+    log_ratio = jax.nn.logsumexp(student, axis=axis, keepdims=True) - log_z
+    p, near, small, _ = compared(log_ratio)
+    excess = jnp.sum(jnp.where(near, q * jnp.expm1(small), p - q), axis=axis, keepdims=True)
+    p, near, small, large = compared(jax.lax.stop_gradient(log_ratio + jnp.log1p(excess)))
+    far = p - jnp.where(excluded, 0.0, q * (1 + large))
+    return jnp.sum(jnp.where(near, q * _exp_minus_1_minus_x(small), far), axis=axis)
+
+
+def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
+    """:math:`e^x - 1 - x` for |x| < 0.5 by its series, whose terms after these are below 2e-16 of it."""
+    series = jnp.ones_like(x)
+    for k in range(14, 2, -1):
+        series = 1 + x * series / k
+    return x * x / 2 * series
+
+
+def _check_logits(student: Any, teacher: Any, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        try:
-            array = jnp.asarray(logits)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be an array, got {_describe(logits)}") from None
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be real floating point numbers, got {array.dtype}")
-        arrays.append(array)
-    shapes = [array.shape for array in arrays]
-    if shapes[0] != shapes[1] or not shapes[0]:
+        if kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
+            raise TypeError(f"{name} must be an array of real floating point numbers, got {describe(logits)}")
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if student.shape != teacher.shape or math.prod(student.shape[a] for a in axes if student.shape) < 2:
         raise ValueError(
-            "student_logits and teacher_logits must have the same shape [..., num_classes], got "
-            f"{shapes[0]} and {shapes[1]}"
+            "student_logits and teacher_logits must have the same shape [..., num_classes], with two classes or more, "
+            f"got {student.shape} and {teacher.shape}"
         )
-    return arrays[0], arrays[1]
-
-
-def _check_temperature(temperature: Any) -> Any:
-    _check_scalar("temperature", temperature, 0)
-    if _is_number(temperature) and temperature == 0:
-        raise ValueError("temperature must be greater than 0")
-    return temperature
-
-
-def _check_where(where: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    if where is None:
-        return None
-    try:
-        array = jnp.asarray(where)
-        if array.dtype == bool and np.broadcast_shapes(array.shape, shape) == shape:
-            return array
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"where must be bools of a shape that broadcasts to {shape}, got {_describe(where)}")
+    return jnp.asarray(student), jnp.asarray(teacher)

@@ -75,12 +75,6 @@ def test_the_type_of_the_temperature_does_not_matter(temperature):
     np.testing.assert_array_equal(losses.kd_loss(student, teacher, temperature), losses.kd_loss(student, teacher, 20.0))
 
 
-@pytest.mark.parametrize("where", [jnp.ones(4, bool), jnp.ones(3), [1.0, 0.0, 1.0]])
-def test_where_must_fit(where):
-    with pytest.raises(ValueError, match=r"where must be bools of a shape that broadcasts to \(2, 3\)"):
-        losses.kd_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), where=where)
-
-
 def test_excluded_classes_may_hold_anything_finite():
     logits = jnp.array([[0.0, 1.0, 3e38]])
     where = jnp.array([[True, True, False]])
@@ -93,28 +87,3 @@ def test_excluded_classes_may_hold_anything_finite():
     assert jnp.isfinite(value)
     for grad in grads:
         assert jnp.isfinite(grad).all() and grad[0, 2] == 0.0 and grad[0, 0] != 0.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (
-            (jnp.zeros((2, 3)), jnp.zeros((2, 4)), 1.0),
-            ValueError,
-            r"same shape \[..., num_classes\], got \(2, 3\) and \(2, 4\)",
-        ),
-        ((jnp.zeros((2, 3), int), jnp.zeros((2, 3)), 1.0), TypeError, "student_logits must be real floating point"),
-        ((jnp.zeros(3), jnp.zeros(3, complex), 1.0), TypeError, "teacher_logits must be real floating point"),
-        ((jnp.zeros(3), jnp.zeros(3), 0.0), ValueError, "temperature must be greater than 0"),
-        ((jnp.zeros(3), jnp.zeros(3), -1.0), ValueError, "temperature must be finite and at least 0, got -1.0"),
-        ((jnp.zeros(3), jnp.zeros(3), float("nan")), ValueError, "temperature must be finite"),
-        ((jnp.zeros(3), jnp.zeros(3), "4"), TypeError, "temperature must be a number or a scalar array, got '4'"),
-        ((jnp.zeros(3), jnp.zeros(3), jnp.ones(3)), TypeError, "temperature must be a number or a scalar array"),
-        ((jnp.zeros(3), jnp.zeros(3), jnp.complex64(2)), TypeError, "temperature must be a number or a scalar array"),
-        ((None, jnp.zeros(3), 1.0), TypeError, "student_logits must be an array, got None"),
-        ((jnp.zeros(()), jnp.zeros(()), 1.0), ValueError, r"must have the same shape \[..., num_classes\], got \(\)"),
-    ],
-)
-def test_errors(arguments, error, message):
-    with pytest.raises(error, match=message):
-        losses.kd_loss(*arguments)
