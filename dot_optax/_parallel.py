@@ -20,10 +20,17 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
     mean is the momentum that a single device would have: that is what to save, and to give to every device when it is
     restored, to however many.
 
-    Use it inside `jax.shard_map` or `jax.pmap`, in a chain after `dot` or `scale_by_dot`, on gradients of the device's
-    own loss. In `shard_map` such gradients come from parameters that were made to vary with
-    `jax.lax.pcast(params, axis_name, to='varying')`. It does not serve what is not linear and comes before it: Adam,
-    clipping, skipping steps.
+    Use it inside `jax.shard_map` or `jax.pmap`, in a chain after `dot`, `scale_by_dot` or `deepkd`, on gradients of the
+    device's own loss. It does not serve what is not linear and comes before it: Adam, clipping, skipping steps.
+
+    - In `shard_map` such gradients come from parameters that were made to vary with
+      `jax.lax.pcast(params, axis_name, to='varying')`. Otherwise JAX adds up the gradients of all devices by itself, and
+      the average of equal sums is :math:`D` times too large: that is refused. With `check_vma=False` JAX adds up nothing,
+      and cannot tell.
+    - The momenta differ between devices, so the state must be stacked along a mapped axis: in `pmap`
+      `in_axes=(None, 0, ...)` and `out_axes=(None, 0)` for parameters and state. With `out_axes=None` for the state it
+      looks replicated, but each device keeps its own: a trip through the host then keeps those of the first device and
+      gives them to all.
 
     Args:
         axis_name: the name of the axis, or a tuple of names, as for `jax.lax.pmean`.
@@ -32,7 +39,8 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
         A transformation from a tree of updates to a tree of updates, without state.
 
     Raises:
-        ValueError: by `update`, where there is no axis of this name.
+        NameError: by `update`, where there is no axis of this name.
+        ValueError: by `update`, where an update does not vary over the axis.
 
     Example:
         >>> import jax, jax.numpy as jnp, dot_optax, optax
@@ -49,12 +57,18 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params, extra_args
-        try:
-            return jax.lax.pmean(updates, axis_name), state
-        except NameError as error:
-            raise ValueError(
-                f"average_over({axis_name!r}): there is no axis of this name here; call update inside jax.shard_map over"
-                " a mesh with this axis, or inside jax.pmap with this axis_name"
-            ) from error
+        varies = _varying_axes(jax.lax.axis_index(axis_name))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+            if not varies <= _varying_axes(leaf):
+                raise ValueError(
+                    f"average_over({axis_name!r}): the update{jax.tree_util.keystr(path)} is the same on all devices: take "
+                    f"the gradients at jax.lax.pcast(params, {axis_name!r}, to='varying'), else JAX adds them up"
+                )
+        return jax.lax.pmean(updates, axis_name), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _varying_axes(x: Any) -> frozenset[Any]:
+    """The mapped axes over which an array varies, as `shard_map` knows it; none in `pmap` and with `check_vma=False`."""
+    return jax.typeof(x).manual_axis_type.varying
