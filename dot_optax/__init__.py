@@ -14,11 +14,16 @@ from dot_optax._algebra import joint as joint
 from dot_optax._algebra import per_loss as per_loss
 from dot_optax._algebra import sum_losses as sum_losses
 from dot_optax._containers import PerLoss as PerLoss
+from dot_optax._deepkd import DeepKDLosses as DeepKDLosses
+from dot_optax._deepkd import deepkd as deepkd
 from dot_optax._dot import betas as betas
 from dot_optax._dot import dot as dot
 from dot_optax._dot import gain_matched_sgd as gain_matched_sgd
 from dot_optax._dot import gains as gains
 from dot_optax._dot import scale_by_dot as scale_by_dot
+from dot_optax._dot_adam import dot_adamw as dot_adamw
+from dot_optax._dot_adam import scale_by_adam_momenta as scale_by_adam_momenta
+from dot_optax._dot_adam import scale_by_dot_adam as scale_by_dot_adam
 from dot_optax._gradients import value_and_grads as value_and_grads
 from dot_optax._momenta import scale_by_momenta as scale_by_momenta
 from dot_optax._parallel import average_over as average_over
@@ -26,17 +31,22 @@ from dot_optax._reach import reached as reached
 from dot_optax._wrap import wrap as wrap
 
 __all__ = [
+    "DeepKDLosses",
     "PerLoss",
     "average_over",
     "betas",
+    "deepkd",
     "dot",
+    "dot_adamw",
     "gain_matched_sgd",
     "gains",
     "joint",
     "losses",
     "per_loss",
     "reached",
+    "scale_by_adam_momenta",
     "scale_by_dot",
+    "scale_by_dot_adam",
     "scale_by_momenta",
     "sum_losses",
     "value_and_grads",
