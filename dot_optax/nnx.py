@@ -1,0 +1,142 @@
+"""Gradients of several losses of Flax NNX modules.  The only module of the package that imports Flax."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dot_optax import _gradients, _reach
+
+
+def value_and_grads(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: nnx.filterlib.Filter = nnx.Param
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Like `nnx.value_and_grad`, for a function that returns several losses: one gradient for each.
+
+    .. math::
+        (\ell_1, \ldots, \ell_N) = f(\mathrm{model}), \qquad g_i = \nabla_\theta \, \ell_i, \quad
+        \theta = \text{the Variables of the model that } \mathit{wrt} \text{ selects}
+
+    The forward pass runs once: BatchNorm's statistics move once, and Dropout draws one mask for all losses. Calling
+    `nnx.grad` once per loss moves them twice and draws two masks.
+
+    Args:
+        loss_fn: `loss_fn(model, *args, **kwargs)` returns a container of real scalars: `PerLoss(task, kd)`, any other
+            tuple, or a mapping; with `has_aux`, a pair of that container and any auxiliary data.
+        has_aux: whether `loss_fn` returns auxiliary data.
+        wrt: which Variables of `model` to differentiate with respect to: a filter of NNX, as for `nnx.Optimizer`.
+
+    Returns:
+        A function with the arguments of `loss_fn` that returns `(values, grads)`, or `((values, aux), grads)`. Each
+        entry of `grads` is an `nnx.State` of what `wrt` selects; a tied weight is one Variable and has one gradient.
+        Every other Variable of the arguments (statistics, the counters of `nnx.Rngs`, metrics) is written back after
+        the call, as if `loss_fn` had been called once. Use it inside `nnx.jit`, `nnx.scan` or `jax.shard_map` as
+        `nnx.value_and_grad`, and hand the gradients to `nnx.Optimizer(model, dot_optax.dot(...), wrt=wrt)`.
+
+    Raises:
+        TypeError: when called, as `dot_optax.value_and_grads`.
+        ValueError: when called, if `wrt` selects nothing in `model`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax, dot_optax.nnx
+        >>> from flax import nnx
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, dot_optax.dot(0.1), wrt=nnx.Param)
+        >>> def loss_fn(model, x):
+        ...     y = model(x)
+        ...     return dot_optax.PerLoss(task=jnp.mean((y - 1.0) ** 2), kd=jnp.mean((y - 2.0) ** 2))
+        >>> for _ in range(100):
+        ...     losses, grads = dot_optax.nnx.value_and_grads(loss_fn)(model, jnp.eye(2))
+        ...     _ = optimizer.update(model, grads)
+        >>> print(losses.task.round(2), losses.kd.round(2))
+        0.76 0.02
+
+    References:
+        `Flax NNX's transformations <https://flax.readthedocs.io/en/latest/guides/transforms.html>`_.
+    """
+
+    @functools.wraps(loss_fn)
+    def wrapped(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
+        (values, (aux, changed)), grads = _gradients.value_and_grads(pure, has_aux=True)(params, rest)
+        nnx.update((model, args, kwargs), changed)
+        return ((values, aux) if has_aux else values), grads
+
+    return wrapped
+
+
+def reached(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    has_aux: bool = False,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    **kwargs: Any,
+) -> Any:
+    r"""Which loss reaches which parameter of an NNX module: whether its gradient can be other than zero.
+
+    .. math::
+        r_{ij} = [\, \partial \ell_i / \partial \theta_j \text{ is not identically } 0 \,]
+
+    Args:
+        loss_fn: as for `value_and_grads`.
+        model: the module. Nothing is computed, and nothing in it changes.
+        *args: the other arguments.
+        has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
+        wrt: which Variables are parameters, as for `value_and_grads`.
+        **kwargs: the keyword arguments.
+
+    Returns:
+        A container of the type that `loss_fn` returns, with an `nnx.State` of bools per loss: the `reached` argument of
+        an optimizer for `nnx.Optimizer(model, optimizer, wrt=wrt)`.
+
+    Raises:
+        TypeError: as `value_and_grads`.
+        ValueError: as `value_and_grads`.
+
+    Example:
+        >>> import dot_optax, dot_optax.nnx, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = nnx.Dict(head=nnx.Param(jnp.ones(2)), projector=nnx.Param(jnp.ones(2)))
+        >>> def loss_fn(model):
+        ...     return dot_optax.PerLoss(task=model['head'].sum(), kd=model['projector'].sum())
+        >>> nnx.to_pure_dict(dot_optax.nnx.reached(loss_fn, model).kd)
+        {'head': False, 'projector': True}
+
+    References:
+        As `dot_optax.reached`.
+    """
+    pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
+    return _reach.reached(pure, params, rest, has_aux=True)
+
+
+def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+    """`pure(params, rest) -> losses, (aux, the Variables that changed)`, and what to call it with.
+
+    Variables that `loss_fn` leaves alone, such as a teacher's weights, are not handed through.
+    """
+    selects = nnx.filterlib.to_predicate(wrt)
+
+    def is_parameter(path: Any, value: Any) -> bool:
+        return path[0] == 0 and selects(path[1:], value)
+
+    graphdef, selected, rest = nnx.split(arguments, is_parameter, ...)
+    if not selected:
+        raise ValueError(f"dot_optax.nnx: wrt={wrt!r} selects nothing in the model")
+
+    def pure(params: Any, rest: Any) -> Any:
+        model, args, kwargs = copies = nnx.merge(graphdef, nnx.State({0: params}), rest, copy=True)
+        output = loss_fn(model, *args, **kwargs)
+        losses, aux = output if has_aux else (output, None)
+        before = dict(nnx.to_flat_state(rest))
+        _, _, variables, _ = nnx.split(copies, is_parameter, nnx.Variable, ...)
+        changed = [(p, v) for p, v in nnx.to_flat_state(variables) if p not in before or not _same_arrays(v, before[p])]
+        return losses, (aux, nnx.from_flat_state(changed))
+
+    return pure, selected[0], rest
+
+
+def _same_arrays(new: Any, old: Any) -> bool:
+    return all(a is b for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
