@@ -1,0 +1,383 @@
+"""Malformed input of every kind, and what it must say.
+
+    python -m tests.malformed
+
+prints, for each, the exception and its first line.  `test_malformed.py` wants each to raise ValueError or TypeError (or
+what JAX raises), with the words that name what is wrong.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.core import FrozenDict
+
+import dot_optax
+from dot_optax import PerLoss
+
+
+class Malformed(NamedTuple):
+    what: str
+    call: Callable[[], Any]
+    says: str  # a regular expression
+
+
+P = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+TASK, KD = jax.tree.map(lambda p: 2 * p, P), jax.tree.map(lambda p: 3 * p, P)
+THREE = {"ce": TASK, "hint": TASK, "kd": KD}
+
+
+def _update(tx, grads, *params):
+    return lambda: tx().update(grads, tx().init(P), *params)
+
+
+def _init(make):
+    return lambda: make().init(P)
+
+
+def _gradients(what, grads, says):
+    """One malformed container, given to every optimizer of two losses."""
+    optimizers = {
+        "dot": lambda: dot_optax.dot(0.1),
+        "dot with L2": lambda: dot_optax.dot(0.1, weight_decay=0.1),
+        "dot_adamw": lambda: dot_optax.dot_adamw(0.1),
+        "gain_matched_sgd": lambda: dot_optax.gain_matched_sgd(0.1),
+        "per_loss": lambda: dot_optax.per_loss(optax.trace(0.1), optax.trace(0.1)),
+        "joint": lambda: dot_optax.joint(optax.identity()),
+        "wrap": lambda: dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), dot_optax.dot(0.1)),
+        "accumulate": lambda: dot_optax.wrap(lambda tx: optax.MultiSteps(tx, 2), dot_optax.dot(0.1)),
+    }
+    return [Malformed(f"{name}: {what}", _update(tx, grads, P), says) for name, tx in optimizers.items()]
+
+
+_CONTAINER = r"updates: expected PerLoss\(task=..., kd=...\).*'task', 'kd'.* got "
+_SINGLE = "looks like one gradient tree instead of one per loss: take the gradients with dot_optax.value_and_grads"
+_ONE_SCALAR = r"loss_fn must return one real scalar per loss, such as PerLoss.* got "
+
+CONTAINERS = [
+    *_gradients("one gradient tree", TASK, f"{_CONTAINER}a dict of 2: 'w', 'b'|{_CONTAINER}a dict of 2: 'b', 'w'"),
+    *_gradients("one gradient tree, the remedy", TASK, _SINGLE),
+    *_gradients("an array", jnp.ones(2), _CONTAINER + r"an array of shape \(2,\).*" + _SINGLE),
+    *_gradients("a list", [TASK, KD], _CONTAINER + "a list of 2"),
+    *_gradients("nothing", None, _CONTAINER + "None"),
+    *_gradients("an empty tuple", (), _CONTAINER + "a tuple of 0"),
+    *_gradients("one loss", (TASK,), _CONTAINER + "a tuple of 1"),
+    *_gradients("three losses", (TASK, KD, KD), _CONTAINER + "a tuple of 3"),
+    *_gradients("a missing loss", {"task": TASK}, _CONTAINER + "a dict of 1: 'task'"),
+    *_gradients("an unknown loss", {"task": TASK, "kd": KD, "x": KD}, _CONTAINER + "a dict of 3: 'task', 'kd', 'x'"),
+    *_gradients("another name", {"ce": TASK, "kd": KD}, _CONTAINER + "a dict of 2: 'ce', 'kd'"),
+    *_gradients("other fields", collections.namedtuple("G", "a b")(TASK, KD), _CONTAINER + "a G of 2: 'a', 'b'"),
+    *_gradients(
+        "another shape",
+        PerLoss(TASK, KD | {"b": jnp.ones(4)}),
+        r"updates.kd\['b'\]: expected what params has there, an array of shape \(3,\).* got an array of shape \(4,\)",
+    ),
+    *_gradients("a broadcastable shape", (TASK | {"b": jnp.ones(1)}, KD), r"updates\[0\]\['b'\]: expected .*\(1,\)"),
+    *_gradients("a missing leaf", {"task": {"w": TASK["w"]}, "kd": KD}, r"updates\['task'\]\['b'\]: .* got no leaf"),
+    *_gradients(
+        "an extra leaf", PerLoss(TASK, KD | {"c": jnp.ones(1)}), r"updates.kd\['c'\]: .* there, no leaf; got an"
+    ),
+    *_gradients("no gradient", PerLoss(TASK, None), r"updates.kd\['w'\]: .* got no leaf|updates.kd\['b'\]: .* got no"),
+    *_gradients("a gradient that is None", PerLoss(TASK, KD | {"b": None}), r"updates.kd\['b'\]: .* got no leaf"),
+    *_gradients("a string", PerLoss(TASK, KD | {"b": "x"}), r"updates.kd\['b'\]: .* got 'x'"),
+    *_gradients("whole numbers", PerLoss(TASK, KD | {"b": jnp.ones(3, int)}), r"updates.kd\['b'\]: .* dtype int32"),
+    *_gradients("complex numbers", PerLoss(TASK, KD | {"b": 1j * KD["b"]}), r"updates.kd\['b'\]: .* dtype complex64"),
+    *_gradients("another container", PerLoss(TASK, FrozenDict(KD)), "updates.kd: its containers differ"),
+    *_gradients(
+        "all of value_and_grads", (PerLoss(1.0, 2.0), PerLoss(TASK, KD)), "returned: unpack it, `values, grads"
+    ),
+]
+
+PAIR = (jnp.ones(3), jnp.ones(3))  # parameters that are a 2-tuple themselves
+ALGEBRA = [
+    Malformed(
+        "dot: parameters that are a pair, as gradients",
+        lambda: dot_optax.dot(0.1).update(PAIR, dot_optax.dot(0.1).init(PAIR), PAIR),
+        _SINGLE,
+    ),
+    Malformed(
+        "... without params",
+        lambda: dot_optax.dot(0.1).update(PAIR, dot_optax.dot(0.1).init(PAIR)),
+        _SINGLE,
+    ),
+    Malformed(
+        "per_loss of nothing", lambda: dot_optax.per_loss(), "transformations: expected a container .* tuple of 0"
+    ),
+    Malformed(
+        "per_loss of a number", lambda: dot_optax.per_loss(optax.identity(), 3), "per_loss, 'kd': expected an optax"
+    ),
+    Malformed(
+        "per_loss of a dict of numbers", lambda: dot_optax.per_loss({"a": 1}), "per_loss, 'a': expected an optax"
+    ),
+    Malformed(
+        "per_loss by position: a dict of other names",
+        lambda: dot_optax.per_loss(*[optax.identity()] * 3).update(THREE, None, P),
+        "updates: expected a mapping with the keys 0, 1, 2, or a 3-tuple in this order, got a dict of 3: 'ce', 'hint', 'kd'",
+    ),
+    Malformed(
+        "per_loss by name: a tuple",
+        lambda: dot_optax.per_loss({"a": optax.identity(), "b": optax.identity()}).update((TASK, KD), None, P),
+        "updates: expected a mapping with the keys 'a', 'b', got a tuple of 2",
+    ),
+    Malformed(
+        "joint of a number", lambda: dot_optax.joint(3), "joint: expected an optax.GradientTransformation, got 3"
+    ),
+    *(
+        Malformed(
+            f"joint: losses={losses!r}",
+            lambda losses=losses: dot_optax.joint(optax.identity(), losses=losses),
+            "joint: `losses` must be distinct names in order, or their number",
+        )
+        for losses in (("a", "a"), 0, "kd", ())
+    ),
+    Malformed("wrap of a string", lambda: dot_optax.wrap(optax.flatten, "x"), "wrap: expected an optax.*, got 'x'"),
+    Malformed("wrap by a number", lambda: dot_optax.wrap(3, dot_optax.dot(0.1)), "'int' object is not callable"),
+    Malformed(
+        "wrap to a number", lambda: dot_optax.wrap(lambda tx: 3, optax.identity()), "wrap: `wrapper`: expected an"
+    ),
+    Malformed("sum_losses of an array", lambda: dot_optax.sum_losses().update(TASK["w"], None), "one entry per loss"),
+    Malformed(
+        "sum_losses of different trees",
+        lambda: dot_optax.sum_losses().update((TASK, TASK | {"b": jnp.ones(4)}), None),
+        r"updates\[1\]\['b'\]: expected what the first loss has there",
+    ),
+]
+
+_FACTORIES = {
+    "dot": lambda task, kd: dot_optax.dot(0.1, task, kd),
+    "scale_by_dot": lambda task, kd: dot_optax.scale_by_dot(task, kd),
+    "dot_adamw": lambda task, kd: dot_optax.dot_adamw(0.1, task, kd),
+    "gain_matched_sgd": lambda task, kd: dot_optax.gain_matched_sgd(0.1, task, kd),
+    "gains": lambda task, kd: dot_optax.gains(task, kd),
+}
+HYPERPARAMETERS = [
+    *(
+        Malformed(
+            f"{name}: a momentum of {beta!r:.40}", lambda make=make, beta=beta: make(0.9, beta), "beta_kd must be"
+        )
+        for name, make in _FACTORIES.items()
+        for beta in (1.0, -0.1, float("nan"), None, "0.9", True, 0.5j, jnp.ones(2), jnp.ones(1), jnp.array(True))
+    ),
+    Malformed(
+        "scale_by_momenta: a momentum",
+        lambda: dot_optax.scale_by_momenta({"ce": 0.9, "kd": 1.5}),
+        r"beta_kd must be in \[0, 1\), got 1.5",
+    ),
+    Malformed(
+        "scale_by_momenta: one number", lambda: dot_optax.scale_by_momenta(0.9), "betas: expected a container .* 0.9"
+    ),
+    Malformed(
+        "deepkd: a variant", lambda: dot_optax.deepkd(0.1, variant="x"), "variant must be one of 'paper', 'code'"
+    ),
+    Malformed("deepkd: a momentum", lambda: dot_optax.deepkd(0.1, 0.9, 1.0), "beta_target must be in"),
+    Malformed(
+        "betas: too large", lambda: dot_optax.betas(0.9, 0.1), r"momentum \+ delta must lie in \[0, 1\), got 0.9 \+ 0.1"
+    ),
+    Malformed("betas: too small", lambda: dot_optax.betas(0.05, 0.1), r"momentum - delta must lie in \[0, 1\)"),
+    Malformed(
+        "betas: a string", lambda: dot_optax.betas("0.9"), "momentum must be a number or a scalar array, got '0.9'"
+    ),
+    Malformed(
+        "betas: no delta", lambda: dot_optax.betas(0.9, None), "delta must be a number or a scalar array, got None"
+    ),
+    *(
+        Malformed(
+            f"{make.__name__}: {name}={value!r:.40}",
+            lambda make=make, kw={name: value}: make(**{"learning_rate": 0.1} | kw),
+            name,
+        )
+        for make in (dot_optax.dot, dot_optax.gain_matched_sgd, dot_optax.deepkd, dot_optax.dot_adamw)
+        for name, value in [
+            *(("learning_rate", value) for value in ("0.1", None, jnp.ones(2), True, float("nan"))),
+            *(("weight_decay", value) for value in (-1e-4, float("nan"), float("inf"), "0.1", None, jnp.ones(2))),
+            *(("nesterov", value) for value in ("no", None, 1)),
+            *(("mask", value) for value in (True,)),
+        ]
+        if not (make is dot_optax.gain_matched_sgd and name == "nope")
+    ),
+    *(
+        Malformed(f"{make.__name__}: {name}={value!r:.40}", lambda make=make, kw={name: value}: make(0.1, **kw), name)
+        for make, name in ((dot_optax.dot, "accumulator_dtype"), (dot_optax.dot_adamw, "mu_dtype"))
+        for value in (int, bool)
+    ),
+    *(
+        Malformed(f"dot_adamw: {name}={value}", lambda kw={name: value}: dot_optax.dot_adamw(0.1, **kw), name)
+        for name in ("b2", "eps", "eps_root")
+        for value in (-0.1, None, float("nan"))
+    ),
+    Malformed(
+        "dot_adamw: normalize=1", lambda: dot_optax.dot_adamw(0.1, normalize=1), "normalize must be True or False"
+    ),
+]
+
+MASKS = [
+    Malformed(
+        "dot: reached=True", _init(lambda: dot_optax.dot(0.1, reached=True)), "reached: expected PerLoss.* got True"
+    ),
+    Malformed("dot: one mask", _init(lambda: dot_optax.dot(0.1, reached=(True,))), "reached: expected .* a tuple of 1"),
+    Malformed(
+        "dot: reached without an entry",
+        _init(lambda: dot_optax.dot(0.1, reached=(True, {"w": True}))),
+        "reached, kd: no entry for the parameter b",
+    ),
+    Malformed(
+        "dot: reached of numbers",
+        _init(lambda: dot_optax.dot(0.1, reached=(True, {"w": jnp.ones(3), "b": True}))),
+        "reached, kd: expected a tree of True and False",
+    ),
+    *(
+        Malformed(
+            f"{make.__name__}: mask without an entry",
+            lambda make=make: make(0.1, weight_decay=0.1, mask={"w": True}).update((TASK, KD), make(0.1).init(P), P),
+            "mask: no entry for the parameter b",
+        )
+        for make in (dot_optax.dot, dot_optax.dot_adamw, dot_optax.gain_matched_sgd)
+    ),
+    Malformed(
+        "dot: mask with a stranger",
+        _init(lambda: dot_optax.dot(0.1, weight_decay=0.1, mask={"w": True, "b": True, "bais": False})),
+        "mask: the entry bais belongs to no parameter",
+    ),
+    *(
+        Malformed(
+            f"{name}: L2 without params",
+            _update(make, (TASK, KD)),
+            r"weight_decay needs the parameters: call update\(grads, state, params\)",
+        )
+        for name, make in {
+            "dot": lambda: dot_optax.dot(0.1, weight_decay=0.1),
+            "dot_adamw": lambda: dot_optax.dot_adamw(0.1),
+            "gain_matched_sgd": lambda: dot_optax.gain_matched_sgd(0.1, weight_decay=0.1),
+        }.items()
+    ),
+    Malformed(
+        "dot: a mask that is a function, without params",
+        _update(lambda: dot_optax.dot(0.1, reached=(True, lambda p: True)), (TASK, KD)),
+        r"reached, kd is a function of the parameters: call update\(grads, state, params\)",
+    ),
+    Malformed(
+        "dot: a state made with other masks",
+        lambda: dot_optax.dot(0.1).update(
+            (TASK, KD), dot_optax.dot(0.1, reached=(True, {"w": True, "b": False})).init(P), P
+        ),
+        "updates: the state was made for other parameters, or with other masks",
+    ),
+    Malformed(
+        "dot: a state made for other shapes",
+        lambda: dot_optax.dot(0.1).update((TASK, KD), dot_optax.dot(0.1).init(P | {"b": jnp.ones(1)}), P),
+        "updates: the state was made for other parameters, or with other masks",
+    ),
+]
+
+
+class _Module(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(2))
+
+
+def _value_and_grads(fn, argument=1.0, **options):
+    return lambda: dot_optax.value_and_grads(fn, **options)(argument)
+
+
+LOSSES = [
+    Malformed("a loss that is no function", _value_and_grads(3), "'int' object is not callable"),
+    Malformed("one summed loss", _value_and_grads(lambda x: x**2), _ONE_SCALAR + r"an array of shape \(\)"),
+    Malformed(
+        "an array of losses", _value_and_grads(lambda x: jnp.stack([x, x])), _ONE_SCALAR + r"an array of shape \(2,\)"
+    ),
+    Malformed("a list of losses", _value_and_grads(lambda x: [x, x]), _ONE_SCALAR + "a list of 2"),
+    Malformed("no loss", _value_and_grads(lambda x: ()), _ONE_SCALAR + "a tuple of 0"),
+    Malformed(
+        "no reduction", _value_and_grads(lambda x: (x, x * jnp.ones(3))), _ONE_SCALAR + r".*\(3,\).* for the loss 1"
+    ),
+    Malformed("a whole number", _value_and_grads(lambda x: PerLoss(x, 1)), _ONE_SCALAR + "1 for the loss 'kd'"),
+    Malformed(
+        "a nested loss", _value_and_grads(lambda x: PerLoss(x, {"kd": x})), _ONE_SCALAR + "a dict of 1: 'kd' for"
+    ),
+    Malformed(
+        "a complex loss", _value_and_grads(lambda x: PerLoss(x, x * 1j)), _ONE_SCALAR + ".* complex64 for the loss"
+    ),
+    Malformed(
+        "aux without has_aux", _value_and_grads(lambda x: (PerLoss(x, x), {"aux": x})), _ONE_SCALAR + "a PerLoss.*"
+    ),
+    Malformed("has_aux without aux", _value_and_grads(lambda x: (x, x), has_aux=True), _ONE_SCALAR),
+    Malformed("three outputs", _value_and_grads(lambda x: (x, x, x), has_aux=True), r"too many values to unpack"),
+    Malformed("a whole parameter", _value_and_grads(lambda x: (x, x), {"n": 1}), r"argument 0\['n'\] must be floating"),
+    Malformed("a function as a parameter", _value_and_grads(lambda x: (x, x), {"f": jax.nn.relu}), "equinox.partition"),
+    Malformed("a string as a parameter", _value_and_grads(lambda x: (x, x), "x"), "argument 0 must be .* got 'x'"),
+    Malformed(
+        "an NNX module", _value_and_grads(lambda m: (m.w.sum(),) * 2, _Module()), "dot_optax.nnx.value_and_grads"
+    ),
+    *(
+        Malformed(
+            f"argnums={n!r}", _value_and_grads(lambda x: (x, x), argnums=n), "argnums=.* must name some of the 1 "
+        )
+        for n in (2, "x", None, (0, 0), (), (0, -1))
+    ),
+    Malformed(
+        "reached of a whole parameter",
+        lambda: dot_optax.reached(lambda p: (p["n"], p["n"]), {"n": 1}),
+        r"reached: params\['n'\] must be floating point or complex",
+    ),
+    *(
+        Malformed(
+            f"kd_loss: {what}",
+            lambda kw=kw: dot_optax.losses.kd_loss(
+                **{"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.zeros((2, 3))} | kw
+            ),
+            says,
+        )
+        for what, kw, says in (
+            ("other shapes", {"teacher_logits": jnp.zeros((2, 4))}, r"same shape .* got \(2, 3\) and \(2, 4\)"),
+            ("a broadcastable shape", {"teacher_logits": jnp.zeros(3)}, "same shape"),
+            ("scalars", {"student_logits": jnp.zeros(()), "teacher_logits": jnp.zeros(())}, "same shape"),
+            (
+                "one class",
+                {"student_logits": jnp.zeros((2, 1)), "teacher_logits": jnp.zeros((2, 1))},
+                "two classes or more",
+            ),
+            ("whole numbers", {"student_logits": jnp.zeros((2, 3), int)}, "student_logits must be .* got .* int32"),
+            ("complex numbers", {"teacher_logits": jnp.zeros((2, 3), complex)}, "teacher_logits must be .* complex64"),
+            ("None", {"student_logits": None}, "student_logits must be .* got None"),
+            *(
+                (f"temperature {t!r:.30}", {"temperature": t}, "temperature must be")
+                for t in (0, 0.0, -1, float("nan"), float("inf"), "4", None, jnp.ones(2), 1j, [4.0], True, 1e-50)
+            ),
+            ("numbers as where", {"where": jnp.ones((2, 3))}, "where must be bools"),
+            ("another where", {"where": jnp.ones(4, bool)}, r"4.*2, ?3"),
+            ("a larger where", {"where": jnp.ones((5, 2, 3), bool)}, r"5, ?2, ?3.*2, ?3"),
+        )
+    ),
+]
+
+GROUPS = {
+    "containers and gradients": CONTAINERS,
+    "the algebra": ALGEBRA,
+    "hyperparameters": HYPERPARAMETERS,
+    "masks and states": MASKS,
+    "loss functions": LOSSES,
+}
+
+
+def outcome(case):
+    """The exception of a case and its first line; None if there is none."""
+    try:
+        case.call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def main():
+    for group, cases in GROUPS.items():
+        print(f"{group}:")
+        for case in cases:
+            print(f"  {case.what}\n      {outcome(case) or 'SILENT'}")
+
+
+if __name__ == "__main__":
+    main()
