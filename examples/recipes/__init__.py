@@ -1,0 +1,1 @@
+"""dot_optax in other frames: one short file each. The page is README.md."""
