@@ -1,4 +1,4 @@
-"""`value_and_grads` against `jax.grad` of each loss, inside every transformation; `reached` against known networks."""
+"""`value_and_grads` against `jax.grad` of each loss, inside every transformation."""
 
 import functools
 
@@ -189,76 +189,3 @@ def test_complex_parameters_follow_jax_grad():
     _, grads = dot_optax.value_and_grads(fn)(z)
     for grad, expected in zip(grads, two_grads(fn, z), strict=True):
         np.testing.assert_allclose(grad, expected, rtol=1e-6)
-
-
-def projector_losses(params, x):
-    features = jnp.tanh(x @ params["body"]["w"])
-    frozen = jax.lax.stop_gradient(params["frozen"])
-    hint = ((features @ params["projector"]) * frozen - 1.0) ** 2
-    return PerLoss(task=(features @ params["head"]).mean(), kd=hint.mean())
-
-
-PROJECTOR_PARAMS = {
-    "body": {"w": jnp.ones((4, 8))},
-    "head": jnp.ones((8, 3)),
-    "projector": jnp.ones((8, 2)),
-    "frozen": jnp.ones(()),
-    "unused": jnp.ones(5),
-}
-PROJECTOR_REACH = PerLoss(
-    task={"body": {"w": True}, "head": True, "projector": False, "frozen": False, "unused": False},
-    kd={"body": {"w": True}, "head": False, "projector": True, "frozen": False, "unused": False},
-)
-
-
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint, jax.remat])
-def test_reached_through_transformations(transform):
-    assert dot_optax.reached(transform(projector_losses), PROJECTOR_PARAMS, X) == PROJECTOR_REACH
-
-
-def test_reached_agrees_with_the_gradients_and_serves_dot():
-    params = optax.tree.random_like(jax.random.key(3), PROJECTOR_PARAMS)
-    _, grads = dot_optax.value_and_grads(projector_losses)(params, X)
-    nonzero = jax.tree.map(lambda g: bool(g.any()), grads)
-    reached = dot_optax.reached(projector_losses, params, X)
-    assert nonzero == reached
-    dot_optax.dot(0.1, reached=reached).init(params)
-
-
-def test_reached_computes_nothing():
-    """The loss fails if it runs, and its intermediate values would need 80 TB."""
-
-    def fail(x):
-        raise AssertionError("the loss ran")
-
-    def fn(params, x):
-        huge = jnp.ones((10**6, 10**7)) * params["w"]
-        ran = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(params["w"]))
-        return PerLoss(task=huge.sum() * ran * x.mean(), kd=params["b"] ** 2)
-
-    params = {"w": jnp.float32(1.0), "b": jnp.float32(1.0)}
-    expected = PerLoss(task={"w": True, "b": False}, kd={"w": False, "b": True})
-    assert dot_optax.reached(fn, params, X) == expected
-    with pytest.raises(Exception, match="the loss ran"):
-        jax.block_until_ready(jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), jnp.float32(0.0)))
-
-
-def test_reached_takes_abstract_arrays_static_arguments_and_aux():
-    abstract = jax.eval_shape(lambda: (PROJECTOR_PARAMS, X))
-
-    def fn(params, x, name, layers, *, scale):
-        assert name == "static" and range(layers)
-        return jax.tree.map(lambda loss: scale * loss, projector_losses(params, x)), x
-
-    assert dot_optax.reached(fn, *abstract, "static", np.int32(3), has_aux=True, scale=2.0) == PROJECTOR_REACH
-
-
-def test_reached_is_cautious_about_loops():
-    """A parameter that a scan carries counts as reached by whatever depends on the scan."""
-
-    def fn(params):
-        carried, _ = jax.lax.scan(lambda c, _: (jax.tree.map(lambda x: 2.0 * x, c), None), params, length=2)
-        return carried["a"], carried["b"]
-
-    reached = dot_optax.reached(fn, {"a": 1.0, "b": 1.0})
-    assert reached[0]["a"] and reached[1]["b"]

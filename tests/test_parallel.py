@@ -150,3 +150,66 @@ def test_where_there_is_no_such_axis():
     params = _params()
     with pytest.raises(NameError, match="unbound axis name: data"):
         optimizer.update((params, params), optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_parameters_that_were_not_made_to_vary(check_vma):
+    """With checks JAX adds up the gradients of all devices by itself: four times the mean, which is refused."""
+    optimizer = optax.chain(dot_optax.dot(0.02), dot_optax.average_over("data"))
+
+    def body(params, *batch):
+        _, grads = dot_optax.value_and_grads(_loss_fn)(params, *batch)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    step = jax.jit(jax.shard_map(body, mesh=MESH, in_specs=(P(), *3 * [P("data")]), out_specs=P(), check_vma=check_vma))
+    if check_vma:
+        with pytest.raises(
+            ValueError, match=r"the update\['\w'\] is the same on all devices: .* jax.lax.pcast\(params"
+        ):
+            step(_params(), *_batch(0))
+    else:
+        updates = jax.block_until_ready(step(_params(), *_batch(0)))
+        _, grads = dot_optax.value_and_grads(_loss_fn)(_params(), *_batch(0))
+        _assert_same(updates, dot_optax.dot(0.02).update(grads, dot_optax.dot(0.02).init(_params()), _params())[0])
+
+
+def test_a_parameter_that_no_loss_reaches_may_be_averaged():
+    """Its gradient is a zero that JAX made up."""
+    optimizer = optax.chain(dot_optax.dot(0.02), dot_optax.average_over("data"))
+    params = _params() | {"unused": np.ones(2, np.float32)}
+
+    def body(params, *batch):
+        mine = jax.lax.pcast(params, "data", to="varying")
+        _, grads = dot_optax.value_and_grads(_loss_fn)(mine, *batch)
+        return optimizer.update(grads, optimizer.init(mine), mine)[0]
+
+    step = jax.jit(jax.shard_map(body, mesh=MESH, in_specs=(P(), *3 * [P("data")]), out_specs=P()))
+    assert not jax.block_until_ready(step(params, *_batch(0)))["unused"].any()
+
+
+def test_pmap_must_not_call_differing_momenta_replicated():
+    """With `out_axes=None` they look so, but through the host all devices get the first one's: another training."""
+    optimizer = optax.chain(dot_optax.dot(0.02), dot_optax.average_over("data"))
+
+    def body(params, state, *batch):
+        _, grads = dot_optax.value_and_grads(_loss_fn)(params, *batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def trained(state_axis, state):
+        axes = (None, state_axis)
+        step = jax.pmap(body, "data", in_axes=(*axes, 0, 0, 0), out_axes=axes, devices=jax.devices()[:DEVICES])
+        params = _params()
+        for i in range(STEPS):
+            batch = [array.reshape(DEVICES, 4, -1) for array in _batch(i)]
+            params, state = jax.block_until_ready(step(params, state, *batch))
+            if i == STEPS // 2:  # a checkpoint
+                params, state = jax.device_get((params, state))
+        return params
+
+    right, wrong = trained(0, _stacked(optimizer.init(_params()))), trained(None, optimizer.init(_params()))
+    expected, _ = _trained_on_one_device("dot")
+    _assert_same(right, expected)
+    error = max(np.abs(expected[key] - value).max() for key, value in wrong.items())
+    print(f"error with out_axes=None: {error:.3f}")
+    assert error > 0.01
