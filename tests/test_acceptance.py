@@ -28,6 +28,7 @@ class Entry(NamedTuple):
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (learning_rate, **hyperparameters)
     losses: tuple[str, ...] = PerLoss._fields
     hyperparameters: tuple[str, ...] = ("beta_task", "beta_kd")  # those that may be scheduled
+    accumulator_dtype: str = "accumulator_dtype"  # what the dtype of the momenta is called
 
     def grads(self, params, seed=0, dtype=None):
         keys = jax.random.split(jax.random.key(seed), len(self.losses))
@@ -36,6 +37,14 @@ class Entry(NamedTuple):
 
     def container(self, *trees):
         return PerLoss(*trees) if self.losses == PerLoss._fields else dict(zip(self.losses, trees, strict=True))
+
+
+def buffers(state, kinds=("trace", "mu", "nu")):
+    """The trees of buffers in a state."""
+    found = [(kind, tree) for kind in kinds for _, tree in optax.tree.get_all_with_path(state, kind)]
+    assert found
+    of_losses = lambda container: container.values() if isinstance(container, dict) else container  # noqa: E731
+    return [entry for kind, tree in found for entry in (of_losses(tree) if kind == "mu" else [tree])]
 
 
 def every_other(tree):
@@ -55,6 +64,18 @@ def three_losses(learning_rate, beta_task=0.8, beta_kd=0.95, accumulator_dtype=N
     )
 
 
+def scale_by_momenta(learning_rate, beta_task=0.8, beta_kd=0.95, accumulator_dtype=None):
+    betas = {"ce": beta_task, "hint": 0.9, "kd": beta_kd}
+    momenta = dot_optax.scale_by_momenta(betas, accumulator_dtype=accumulator_dtype)
+    return optax.chain(momenta, optax.scale_by_learning_rate(learning_rate))
+
+
+def three_losses_adam(learning_rate, beta_task=0.8, beta_kd=0.95, mu_dtype=None):
+    betas = {"ce": beta_task, "hint": 0.9, "kd": beta_kd}
+    adam = dot_optax.scale_by_adam_momenta(betas, mu_dtype=mu_dtype)
+    return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
+
+
 def scale_by_dot(learning_rate, beta_task=0.825, beta_kd=0.975, accumulator_dtype=None):
     momenta = dot_optax.scale_by_dot(beta_task, beta_kd, accumulator_dtype=accumulator_dtype)
     return optax.chain(momenta, optax.scale_by_learning_rate(learning_rate))
@@ -67,6 +88,20 @@ OPTIMIZERS = {
     "scale_by_dot": Entry(scale_by_dot),
     "gain_matched_sgd": Entry(dot_optax.gain_matched_sgd, hyperparameters=()),
     "three losses": Entry(three_losses, losses=("ce", "hint", "kd"), hyperparameters=()),
+    "scale_by_momenta": Entry(scale_by_momenta, losses=("ce", "hint", "kd")),
+    "deepkd": Entry(
+        dot_optax.deepkd,
+        losses=dot_optax.DeepKDLosses._fields,
+        hyperparameters=("beta_task", "beta_target", "beta_non_target"),
+    ),
+    "dot_adamw": Entry(dot_optax.dot_adamw, accumulator_dtype="mu_dtype"),
+    "dot_adamw, Nesterov, reached": Entry(
+        functools.partial(
+            dot_optax.dot_adamw, nesterov=True, normalize=True, weight_decay=0.0, reached=PerLoss(True, every_other)
+        ),
+        accumulator_dtype="mu_dtype",
+    ),
+    "three losses, Adam": Entry(three_losses_adam, losses=("ce", "hint", "kd"), accumulator_dtype="mu_dtype"),
 }
 
 for_every_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -177,8 +212,7 @@ def test_it_converges(entry, objective, start, end, learning_rate):
 
 @for_every_optimizer
 def test_inject_hyperparams_gives_the_same_numbers(entry):
-    betas = dict(zip(("beta_task", "beta_kd"), (0.8, 0.9), strict=True))
-    values = {"learning_rate": 0.1} | {name: betas[name] for name in entry.hyperparameters}
+    values = {"learning_rate": 0.1} | dict(zip(entry.hyperparameters, (0.8, 0.9, 0.7), strict=False))
     plain, _ = steps(entry.make(**values), entry, PARAMS)
     for wrap in (lambda value: value, optax.constant_schedule):
         tx = optax.inject_hyperparams(entry.make)(**{name: wrap(value) for name, value in values.items()})
@@ -241,11 +275,10 @@ def test_a_constant_schedule_is_the_number(entry):
 @for_every_optimizer
 def test_accumulator_dtype(entry):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
-    tx = entry.make(0.1, accumulator_dtype=jnp.float32)
+    tx = entry.make(0.1, **{entry.accumulator_dtype: jnp.bfloat16})
     for state in (tx.init(params), steps(tx, entry, params)[1]):
-        traces = [trace for _, trace in optax.tree.get_all_with_path(state, "trace")]
-        assert traces
-        assert {leaf.dtype for leaf in jax.tree.leaves(traces)} == {jnp.dtype(jnp.float32)}
+        momenta = buffers(state, ("trace", "mu"))
+        assert {leaf.dtype for leaf in jax.tree.leaves(momenta)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @for_every_optimizer
@@ -267,11 +300,39 @@ def test_the_state_is_sharded_like_the_parameters(entry):
     grads = entry.container(*[params] * len(entry.losses))
     state = jax.jit(tx.init)(params)
     updates, state = jax.block_until_ready(jax.jit(tx.update)(grads, state, params))
-    for tree in [updates, *(trace for _, trace in optax.tree.get_all_with_path(state, "trace"))]:
+    for tree in [updates, *buffers(state)]:
         for name, leaf in tree.items():
             if not isinstance(leaf, optax.MaskedNode):
                 assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), name
                 assert leaf.dtype == params[name].dtype
+
+
+@for_every_optimizer
+def test_explicit_shardings_stay(entry):
+    """On a mesh with explicit axes, JAX's default, types say where arrays are: in `init`, in `update`, after the step."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    spec = jax.sharding.PartitionSpec
+    specs = {"w": spec("data", "model"), "b": spec("model"), "scale": spec()}
+    with jax.set_mesh(mesh):
+        shapes = {"w": (4, 8), "b": (16,), "scale": ()}
+        params = {k: jnp.ones(shape, jnp.float32, out_sharding=specs[k]) for k, shape in shapes.items()}
+        tx = entry.make(optax.linear_schedule(0.1, 0.0, 10))
+        grads = entry.container(*[params] * len(entry.losses))
+        state = jax.jit(tx.init)(params)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(grads, state, params)
+            for name, u in updates.items():
+                assert jax.typeof(u) == jax.typeof(params[name])
+            return optax.apply_updates(params, updates), state
+
+        new_params, new_state = jax.block_until_ready(step(params, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes((new_params, new_state), (params, state))
+    for tree in [new_params, *buffers(state), *buffers(new_state)]:
+        for name, leaf in tree.items():
+            if not isinstance(leaf, optax.MaskedNode):
+                assert leaf.sharding.spec == params[name].sharding.spec, name
 
 
 @for_every_optimizer
@@ -284,7 +345,7 @@ def test_mixed_precision_leaves_keep_their_dtypes(entry, scheduled):
             rate, **({name: lambda count: jnp.float64(0.8) for name in entry.hyperparameters} if scheduled else {})
         )
         updates, state = steps(tx, entry, params, update=jax.jit(tx.update))
-        for tree in [updates, *(trace for _, trace in optax.tree.get_all_with_path(state, "trace"))]:
+        for tree in [updates, *buffers(state)]:
             for name, leaf in tree.items():
                 assert isinstance(leaf, optax.MaskedNode) or leaf.dtype == params[name].dtype
 
