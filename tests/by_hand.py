@@ -222,15 +222,6 @@ def with_zero_nans():
     return before(lambda task, kd, theta: (clean(task), clean(kd)))()
 
 
-def three():
-    buffers = [Momentum(beta) for beta in (0.825, 0.9, 0.975)]
-
-    def step(theta, task, kd):
-        return down(each(lambda *x: sum(x), *(m(g) for m, g in zip(buffers, (task, task, kd), strict=True))))
-
-    return step
-
-
 def with_sam():
     """Sharpness-aware: an ascent step along the normalized summed gradient, then DOT's step from where it began."""
     dot, start = Dot(), None
@@ -323,3 +314,103 @@ def with_mechanic(s_init=1e-6, decay=1e-2, eps=1e-8):
 def gain_matched_with_l2():
     step = gain_matched()
     return lambda theta, task, kd: step(theta, {k: x + 0.01 * MASK[k] * theta[k] for k, x in task.items()}, kd)
+
+
+class Adam:
+    """Adam's step of any number of gradients: a first moment for each, one second moment of their sum."""
+
+    def __init__(self, betas, b2=0.99, eps=1e-8):
+        self.betas, self.b2, self.eps = betas, b2, eps
+        self.m, self.nu, self.t = [0.0] * len(betas), 0.0, 0
+
+    def __call__(self, *grads):
+        self.t += 1
+        rate = 1 - sum(self.betas) / len(self.betas)
+        self.m = [beta * m + rate * g for beta, m, g in zip(self.betas, self.m, grads, strict=True)]
+        self.nu = self.b2 * self.nu + (1 - self.b2) * sum(grads) ** 2
+        numerator = sum(m / (1 - beta**self.t) for beta, m in zip(self.betas, self.m, strict=True))
+        return numerator / (np.sqrt(self.nu / (1 - self.b2**self.t)) + self.eps)
+
+
+def adam_of_losses(*betas, decay=0.0, which=(0, 1)):
+    """By hand: AdamW, whose i-th loss is the `which[i]`-th of (task, kd)."""
+
+    def make():
+        steps = {k: Adam(betas) for k in MASK}
+
+        def step(theta, *grads):
+            return down({k: steps[k](*(grads[i][k] for i in which)) + decay * MASK[k] * theta[k] for k in theta})
+
+        return step
+
+    return make
+
+
+def momenta_of_losses(*betas, which):
+    """By hand: a momentum for each loss, whose i-th is the `which[i]`-th of (task, kd)."""
+
+    def make():
+        buffers = [Momentum(beta) for beta in betas]
+
+        def step(theta, *grads):
+            return down(each(lambda *x: sum(x), *(m(grads[i]) for m, i in zip(buffers, which, strict=True))))
+
+        return step
+
+    return make
+
+
+def with_muon(steps=5, a=3.4445, b=-4.775, c=2.0315):
+    """Newton-Schulz iterations of the matrix, scaled by its shape; the vector is divided by its root mean square."""
+    adam = Adam([0.0], b2=0.999)
+
+    def scale(v, theta):
+        x = v["w"] / (np.linalg.norm(v["w"]) + 1e-8)
+        for _ in range(steps):
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        return {"w": np.sqrt(max(1, x.shape[1] / x.shape[0])) * x, "b": adam(v["b"])}
+
+    return after(scale)()
+
+
+def with_sign():
+    """The sign of the momenta with Nesterov's look ahead, and decay, as Lion has it."""
+    task, kd = Momentum(BETA_TASK), Momentum(BETA_KD)
+
+    def step(theta, g_task, g_kd):
+        v_task, v_kd = task(g_task), kd(g_kd)
+        ahead = each(lambda a, x, b, y: a + BETA_TASK * x + b + BETA_KD * y, g_task, v_task, g_kd, v_kd)
+        return down(each(lambda x, p: np.sign(x) + 0.01 * p, ahead, theta))
+
+    return step
+
+
+def with_rms(decay=0.9, eps=1e-8):
+    nu = {k: 0.0 for k in MASK}
+
+    def scale(v, theta):
+        for k, x in v.items():
+            nu[k] = decay * nu[k] + (1 - decay) * x**2
+        return {k: x / np.sqrt(nu[k] + eps) for k, x in v.items()}
+
+    return after(scale)()
+
+
+def with_factored_rms():
+    """Adafactor's second moment: of a matrix the means of its rows and columns, of a vector all of it."""
+    rows = columns = full = 0.0
+    count = 0
+
+    def scale(v, theta):
+        nonlocal rows, columns, full, count
+        count += 1
+        decay = 1 - count**-0.8
+        square = v["w"] ** 2 + 1e-30
+        rows = decay * rows + (1 - decay) * square.mean(axis=1)
+        columns = decay * columns + (1 - decay) * square.mean(axis=0)
+        full = decay * full + (1 - decay) * (v["b"] ** 2 + 1e-30)
+        w = v["w"] / np.sqrt(rows / rows.mean())[:, None] / np.sqrt(columns)[None]
+        return {"w": w, "b": v["b"] / np.sqrt(full)}
+
+    return after(scale)()

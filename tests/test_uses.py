@@ -31,6 +31,8 @@ def stream(params, nan=None):
 def container(use, task, kd):
     if "hint" in use.line:
         return {"ce": task, "hint": task, "kd": kd}
+    if "deepkd" in use.line:
+        return (task, task, kd)
     return PerLoss(task, kd)
 
 
@@ -91,7 +93,7 @@ def test_the_error_that_the_readme_shows():
 
 @pytest.mark.parametrize("use", uses.ELSEWHERE, ids=[use.what for use in uses.ELSEWHERE])
 def test_the_other_rows_name_tests_that_exist(use):
-    module, name = use.test.split(".")
+    module, name = use.test.rsplit(".", 1)
     assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
 
 

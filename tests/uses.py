@@ -170,9 +170,10 @@ USES = [
         tolerance=FLOAT32,
     ),
     Use(
-        "hyperparameters in the state",
-        "optax.inject_hyperparams(dot)(learning_rate=lr, beta_task=0.825, beta_kd=0.975)",
+        "hyperparameters in the state (in float32: in bfloat16 0.975 would be 0.9766, and its gain 43 instead of 40)",
+        "optax.inject_hyperparams(dot, hyperparam_dtype=jnp.float32)(learning_rate=lr, beta_task=0.825, beta_kd=0.975)",
         by_hand.plain,
+        tolerance=FLOAT32,
     ),
     Use(
         "... and a mask that is a function",
@@ -284,10 +285,65 @@ USES = [
         params=COMPLEX,
     ),
     Use(
-        "three named losses",
+        "any number of named losses",
+        "optax.chain(scale_by_momenta({'ce': 0.825, 'hint': 0.9, 'kd': 0.975}), optax.scale_by_learning_rate(lr))",
+        by_hand.momenta_of_losses(0.825, 0.9, 0.975, which=(0, 0, 1)),
+    ),
+    Use(
+        "... the same, of a transformation for each",
         "optax.chain(per_loss({'ce': optax.trace(0.825), 'hint': optax.trace(0.9), 'kd': optax.trace(0.975)}), "
         "sum_losses(), optax.scale_by_learning_rate(lr))",
-        by_hand.three,
+        by_hand.momenta_of_losses(0.825, 0.9, 0.975, which=(0, 0, 1)),
+    ),
+    Use("DeepKD", "deepkd(lr)", by_hand.momenta_of_losses(0.975, 0.825, 0.975, which=(0, 0, 1))),
+    Use(
+        "... as its released code has it",
+        "deepkd(lr, variant='code')",
+        by_hand.momenta_of_losses(0.825, 0.825, 0.95, which=(0, 0, 1)),
+    ),
+    Use(
+        "AdamW (`per_loss(adam, adam)` and `joint(adam)` run too, but the weights of the losses cancel in them)",
+        "dot_adamw(lr, b2=0.99, weight_decay=0.01, mask=mask)",
+        by_hand.adam_of_losses(0.825, 0.975, decay=0.01),
+        tolerance=FLOAT32,
+    ),
+    Use(
+        "... with any number of named losses",
+        "optax.chain(scale_by_adam_momenta({'ce': 0.825, 'hint': 0.9, 'kd': 0.975}, b2=0.99), "
+        "optax.add_decayed_weights(0.01, mask), optax.scale_by_learning_rate(lr))",
+        by_hand.adam_of_losses(0.825, 0.9, 0.975, decay=0.01, which=(0, 0, 1)),
+        tolerance=FLOAT32,
+    ),
+    Use(
+        "... accumulated",
+        "wrap(functools.partial(optax.MultiSteps, every_k_schedule=1), dot_adamw(lr, b2=0.99, weight_decay=0.0))",
+        by_hand.adam_of_losses(0.825, 0.975),
+        tolerance=FLOAT32,
+        instead_of="optax.MultiSteps(dot_adamw(lr), every_k_schedule=1)",
+    ),
+    Use(
+        "Muon: DOT's momenta, orthogonalized (what is no matrix: divided by its root mean square)",
+        "optax.chain(scale_by_dot(), optax.contrib.muon(lr, beta=0.0, nesterov=False, adam_b1=0.0))",
+        by_hand.with_muon,
+        tolerance=FLOAT32,
+    ),
+    Use(
+        "Lion: the sign of DOT's momenta",
+        "optax.chain(scale_by_dot(nesterov=True), optax.scale_by_sign(), optax.add_decayed_weights(0.01), "
+        "optax.scale_by_learning_rate(lr))",
+        by_hand.with_sign,
+    ),
+    Use(
+        "RMSProp: DOT's momenta, divided by their root mean square",
+        "optax.chain(scale_by_dot(), optax.scale_by_rms(0.9), optax.scale_by_learning_rate(lr))",
+        by_hand.with_rms,
+    ),
+    Use(
+        "Adafactor: the same with a factored second moment",
+        "optax.chain(scale_by_dot(), optax.scale_by_factored_rms(min_dim_size_to_factor=2), "
+        "optax.scale_by_learning_rate(lr))",
+        by_hand.with_factored_rms,
+        tolerance=FLOAT32,
     ),
     Use(
         "plain distillation",
@@ -323,6 +379,16 @@ ELSEWHERE = [
         "test_flax.test_micro_batches_with_batch_norm",
     ),
     Elsewhere("Flax NNX", "nnx.Optimizer(model, dot(lr), wrt=nnx.Param)", "test_flax.test_nnx_optimizer"),
+    Elsewhere(
+        "... its gradients",
+        "dot_optax.nnx.value_and_grads(loss_fn)(model, batch)",
+        "test_nnx.test_batch_norm_moves_once",
+    ),
+    Elsewhere(
+        "Equinox: what can be trained",
+        "params, static = eqx.partition(model, eqx.is_inexact_array)",
+        "examples.test_recipes.test_equinox",
+    ),
     Elsewhere(
         "Flax Linen",
         "TrainState.create(apply_fn=..., params=..., tx=dot(lr)).apply_gradients(grads=grads)",
