@@ -241,7 +241,7 @@ def test_hyperparameters(factory, argument, tree):
         tx = factory(**keywords)
         return tx.update((params, params), tx.init(params), params)
 
-    raises(call, name, "not understood")  # NumPy says that of a string that is no dtype
+    raises(call, name, "not understood", "as a data type")  # NumPy says these of no dtype
 
 
 @hypothesis.given(
