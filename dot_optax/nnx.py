@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from dot_optax import _gradients, _reach
+
+_TAG = "dot_optax.nnx"  # of the context in which Flax carries over what happens to the copies of the arguments
 
 
 def value_and_grads(
@@ -29,15 +30,18 @@ def value_and_grads(
         wrt: which Variables of `model` to differentiate with respect to: a filter of NNX, as for `nnx.Optimizer`.
 
     Returns:
-        A function with the arguments of `loss_fn` that returns `(values, grads)`, or `((values, aux), grads)`. Each
-        entry of `grads` is an `nnx.State` of what `wrt` selects; a tied weight is one Variable and has one gradient.
-        Every other Variable of the arguments (statistics, the counters of `nnx.Rngs`, metrics) is written back after
-        the call, as if `loss_fn` had been called once. Use it inside `nnx.jit`, `nnx.scan` or `jax.shard_map` as
-        `nnx.value_and_grad`, and hand the gradients to `nnx.Optimizer(model, dot_optax.dot(...), wrt=wrt)`.
+        A function with the arguments of `loss_fn`, the model by position, that returns `(values, grads)`, or
+        `((values, aux), grads)`. Each entry of `grads` is an `nnx.State` of what `wrt` selects; a tied weight is one
+        Variable and has one gradient. Whatever else `loss_fn` does to its arguments is kept as by `nnx.value_and_grad`,
+        as if it had been called once: statistics, the counters of `nnx.Rngs`, metrics, sown intermediates, attributes.
+        Use it inside `nnx.jit`, `nnx.scan` or `jax.shard_map` as `nnx.value_and_grad`, and hand the gradients to
+        `nnx.Optimizer(model, dot_optax.dot(...), wrt=wrt)`.
 
     Raises:
         TypeError: when called, as `dot_optax.value_and_grads`.
         ValueError: when called, if `wrt` selects nothing in `model`.
+        flax.errors.TraceContextError: when called, if `loss_fn` changes a module that is not one of its arguments (a
+            teacher in training mode, captured), or if an argument was made outside the `nnx.jit` that this is in.
 
     Example:
         >>> import jax.numpy as jnp, dot_optax, dot_optax.nnx
@@ -58,10 +62,12 @@ def value_and_grads(
     """
 
     @functools.wraps(loss_fn)
-    def wrapped(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    @nnx.update_context(_TAG)
+    def wrapped(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
-        (values, (aux, changed)), grads = _gradients.value_and_grads(pure, has_aux=True)(params, rest)
-        nnx.update((model, args, kwargs), changed)
+        (values, changed), grads = _gradients.value_and_grads(pure, has_aux=True)(params, rest)
+        with nnx.merge_context(_TAG, inner=False) as context:
+            _, aux = context.merge(*changed)
         return ((values, aux) if has_aux else values), grads
 
     return wrapped
@@ -70,6 +76,7 @@ def value_and_grads(
 def reached(
     loss_fn: Callable[..., Any],
     model: Any,
+    /,
     *args: Any,
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
@@ -82,8 +89,8 @@ def reached(
 
     Args:
         loss_fn: as for `value_and_grads`.
-        model: the module. Nothing is computed, and nothing in it changes.
-        *args: the other arguments.
+        model: the module; also an abstract one, from `nnx.eval_shape`. Nothing is computed, and nothing in it changes.
+        *args: the other arguments. Unlike for `dot_optax.reached`, `jax.ShapeDtypeStruct` does not stand for an array.
         has_aux: whether `loss_fn` returns a pair of the losses and auxiliary data.
         wrt: which Variables are parameters, as for `value_and_grads`.
         **kwargs: the keyword arguments.
@@ -108,35 +115,32 @@ def reached(
     References:
         As `dot_optax.reached`.
     """
-    pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
-    return _reach.reached(pure, params, rest, has_aux=True)
+    with nnx.update_context(_TAG):
+        pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
+        return _reach.reached(pure, params, rest, has_aux=True)
 
 
 def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    """`pure(params, rest) -> losses, (aux, the Variables that changed)`, and what to call it with.
+    """`pure(params, rest) -> losses, what became of the arguments and aux`, and what to call it with.
 
-    Variables that `loss_fn` leaves alone, such as a teacher's weights, are not handed through.
+    To be called within `nnx.update_context(_TAG)`, as Flax's own transformations do it.
     """
     selects = nnx.filterlib.to_predicate(wrt)
 
     def is_parameter(path: Any, value: Any) -> bool:
         return path[0] == 0 and selects(path[1:], value)
 
-    graphdef, selected, rest = nnx.split(arguments, is_parameter, ...)
+    with nnx.split_context(_TAG) as context:
+        graphdef, selected, rest = context.split(arguments, is_parameter, ...)
     if not selected:
         raise ValueError(f"dot_optax.nnx: wrt={wrt!r} selects nothing in the model")
 
     def pure(params: Any, rest: Any) -> Any:
-        model, args, kwargs = copies = nnx.merge(graphdef, nnx.State({0: params}), rest, copy=True)
+        with nnx.merge_context(_TAG, inner=True) as context:
+            model, args, kwargs = copies = context.merge(graphdef, nnx.State({0: params}), rest)
         output = loss_fn(model, *args, **kwargs)
         losses, aux = output if has_aux else (output, None)
-        before = dict(nnx.to_flat_state(rest))
-        _, _, variables, _ = nnx.split(copies, is_parameter, nnx.Variable, ...)
-        changed = [(p, v) for p, v in nnx.to_flat_state(variables) if p not in before or not _same_arrays(v, before[p])]
-        return losses, (aux, nnx.from_flat_state(changed))
+        with nnx.split_context(_TAG) as context:
+            return losses, context.split((copies, aux))
 
     return pure, selected[0], rest
-
-
-def _same_arrays(new: Any, old: Any) -> bool:
-    return all(a is b for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
