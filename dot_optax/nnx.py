@@ -8,6 +8,8 @@ from flax import nnx
 
 from dot_optax import _gradients, _reach
 
+__all__ = ["reached", "value_and_grads"]
+
 _TAG = "dot_optax.nnx"  # of the context in which Flax carries over what happens to the copies of the arguments
 
 
