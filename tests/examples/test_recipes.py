@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 
 import dot_optax
@@ -23,8 +24,9 @@ from examples.recipes import (
     with_equinox,
     with_float16,
     with_keras,
+    with_nnx,
 )
-from examples.recipes.problem import batches, losses
+from examples.recipes.problem import BATCH, batches, losses
 
 RECIPES = pathlib.Path(with_equinox.__file__).parent
 FLOAT32 = 1e-5
@@ -62,6 +64,33 @@ def test_training_by_hand_depends_on_both_momenta(monkeypatch):
     expected = by_hand.train(theta, batches(STEPS))
     monkeypatch.setattr(by_hand, "BETA_KD", by_hand.BETA_TASK)
     assert by_hand.deviation(by_hand.train(theta, batches(STEPS)), expected) > 1e-2
+
+
+# Flax NNX
+
+
+def test_nnx():
+    start, before = with_nnx.Student(nnx.Rngs(0)), nnx.to_pure_dict(nnx.state(with_nnx.make_teacher()))
+    expected = by_hand.train(with_nnx.arrays(start), batches(STEPS), kept=with_nnx.masks(STEPS))
+    model, metrics, rngs, teacher = with_nnx.train(STEPS)
+    assert by_hand.deviation(with_nnx.arrays(model), expected) < FLOAT32
+    assert rngs.dropout.count[...] == STEPS
+    assert metrics.accuracy.count[...] == STEPS * BATCH
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(teacher)), before)
+
+
+def test_the_masks_of_nnx_matter():
+    start = with_nnx.arrays(with_nnx.Student(nnx.Rngs(0)))
+    expected = by_hand.train(start, batches(STEPS), kept=with_nnx.masks(STEPS))
+    assert by_hand.deviation(by_hand.train(start, batches(STEPS)), expected) > 1e-2
+
+
+def test_the_teacher_of_nnx_gives_the_problem_s_logits_only_in_evaluation():
+    (x, _, teacher_logits), teacher = batches(1)[0], with_nnx.make_teacher()
+    # A matrix product of NumPy's and one of JAX's, of numbers up to about 10.
+    np.testing.assert_allclose(teacher(x), teacher_logits, rtol=0, atol=FLOAT32)
+    teacher.train()
+    assert np.abs(teacher(x) - teacher_logits).max() > 1.0
 
 
 # Equinox
@@ -224,8 +253,8 @@ def test_the_page_has_a_section_for_each_recipe():
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_the_code_on_the_page_is_in_the_file(name):
     source = [line.strip() for line in (RECIPES / f"{name}.py").read_text().splitlines()]
-    blocks = re.findall(r"```python\n(.*?)```", SECTIONS[name], flags=re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    blocks = re.findall(r"```(?:python|diff)\n(.*?)```", SECTIONS[name], flags=re.DOTALL)
+    lines = [line.lstrip("+ ") for block in blocks for line in block.splitlines() if line.strip() and line[0] != "-"]
     assert lines
     assert [line for line in lines if line not in source] == []
 
