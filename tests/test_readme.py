@@ -4,6 +4,7 @@ import pathlib
 import re
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import optax
 from flax import nnx
 
 import dot_optax
+import dot_optax.nnx
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,26 +37,59 @@ def test_the_first_block_has_ten_lines():
     assert len([line for line in BLOCKS[0].splitlines() if line and not line.startswith("#")]) == 10
 
 
-def test_the_block_with_batch_norm_trains():
-    class Student(nnx.Module):
-        def __init__(self, rngs):
-            self.layer = nnx.Linear(4, 3, rngs=rngs)
-            self.norm = nnx.BatchNorm(3, rngs=rngs)
+class Network(nnx.Module):
+    """BatchNorm and Dropout, as students and teachers have them."""
 
-        def __call__(self, x):
-            return self.norm(self.layer(x))
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.body = nnx.Linear(4, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(16, 3, rngs=rngs)
 
-    namespace = {"student": Student(nnx.Rngs(0)), "teacher": lambda x: x[:, :3]}
-    exec(BLOCKS[2], namespace)
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.body(x)))))
+
+
+def networks_and_batch():
+    student, teacher = Network(0), Network(1)
     x = jax.random.normal(jax.random.key(0), (8, 4))
-    batch = {"image": x, "label": x[:, :3].argmax(-1)}
-    params, stats = namespace["params"], namespace["batch_stats"]
+    logits = teacher(x)  # in training mode, so that its statistics are not those of a new network
+    return student, teacher, {"image": x, "label": logits.argmax(-1)}
+
+
+def assert_trained(student, teacher, untouched, history, steps):
+    history = np.array(history)
+    assert (history[-10:].mean(0) < 0.75 * history[:3].mean(0)).all()  # means, since Dropout makes losses noisy
+    assert student.dropout.rngs.count[...] == steps
+    hidden = Network(0).body(networks_and_batch()[2]["image"])
+    assert np.abs(student.norm.mean[...]).max() > 0.01 * np.abs(hidden.mean(0)).max()
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(teacher)), untouched)
+
+
+def test_the_block_with_modules_trains():
+    student, teacher, batch = networks_and_batch()
+    untouched = nnx.to_pure_dict(nnx.state(teacher))
+    namespace = {"student": student, "teacher": teacher}
+    exec(BLOCKS[2], namespace)
+    history = [namespace["train_step"](student, teacher, namespace["optimizer"], batch) for _ in range(60)]
+    assert_trained(student, teacher, untouched, history, 60)
+
+
+def test_the_block_with_functions_trains():
+    student, teacher, batch = networks_and_batch()
+    untouched = nnx.to_pure_dict(nnx.state(teacher))
+    namespace = {"student": student, "teacher": teacher}
+    exec(BLOCKS[3], namespace)
+    params, rest = namespace["params"], namespace["rest"]
     opt_state, history = namespace["optimizer"].init(params), []
-    for _ in range(30):
-        params, stats, opt_state, losses = namespace["train_step"](params, stats, opt_state, batch)
-        history.append(np.stack(losses))
-    assert (history[-1] < history[0]).all()
-    assert stats["norm"]["mean"][...].any()
+    for _ in range(60):
+        params, rest, opt_state, losses = namespace["train_step"](
+            params, rest, opt_state, namespace["teacher_state"], batch
+        )
+        history.append(losses)
+    nnx.update(student, params, rest)
+    assert_trained(student, teacher, untouched, history, 60)
 
 
 def test_the_sentences_are_optimizers():
@@ -76,7 +111,7 @@ def test_the_sentences_are_optimizers():
 def test_the_table_names_everything_public():
     public = {
         f"{prefix}{name}"
-        for prefix, module in (("", dot_optax), ("losses.", dot_optax.losses))
+        for prefix, module in (("", dot_optax), ("losses.", dot_optax.losses), ("nnx.", dot_optax.nnx))
         for name in getattr(module, "__all__", dir(module))
         if not name.startswith("_") and not isinstance(getattr(module, name), types.ModuleType)
     }
