@@ -32,6 +32,9 @@ def per_loss(
     .. math::
         u_i, s_i \leftarrow \mathrm{update}_i(g_i, s_i, \theta)
 
+    A transformation that divides a gradient by its own size, such as `optax.scale_by_adam`, cancels the weight of its
+    loss: `per_loss(adam, adam)` trains with weights 0.1 and 0.9 as with 0.9 and 0.1. Use `dot_adamw`.
+
     Args:
         *transformations: one `optax.GradientTransformation` per loss, in order (two are named `task` and `kd`), or a
             single container of them: a `PerLoss`, any tuple or NamedTuple, or a dict with one key per loss.
@@ -127,6 +130,9 @@ def joint(
 
     .. math::
         (u_1, \ldots, u_N), s \leftarrow \mathrm{update}((g_1, \ldots, g_N), s, (\theta, \ldots, \theta))
+
+    What treats each number by itself, such as `optax.scale_by_adam`, still does: `joint(adam)` divides each gradient by
+    its own size, so that the weights of the losses cancel. Use `dot_adamw`.
 
     Args:
         tx: the transformation. It sees every gradient tree as if they were parts of one larger tree, with the

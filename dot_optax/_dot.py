@@ -161,7 +161,9 @@ def dot(
         nesterov: whether to use Nesterov momentum for each loss.
         accumulator_dtype: the dtype of the buffers; by default that of the parameters, or float32 if they have 16 bits.
 
-    `optax.inject_hyperparams` takes every callable for a schedule: give it `static_args=('mask', 'accumulator_dtype')`.
+    `optax.inject_hyperparams` takes every callable for a schedule, and keeps numbers in the dtype of the parameters, where
+    in bfloat16 0.975 is 0.9766 and its gain 43 instead of 40: give it `static_args=('mask', 'accumulator_dtype')`, and
+    `hyperparam_dtype=jnp.float32` where parameters have 16 bits.
 
     Returns:
         A transformation from a container of two gradient trees (`PerLoss`, a 2-tuple, or a mapping with the keys
