@@ -382,7 +382,7 @@ ELSEWHERE = [
     Elsewhere(
         "... its gradients",
         "dot_optax.nnx.value_and_grads(loss_fn)(model, batch)",
-        "test_nnx.test_batch_norm_moves_once",
+        "test_nnx.test_two_calls_against_gradients_by_hand",
     ),
     Elsewhere(
         "Equinox: what can be trained",
