@@ -1,9 +1,11 @@
 """Knowledge distillation for JAX with one momentum per loss.
 
-The optimizer:     `dot`, `scale_by_dot`, `betas`; the baseline to compare it with: `gain_matched_sgd`, `gains`
-Gradients:         `value_and_grads`, `reached`
+Optimizers:        `dot`, for transformers `dot_adamw`, `deepkd`; the baseline to compare with: `gain_matched_sgd`
+Their parts:       `scale_by_dot`, `scale_by_dot_adam`; for any number of losses `scale_by_momenta`, `scale_by_adam_momenta`
+Their momenta:     `betas`, `gains`
+Gradients:         `value_and_grads`, `reached`; for Flax NNX those of `dot_optax.nnx`
 Losses:            `losses.kd_loss`
-Algebra of losses: `PerLoss`, `per_loss`, `joint`, `sum_losses`, `wrap`
+Algebra of losses: `PerLoss`, `DeepKDLosses`, `per_loss`, `joint`, `sum_losses`, `wrap`
 Many devices:      `average_over`
 
 Start with `help(dot_optax.dot)`.

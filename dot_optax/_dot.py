@@ -257,7 +257,8 @@ def gain_matched_sgd(
         \theta &\leftarrow \theta - \eta v
 
     Under a steady gradient of either loss, the steps become those of `dot` with the same arguments, so what `dot` does
-    better than this is due to its two momenta and not to its larger effective learning rate.
+    better than this is due to its two momenta and not to its larger effective learning rate. It is `dot` with equal
+    momenta and scaled losses, and has as many buffers.
 
     Args:
         learning_rate: :math:`\eta`, a scalar or a schedule.
