@@ -60,6 +60,14 @@ def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else type(leaf)
 
 
+def check_trainable(tree: Any, what: str) -> None:
+    """Raises where a tree has something else than arrays and numbers that have a gradient."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if kind(leaf) is None:
+            path = jax.tree_util.keystr(path)
+            raise TypeError(f"{what}{path} must be floating point or complex, got {describe(leaf)}; {SPLIT_OFF}")
+
+
 def check_like(tree: Any, reference: Any, name: str, what: str = "params", hint: str = "") -> None:
     """Raises where `tree` differs from `reference` in structure, shape or kind of number; dtypes may differ in size."""
     found, wanted = (

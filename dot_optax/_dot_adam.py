@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import check_scalar
+from dot_optax._checks import check_scalar, check_trainable
 from dot_optax._containers import LossNames, PerLoss
 from dot_optax._momenta import (
     Betas,
@@ -125,6 +125,7 @@ def scale_by_adam_momenta(
             return [*first_moments, [any(leaf.reads) for leaf in plan]]
 
         def init(params: optax.Params) -> ScaleByAdamMomentaState:
+            check_trainable(params, "params")
             *mu, nu = kept(plan_for(params))
             first_moments = losses.pack([init_buffers(params, keeps, mu_dtype) for keeps in mu])
             return ScaleByAdamMomentaState(jnp.zeros([], jnp.int32), first_moments, init_buffers(params, nu, None))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dot_optax._checks import SPLIT_OFF, describe, kind
+from dot_optax._checks import check_trainable, describe, kind
 from dot_optax._containers import entries_by_key
 
 
@@ -103,14 +103,6 @@ def _check_no_nnx_module(tree: Any, what: str) -> None:
         raise TypeError(
             f"{what}: a Flax NNX module goes to dot_optax.nnx.value_and_grads, else its statistics never move"
         )
-
-
-def check_trainable(tree: Any, what: str) -> None:
-    """Raises where a tree has something else than arrays and numbers that have a gradient."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if kind(leaf) is None:
-            path = jax.tree_util.keystr(path)
-            raise TypeError(f"{what}{path} must be floating point or complex, got {describe(leaf)}; {SPLIT_OFF}")
 
 
 def check_losses(losses: Any, where: str) -> Any:

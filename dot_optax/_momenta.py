@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dot_optax._checks import LOOKS_SINGLE, check_scalar, describe, is_number
+from dot_optax._checks import LOOKS_SINGLE, check_scalar, check_trainable, describe, is_number
 from dot_optax._containers import LossNames, same_structure
 from dot_optax._reach import Mask, Plan, plans
 
@@ -59,8 +59,8 @@ def scale_by_momenta(
         `is_leaf=lambda x: isinstance(x, optax.MaskedNode)`).
 
     Raises:
-        TypeError: if `betas` is not a container of numbers, scalar arrays or schedules; from `update` if the updates
-            are not a container.
+        TypeError: if `betas` is not a container of numbers, scalar arrays or schedules; from `init` if a leaf of the
+            parameters cannot be trained; from `update` if the updates are not a container.
         ValueError: if a momentum given as a Python number is outside [0, 1), `weight_decay` is negative, or a mask does
             not fit the parameters; from `update` if a loss is missing or unknown, if an entry differs from `params` in
             structure, shape or kind of number, or if `params` is needed (for `weight_decay`, or a mask that is a
@@ -92,6 +92,7 @@ def scale_by_momenta(
             return [[leaf.betas[i] is not None for leaf in plan] for i in range(len(betas))]
 
         def init(params: optax.Params) -> Any:
+            check_trainable(params, "params")
             traces = [init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
             return losses.pack([optax.TraceState(trace) for trace in traces])
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dot_optax._checks import describe
+from dot_optax._checks import check_trainable, describe
 from dot_optax._containers import LossNames, entries_by_key, key_of
-from dot_optax._gradients import check_losses, check_trainable
+from dot_optax._gradients import check_losses
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from the parameters to the mask.
 Mask = Any | Callable[[Any], Any]

@@ -283,6 +283,20 @@ def _value_and_grads(fn, argument=1.0, **options):
     return lambda: dot_optax.value_and_grads(fn, **options)(argument)
 
 
+LEAVES = [
+    Malformed(
+        f"{name}: a parameter that is {what}",
+        lambda make=make, leaf=leaf: make().init({"w": jnp.ones(2), "f": leaf}),
+        rf"params\['f'\] must be floating point or complex, got {says}.*; split it off, .*equinox.partition",
+    )
+    for name, make in {"dot": lambda: dot_optax.dot(0.1), "dot_adamw": lambda: dot_optax.dot_adamw(0.1)}.items()
+    for what, leaf, says in (
+        ("a function", jax.nn.gelu, "<"),
+        ("whole", jnp.ones(2, int), "an array"),
+        ("text", "x", "'x'"),
+    )
+]
+
 LOSSES = [
     Malformed("a loss that is no function", _value_and_grads(3), "'int' object is not callable"),
     Malformed("one summed loss", _value_and_grads(lambda x: x**2), _ONE_SCALAR + r"an array of shape \(\)"),
@@ -359,6 +373,7 @@ GROUPS = {
     "the algebra": ALGEBRA,
     "hyperparameters": HYPERPARAMETERS,
     "masks and states": MASKS,
+    "parameters": LEAVES,
     "loss functions": LOSSES,
 }
 
