@@ -369,3 +369,52 @@ def test_parameters_that_are_a_pair_themselves():
 def test_empty_trees_none_leaves_and_bare_arrays(params):
     updates = dot_update(PerLoss(params, params), params, weight_decay=0.1)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_one_loss_in_a_tuple():
+    for tx in (dot_optax.per_loss((optax.scale(2.0),)), dot_optax.per_loss(optax.scale(2.0))):
+        (updates,), _ = tx.update((TASK,), tx.init(PARAMS), PARAMS)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda g: 2 * g, TASK))
+    total, _ = dot_optax.sum_losses().update((TASK,), optax.EmptyState(), PARAMS)
+    chex.assert_trees_all_equal(total, TASK)
+
+
+def test_losses_without_names_take_a_named_tuple_of_as_many():
+    tx = dot_optax.per_loss(optax.scale(1.0), optax.scale(2.0), optax.scale(3.0))
+    updates, _ = tx.update(Three(TASK, TASK, KD), tx.init(PARAMS), PARAMS)
+    assert isinstance(updates, Three)
+    chex.assert_trees_all_close(updates.kd, jax.tree.map(lambda g: 3 * g, KD), rtol=1e-6)
+    joint = dot_optax.joint(optax.scale(2.0), losses=3)
+    updates, _ = joint.update(Three(TASK, TASK, KD), joint.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates.hint, jax.tree.map(lambda g: 2 * g, TASK), rtol=1e-6)
+    for fields in ("a b", "a b c d"):
+        other = collections.namedtuple("Other", fields)
+        with pytest.raises(ValueError, match="updates: expected a mapping with the keys 0, 1, 2, or a 3-tuple"):
+            tx.update(other(*[TASK] * len(other._fields)), tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wrap_forgets_the_gradients_after_the_update(fails):
+    """What it gave the inner optimizer must not serve a call that the wrapper does not make."""
+    seen = []
+
+    def wrapper(tx):
+        seen.append(tx)
+
+        def update(updates, state, params=None):
+            result = tx.update(updates, state, params)
+            if fails:
+                raise ArithmeticError
+            return result
+
+        return optax.GradientTransformation(tx.init, update)
+
+    tx = dot_optax.wrap(wrapper, dot_optax.dot(0.1))
+    state = tx.init(PARAMS)
+    if fails:
+        with pytest.raises(ArithmeticError):
+            tx.update((TASK, KD), state, PARAMS)
+    else:
+        tx.update((TASK, KD), state, PARAMS)
+    with pytest.raises(LookupError):
+        seen[-1].update(TASK, state, PARAMS)

@@ -353,6 +353,8 @@ def test_the_defaults_are_the_papers():
 
 def test_betas():
     assert dot_optax.betas(0.5, 0.25) == PerLoss(task=0.25, kd=0.75)
+    assert dot_optax.betas(0.25, 0.25) == PerLoss(task=0.0, kd=0.5)  # no momentum is a momentum too
+    assert dot_optax.betas(0.0, 0.0) == PerLoss(task=0.0, kd=0.0)
     np.testing.assert_allclose(dot_optax.betas(), (0.825, 0.975))
     np.testing.assert_allclose(dot_optax.betas(jnp.float32(0.5), 0.25).kd, 0.75)
     warm_up = dot_optax.betas(0.9, optax.linear_schedule(0.0, 0.1, 10))
