@@ -1,5 +1,7 @@
 """The real command, in processes of its own: as on one host or on two, with whatever signals and limits a test likes."""
 
+import contextlib
+import fcntl
 import functools
 import os
 import pathlib
@@ -101,17 +103,27 @@ class Run:
 
 
 class Laboratory:
-    """A folder for runs, with a prepared dataset."""
+    """A folder for runs, with a prepared dataset; several processes may share it."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
+        self.folder.mkdir(exist_ok=True)
         tfds.disable_progress_bar()
-        tfds.builder("sklearn_digits", data_dir=self.folder, file_format="array_record").download_and_prepare()
-        # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
         without_torch = self.folder / "without_torch"
-        without_torch.mkdir()
-        (without_torch / "torch.py").write_text("raise ImportError")
+        with self._one_at_a_time():
+            # Where another process has prepared it, nothing happens.
+            tfds.builder("sklearn_digits", data_dir=self.folder, file_format="array_record").download_and_prepare()
+            # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
+            without_torch.mkdir(exist_ok=True)
+            (without_torch / "torch.py").write_text("raise ImportError")
         self._environment = {"PYTHONPATH": str(without_torch)}
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self):
+        """Lets the processes that share the folder in one after the other."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def start(self, workdir, *flags, devices=1, environment=None):
         arguments = [
@@ -138,17 +150,21 @@ class Laboratory:
         assert code == 0, run.errors()
         return run.errors()
 
+    def _undisturbed(self, name, flags):
+        with self._one_at_a_time():
+            if not (self.folder / name / "dot" / "result.json").exists():
+                self.finish(self.folder / name, *flags)
+        return self.folder / name
+
     @functools.cached_property
     def short(self):
         """The folder of an undisturbed run."""
-        self.finish(self.folder / "short", *SHORT)
-        return self.folder / "short"
+        return self._undisturbed("short", SHORT)
 
     @functools.cached_property
     def long(self):
         """The folder of an undisturbed run that takes some seconds."""
-        self.finish(self.folder / "long", *LONG)
-        return self.folder / "long"
+        return self._undisturbed("long", LONG)
 
     def with_teacher(self, name, undisturbed):
         """Returns a folder in which only the student is still to be trained."""

@@ -1,5 +1,7 @@
 """What the tests of the example share: one prepared dataset, and a command line that trains for seconds only."""
 
+import os
+
 import pytest
 
 from examples.distill.command_line import main
@@ -8,8 +10,9 @@ from tests.runs import Laboratory
 
 @pytest.fixture(scope="session")
 def laboratory(tmp_path_factory):
-    """For runs in processes of their own."""
-    return Laboratory(tmp_path_factory.mktemp("laboratory"))
+    """For runs in processes of their own; all workers of pytest share it."""
+    folder = tmp_path_factory.getbasetemp()
+    return Laboratory((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "laboratory")
 
 
 @pytest.fixture(scope="session")
