@@ -2,7 +2,8 @@
 
     python -m tests.faults
 
-prints what happened, in three minutes on two cores; `tests/examples/test_distill_faults.py` runs the same.
+prints what happened, in three minutes on two cores; `tests/examples/test_distill_faults.py` runs the same,
+three of them in the first tier and the others as slow tests.
 """
 
 import contextlib

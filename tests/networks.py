@@ -1,5 +1,6 @@
 """Networks of the example for tests that need no trained ones, made without compiling anything."""
 
+import functools
 import math
 
 import jax
@@ -9,8 +10,9 @@ from flax import nnx
 from examples.distill import models
 
 
+@functools.cache
 def abstract(name, num_classes=10, **options):
-    """The model with shapes in the place of arrays, which costs nothing."""
+    """The model with shapes in the place of arrays, which costs nothing; do not change it."""
     return nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options))
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import digits_learning_rates, gradient_cost, input_pipeline, pod_cost, recipe_cost
 
 
+@pytest.mark.slow
 def test_digits_learning_rates(tmp_path, capsys):
     path = tmp_path / "report.json"
     arguments = "--seeds 2 --shared_epochs 1 --tuned_epochs 1 --learning_rates 0.01 --json"
@@ -35,6 +36,7 @@ def test_gradient_cost(tmp_path):
     assert 1.6 < ours / flops["one gradient of the sum"] < 5 / 3
 
 
+@pytest.mark.slow
 def test_input_pipeline(tmp_path, capsys):
     path = tmp_path / "rates.json"
     input_pipeline.main(["--images", "200", "--rounds", "1", "--json", str(path)])
@@ -68,6 +70,7 @@ def _vgg_gflop(convs):
     return flops
 
 
+@pytest.mark.slow
 def test_recipe_cost(tmp_path, tpu_compiler):
     path = tmp_path / "cost.json"
     recipe_cost.main(["--configs", "cifar100_vgg13_vgg8", "--json", str(path)])
@@ -80,6 +83,7 @@ def test_recipe_cost(tmp_path, tpu_compiler):
     assert cost["hours"] == pytest.approx(240 * 781 * 64 / cost["images_per_second"] / 3600)
 
 
+@pytest.mark.slow
 def test_pod_cost(tmp_path, tpu_compiler):
     path = tmp_path / "pod.json"
     pod_cost.main(["--batch_sizes", "4096", "--forms", "shard_map", "--json", str(path)])

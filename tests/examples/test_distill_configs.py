@@ -13,6 +13,7 @@ import dot_optax
 from examples.distill import checkpoint, data, methods, settings
 from examples.distill.command_line import main, parse
 from tests import networks
+from tests.tiers import slow_but
 
 _DISTILL = pathlib.Path(methods.__file__).parent
 
@@ -204,7 +205,7 @@ def _save_random_teacher(folder, config):
     checkpoint.save_variables(folder, params, rest)
 
 
-@pytest.mark.parametrize("name", _PUBLISHED)
+@pytest.mark.parametrize("name", slow_but(_PUBLISHED, "cifar100_vgg13_vgg8"))
 def test_two_steps_and_an_evaluation(name, run, tmp_path):
     config = _config(name)
     _save_random_teacher(tmp_path / "teacher", config)
@@ -223,6 +224,7 @@ def test_two_steps_and_an_evaluation(name, run, tmp_path):
     assert params["classifier"]["kernel"].dtype == jnp.float32
 
 
+@pytest.mark.slow  # the digits train a teacher in the first tier
 def test_a_teacher_is_trained_by_the_same_command_and_taught_with(run, tmp_path, capsys):
     teacher = "--config.student.model.name=resnet8x4"
     assert run("cifar100_vgg13_vgg8", "--config.method=ce", teacher) == 0
@@ -230,12 +232,15 @@ def test_a_teacher_is_trained_by_the_same_command_and_taught_with(run, tmp_path,
     (tmp_path / "run").rename(tmp_path / "resnet8x4")
     folder = f"--config.teacher.checkpoint={tmp_path / 'resnet8x4' / 'ce'}"
     assert run("cifar100_vgg13_vgg8", "--config.teacher.model.name=resnet8x4", teacher, folder) == 0
-    (tmp_path / "run").rename(tmp_path / "student")
-    assert run("cifar100_vgg13_vgg8", folder) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-        f"error: the teacher in {tmp_path / 'resnet8x4' / 'ce'} is no vgg13 with 100 classes: missing "
+
+
+def test_a_teacher_that_is_another_network(run, tmp_path, capsys):
+    _save_random_teacher(
+        tmp_path / "resnet8x4", _config("cifar100_r32x4_r8x4", "--config.teacher.model.name=resnet8x4")
     )
+    assert run("cifar100_vgg13_vgg8", f"--config.teacher.checkpoint={tmp_path / 'resnet8x4'}") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: the teacher in {tmp_path / 'resnet8x4'} is no vgg13 with 100 classes: missing ")
 
 
 def test_a_method_that_needs_a_teacher_asks_for_it(run, tmp_path, capsys):
@@ -245,7 +250,10 @@ def test_a_method_that_needs_a_teacher_asks_for_it(run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["cifar100_r32x4_r8x4", "tiny_imagenet_r18_shufflev2", "imagenet_r34_r18"])
+_OF_EACH_DATASET = ["cifar100_r32x4_r8x4", "tiny_imagenet_r18_shufflev2", "imagenet_r34_r18"]
+
+
+@pytest.mark.parametrize("name", slow_but(_OF_EACH_DATASET, "cifar100_r32x4_r8x4"))
 def test_missing_data(name, tmp_path, capsys):
     config = _config(name)
     _save_random_teacher(tmp_path / "teacher", config)

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from examples.distill import data, images
 from examples.distill.configs.digits import get_config
 from examples.distill.errors import UserError
+from tests.tiers import slow_but
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_worker_process_that_dies_is_reported(dataset):
         _train(deadly)
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (0, 2)])
+@pytest.mark.parametrize("workers", slow_but([(0, 0), (0, 2)], (0, 0)))
 def test_iterator_state_continues_in_the_middle_of_an_epoch(noisy, workers):
     before, after = (noisy._replace(workers=count) for count in workers)
     whole = _train(noisy)

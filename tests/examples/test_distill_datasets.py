@@ -263,6 +263,7 @@ def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
         "--config.batch_size=7",
         "--config.eval_batch_size=7",
         "--config.dataset.image_size=32",
+        "--config.student.model.name=resnet8x4",
     ]
     assert main([*arguments, *small, f"--workdir={tmp_path / 'run'}"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]

@@ -16,6 +16,7 @@ from examples.distill import __main__, checkpoint, records, settings, workdir
 from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
 from examples.distill.errors import UserError
+from tests.tiers import slow_but
 
 CONFIGS = [
     "cifar100_r32x4_r8x4",
@@ -261,7 +262,7 @@ def test_a_network_without_a_checkpoint(tmp_path):
         checkpoint.load_variables(tmp_path / "kd")
 
 
-@pytest.mark.parametrize("damage", ["variables", "variables/d"])
+@pytest.mark.parametrize("damage", slow_but(["variables", "variables/d"], "variables/d"))
 def test_a_damaged_teacher(damage, finished, data_dir, tmp_path):
     shutil.copytree(finished / "teacher", tmp_path / "teacher")
     [*_, latest] = sorted((tmp_path / "teacher" / "checkpoints").iterdir(), key=lambda path: int(path.name))

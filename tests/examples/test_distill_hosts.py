@@ -11,6 +11,7 @@ import pytest
 
 from examples.distill import checkpoint
 from tests.runs import SHORT
+from tests.tiers import slow_but
 
 
 def _run_on_two_hosts(laboratory, workdir, *flags, **options):
@@ -25,7 +26,7 @@ def _assert_same_student(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), student, expected)
 
 
-@pytest.mark.parametrize("form", ["jit", "jit --config.shard_params=True", "pmap", "shard_map"])
+@pytest.mark.parametrize("form", slow_but(["jit", "jit --config.shard_params=True", "pmap", "shard_map"], "jit"))
 def test_two_hosts_train_and_evaluate_like_one(form, laboratory):
     flags = f"--config.parallel={form}".split()
     alone, run = laboratory.short, laboratory.folder / f"hosts {form}"
@@ -43,14 +44,17 @@ def test_two_hosts_train_and_evaluate_like_one(form, laboratory):
     lines = (run / "dot" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [14, 28, 42, 56, 70, 84]
 
-    if form == "jit":  # go on from an earlier checkpoint, with the bits of the first run
-        again = run.with_name("hosts_again")
-        shutil.copytree(run, again)
-        (again / "dot" / "result.json").unlink()
-        shutil.rmtree(again / "dot" / "checkpoints" / "84")
-        codes = [code for code, *_ in _run_on_two_hosts(laboratory, again)]
-        assert codes == [0, 0]
-        _assert_same_student(again, run, atol=0)
+
+@pytest.mark.slow  # one host goes on in the first tier
+def test_two_hosts_go_on_from_an_earlier_checkpoint_with_the_same_bits(laboratory):
+    run = laboratory.with_teacher("hosts", laboratory.short)
+    assert [code for code, *_ in _run_on_two_hosts(laboratory, run)] == [0, 0]
+    again = run.with_name("hosts_again")
+    shutil.copytree(run, again)
+    (again / "dot" / "result.json").unlink()
+    shutil.rmtree(again / "dot" / "checkpoints" / "84")
+    assert [code for code, *_ in _run_on_two_hosts(laboratory, again)] == [0, 0]
+    _assert_same_student(again, run, atol=0)
 
 
 def test_hosts_that_were_started_differently(laboratory, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from flax import nnx
 
 from examples.distill import checkpoint, import_teacher, models
+from tests.tiers import slow_but
 
 _CLASSES = 7
 
@@ -152,7 +153,7 @@ def tensors(network):
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("model", _TORCH)
+@pytest.mark.parametrize("model", slow_but(_TORCH, "resnet8x4", "vgg8"))
 def test_logits_are_those_of_pytorch(model, tmp_path):
     network = _random(model)
     torch.save(network.state_dict(), tmp_path / "teacher.pth")

@@ -15,6 +15,7 @@ from examples.distill.configs.digits import get_config
 from examples.distill.errors import UserError
 from examples.distill.models import layers, shufflenetv2
 from tests import networks
+from tests.tiers import slow_but
 
 _PARAMETERS = [
     ("resnet8x4", 100, 1_233_540),
@@ -72,7 +73,7 @@ def test_features(name):
     assert logits.shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", _FEATURES)
+@pytest.mark.parametrize("name", slow_but(_FEATURES, "resnet8x4", "vgg8", "shufflenetv2", "mobilenetv1"))
 def test_any_input_size_and_number_of_channels(name):
     for image_shape in [(40, 72, 3), (33, 47, 1)]:
         (logits, _), _ = _shapes(*models.split(networks.abstract(name, input_shape=image_shape)), *image_shape)
@@ -87,7 +88,7 @@ def test_vgg_pools_four_times_at_64_pixels_only():
     assert sizes == {32: 4, 64: 4, 96: 12}
 
 
-@pytest.mark.parametrize("name", _FEATURES)
+@pytest.mark.parametrize("name", slow_but(_FEATURES, "resnet8x4", "vgg8", "mobilenetv1"))
 def test_forward_passes(name):
     graphdef, params, rest = networks.random(name)
     apply = jax.jit(functools.partial(models.apply, graphdef, with_features=True), static_argnames="train")
