@@ -110,7 +110,7 @@ class Laboratory:
         self.folder.mkdir(exist_ok=True)
         tfds.disable_progress_bar()
         without_torch = self.folder / "without_torch"
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             # Where another process has prepared it, nothing happens.
             tfds.builder("sklearn_digits", data_dir=self.folder, file_format="array_record").download_and_prepare()
             # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
@@ -119,7 +119,7 @@ class Laboratory:
         self._environment = {"PYTHONPATH": str(without_torch)}
 
     @contextlib.contextmanager
-    def _one_at_a_time(self):
+    def one_at_a_time(self):
         """Lets the processes that share the folder in one after the other."""
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -151,7 +151,7 @@ class Laboratory:
         return run.errors()
 
     def _undisturbed(self, name, flags):
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             if not (self.folder / name / "dot" / "result.json").exists():
                 self.finish(self.folder / name, *flags)
         return self.folder / name
