@@ -14,6 +14,7 @@ from PIL import Image
 from examples.distill import data, images
 from examples.distill.command_line import main, parse
 from examples.distill.errors import UserError
+from tests.tiers import slow_but
 
 
 def _pixels(height, width, seed):
@@ -244,17 +245,17 @@ def _rewrite(data_dir, damage):
     damage(path)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:1000]),
-        lambda path: path.write_bytes(path.read_bytes()[:70_000] + bytes(50_000) + path.read_bytes()[120_000:]),
-        lambda path: path.unlink(),
-    ],
-)
+_DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "zeros": lambda path: path.write_bytes(path.read_bytes()[:70_000] + bytes(50_000) + path.read_bytes()[120_000:]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", slow_but(_DAMAGES, "cut"))
 def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
     shutil.copytree(imagenet_dir, tmp_path / "data")
-    _rewrite(tmp_path / "data", damage)
+    _rewrite(tmp_path / "data", _DAMAGES[damage])
     arguments = ["--config=imagenet_r34_r18", f"--config.dataset.data_dir={tmp_path / 'data'}", "--config.method=ce"]
     small = [
         "--config.dataset.split_sizes.train=7",

@@ -101,7 +101,9 @@ def test_forward_passes(name):
     np.testing.assert_allclose(features[-1], features[-2].mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mlp", *_FEATURES])
+@pytest.mark.parametrize(
+    "name", slow_but(["mlp", *_FEATURES], "mlp", "resnet8x4", "vgg8", "shufflenetv2", "mobilenetv1")
+)
 def test_bfloat16_is_for_computing_only(name):
     options = {"hidden": (8,)} if name == "mlp" else {}
     graphdef, params, rest = models.split(networks.abstract(name, dtype="bfloat16", **options))
@@ -168,7 +170,8 @@ def test_hidden_activations_of_the_mlp():
 
 
 def test_a_convolutional_pair_trains_in_bfloat16():
-    graphdef, params, rest = networks.random("resnet8x4", dtype="bfloat16")
+    # The first of its three stages, which compiles in seconds.
+    graphdef, params, rest = networks.random("resnet8x4", dtype="bfloat16", stage_sizes=(1,), stage_features=(64,))
     teacher_graphdef, *teacher_variables = networks.random("vgg8")
     optimizer = methods.build("dot", get_config().optimizer, dot_optax.PerLoss(task=0.1, kd=0.9), steps_per_epoch=1)
     problem = steps.Problem(graphdef, teacher_graphdef, 4.0, mean=(0.0,) * 3, std=(1.0,) * 3)
