@@ -1,6 +1,6 @@
 """Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
 
-import math
+import functools
 from typing import Any
 
 import jax
@@ -78,14 +78,19 @@ def kd_loss(
 
 
 def _kl_divergence(student: Any, teacher: Any, temperature: Any, axis: Any, where: Any) -> jax.Array:
-    """KL(q || p) of `teacher` to `student`, two arrays of logits: exact to rounding of its own size, however small."""
+    """KL(q || p) of `teacher` to `student`, two arrays of logits, as exact as their differences are."""
     if where is not None:
         student, teacher = (jnp.where(where, logits, -jnp.inf) for logits in (student, teacher))
-    # Logits that are large and close lose nothing once they are shifted: it is their differences that count.
+    # The teacher's largest logit is taken from all, so that large logits lose nothing: their differences count.
     top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True))
     excluded = teacher == -jnp.inf
     difference = (jnp.where(excluded, 0.0, student) - jnp.where(excluded, 0.0, teacher)) / temperature
-    student, teacher = (student - top) / temperature, (teacher - top) / temperature
+
+    def softened(logits: jax.Array) -> jax.Array:
+        infinite = logits == -jnp.inf  # divided by the temperature, it would make its gradient NaN
+        return jnp.where(infinite, -jnp.inf, jnp.where(infinite, 0.0, logits - top) / temperature)
+
+    student, teacher = softened(student), softened(teacher)
     log_z = jax.nn.logsumexp(teacher, axis=axis, keepdims=True)
     q = jnp.exp(teacher - log_z)
 
@@ -95,12 +100,12 @@ def _kl_divergence(student: Any, teacher: Any, temperature: Any, axis: Any, wher
         near = (jnp.abs(log_p_q) < 0.5) & ~excluded
         return p, near, jnp.where(near, log_p_q, 0.0), jnp.where(near, 0.0, log_p_q)
 
-    # The logarithm of the ratio of both normalisers. The loss is stationary in it: its gradient does not matter, and
-    # one Newton step makes its rounding as small as the differences of the logits.
+    # The logarithm of the ratio of both normalisers, and one Newton step towards sum(p) = sum(q), which makes its
+    # rounding as small as the differences of the logits. In exact arithmetic the step is 0, and so are its gradients.
     log_ratio = jax.nn.logsumexp(student, axis=axis, keepdims=True) - log_z
     p, near, small, _ = compared(log_ratio)
     excess = jnp.sum(jnp.where(near, q * jnp.expm1(small), p - q), axis=axis, keepdims=True)
-    p, near, small, large = compared(jax.lax.stop_gradient(log_ratio + jnp.log1p(excess)))
+    p, near, small, large = compared(log_ratio + jax.lax.stop_gradient(jnp.log1p(excess)))
     far = p - jnp.where(excluded, 0.0, q * (1 + large))
     return jnp.sum(jnp.where(near, q * _exp_minus_1_minus_x(small), far), axis=axis)
 
@@ -117,8 +122,8 @@ def _check_logits(student: Any, teacher: Any, axis: int | tuple[int, ...]) -> tu
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
             raise TypeError(f"{name} must be an array of real floating point numbers, got {describe(logits)}")
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    if student.shape != teacher.shape or math.prod(student.shape[a] for a in axes if student.shape) < 2:
+    examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
+    if student.shape != teacher.shape or 0 < student.size < 2 * examples.size:
         raise ValueError(
             "student_logits and teacher_logits must have the same shape [..., num_classes], with two classes or more, "
             f"got {student.shape} and {teacher.shape}"

@@ -167,3 +167,36 @@ def test_the_same_logits_have_no_loss_and_no_gradient():
         np.testing.assert_allclose(result, 0.0, atol=2e-5)
     value, *grads = with_gradients(logits, logits, 4.0)
     assert not value.any() and not any(grad.any() for grad in grads)
+
+
+def test_second_derivatives_and_those_in_the_temperature():
+    """The Hessian in the student's logits is diag(p) - p p^T, whatever the form of the sum."""
+    student, teacher = jnp.array([1.0, 2.0, 0.5, 0.3]), jnp.array([0.0, 1.0, 3.0, -1.0])
+    for logits in (teacher, teacher.at[3].set(-jnp.inf)):
+        p = np.exp(np.float64(student) / 2) / np.exp(np.float64(student) / 2).sum()
+        hessian = jax.hessian(losses.kd_loss)(student, logits, 2.0)
+        np.testing.assert_allclose(hessian, np.diag(p) - np.outer(p, p), rtol=0, atol=1e-6)
+        for order, function in ((1, jax.grad(losses.kd_loss, 2)), (2, jax.grad(jax.grad(losses.kd_loss, 2), 2))):
+            step, plain = 1e-2, lambda t, logits=logits: in_float64(student[None], logits[None], t)[0][0]
+            expected = (
+                (plain(2 + step) - plain(2 - step)) / (2 * step)
+                if order == 1
+                else (plain(2 + step) - 2 * plain(2) + plain(2 - step)) / step**2
+            )
+            # Central differences of float64: their error is the square of the step times a derivative of order one.
+            np.testing.assert_allclose(function(student, logits, 2.0), expected, rtol=2e-3)
+
+
+def test_the_gradient_in_the_temperature_does_not_see_excluded_classes():
+    student, teacher, where = jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, 1.0, 3.0]), jnp.array([True, True, False])
+    masked = jax.grad(lambda t: losses.kd_loss(student, teacher, t, where=where))(2.0)
+    np.testing.assert_allclose(masked, jax.grad(losses.kd_loss, 2)(student[:2], teacher[:2], 2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [3.0, 100.0])
+def test_an_offset_of_all_logits_changes_nothing(offset):
+    teacher = 3.0 * jax.random.normal(jax.random.key(0), (16, 100))
+    student = teacher + 1e-2 * jax.random.normal(jax.random.key(1), (16, 100))
+    plain = losses.kd_loss(student, teacher, 4.0)
+    # The sum of logits and offset is rounded to 24 bits: up to 6e-8 of it, on differences of 1e-2.
+    np.testing.assert_allclose(losses.kd_loss(student + offset, teacher, 4.0), plain, rtol=10 * 6e-8 * offset / 1e-2)
