@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dot_optax._momenta import scale_by_learning_rate, scale_by_momenta
+from dot_optax._momenta import in_the_dtypes_of_params, scale_by_learning_rate, wide_momenta
 from dot_optax._reach import Mask
 
 
@@ -42,11 +42,11 @@ _DELTAS = {
 
 def deepkd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
+    variant: str = "paper",
     beta_task: optax.ScalarOrSchedule | None = None,
     beta_target: optax.ScalarOrSchedule | None = None,
     beta_non_target: optax.ScalarOrSchedule | None = None,
-    *,
-    variant: str = "paper",
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
     reached: DeepKDLosses | tuple[Mask, Mask, Mask] | Mapping[Any, Mask] | None = None,
@@ -67,12 +67,12 @@ def deepkd(
 
     Args:
         learning_rate: :math:`\eta`, a scalar or a schedule.
-        beta_task: the momentum of the task gradient, in [0, 1), or a schedule; by default that of the `variant`.
-        beta_target: the momentum of the target-class gradient, likewise.
-        beta_non_target: the momentum of the non-target-class gradient, likewise.
         variant: where the default momenta come from, with :math:`\mu` = 0.9. `"paper"`: :math:`\mu + 0.075`,
             :math:`\mu - 0.075`, :math:`\mu + 0.075`. `"code"`, what the released optimizer does to a parameter that all
             losses reach: :math:`\mu - 0.075` for the task and the target classes, :math:`\mu + 0.05` for the others.
+        beta_task: the momentum of the task gradient, in [0, 1), or a schedule; by default that of the `variant`.
+        beta_target: the momentum of the target-class gradient, likewise.
+        beta_non_target: the momentum of the non-target-class gradient, likewise.
         weight_decay: :math:`\lambda \geq 0`, the coupled L2 penalty: it joins the gradient of the first loss that
             reaches the parameter. (The released optimizer adds it to the target-class gradient, which makes no
             difference there: with `"code"` both have the same momentum.)
@@ -105,14 +105,7 @@ def deepkd(
     if variant not in _DELTAS:
         raise ValueError(f"deepkd: variant must be one of {', '.join(map(repr, _DELTAS))}, got {variant!r}")
     given = DeepKDLosses(beta_task, beta_target, beta_non_target)
-    momenta = scale_by_momenta(
-        DeepKDLosses(
-            *(_MOMENTUM + d if beta is None else beta for beta, d in zip(given, _DELTAS[variant], strict=True))
-        ),
-        weight_decay=weight_decay,
-        mask=mask,
-        reached=reached,
-        nesterov=nesterov,
-        accumulator_dtype=accumulator_dtype,
-    )
-    return optax.chain(momenta, scale_by_learning_rate(learning_rate))
+    defaults = (_MOMENTUM + delta for delta in _DELTAS[variant])
+    betas = DeepKDLosses(*(own if beta is None else beta for beta, own in zip(given, defaults, strict=True)))
+    momenta = wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
+    return in_the_dtypes_of_params(optax.chain(momenta, scale_by_learning_rate(learning_rate)))

@@ -17,6 +17,7 @@ from dot_optax._momenta import (
     check_flag,
     check_params,
     decay_mask,
+    in_the_dtypes_of_params,
     init_buffers,
     scale_by_learning_rate,
     update_parameters,
@@ -56,8 +57,10 @@ def scale_by_adam_momenta(
     .. math::
         m_i &\leftarrow \beta_i m_i + (1 - \beta_0) \, g_i, \qquad \beta_0 = \tfrac{1}{N} \textstyle\sum_i \beta_i \\
         \nu &\leftarrow b_2 \nu + (1 - b_2) \, (\textstyle\sum_i g_i)^2 \\
-        u &= \sum_i \frac{m_i}{1 - \beta_i^t} \Big/
-            \left( \sqrt{\frac{\nu}{1 - b_2^t} + \epsilon_{root}} + \epsilon \right)
+        u &= \sum_i \hat{m}_i \Big/ \left( \sqrt{\frac{\nu}{1 - b_2^t} + \epsilon_{root}} + \epsilon \right),
+            \qquad \hat{m}_i = \frac{m_i}{1 - \beta_i^t}
+
+    With `nesterov`, :math:`\hat{m}_i = \beta_i m_i / (1 - \beta_i^{t+1}) + (1 - \beta_0) \, g_i / (1 - \beta_i^t)`.
 
     Adam's own first moment is normalised: its weights add up to 1 whatever its momentum is, so that a larger momentum
     would remember longer without amplifying more. Here all losses share the factor :math:`1 - \beta_0`, so that a steady
@@ -75,7 +78,7 @@ def scale_by_adam_momenta(
         eps_root: :math:`\epsilon_{root}`, added inside the root.
         mu_dtype: the dtype of the first moments. By default all moments have that of the parameters, but float32 for
             those of 16 bits. All arithmetic is done in float32 or wider.
-        nesterov: whether to look one step ahead in each first moment, as `optax.scale_by_adam` has it.
+        nesterov: whether to look one step ahead in each first moment, as `optax.scale_by_adam` does.
         reached: which loss reaches which parameter, as for `scale_by_momenta`.
         normalize: use the factor :math:`1 - \beta_i` for loss :math:`i`, so that the losses remember differently long
             and are amplified alike: it tells the two effects apart.
@@ -109,6 +112,23 @@ def scale_by_adam_momenta(
         Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, with the momenta of Zhao et al.,
         `DOT <https://arxiv.org/abs/2307.08436>`_, 2023; the combination is ours.
     """
+    return in_the_dtypes_of_params(
+        _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov=nesterov, reached=reached, normalize=normalize)
+    )
+
+
+def _wide_adam_momenta(
+    betas: Betas,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    mu_dtype: Any,
+    *,
+    nesterov: bool,
+    reached: Any,
+    normalize: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_adam_momenta` with updates of 32 bits or more, so that no small decay is lost in them."""
     losses = LossNames.of(betas, "betas")
     for name, value, high in (("b2", b2, 1), ("eps", eps, jnp.inf), ("eps_root", eps_root, jnp.inf)):
         check_scalar(name, value, 0, high)
@@ -138,7 +158,7 @@ def scale_by_adam_momenta(
                 return x / jnp.asarray(1 - decay ** count.astype(float), dtype)
 
             numerator, total = 0.0, 0.0
-            for i, beta in enumerate(plan.betas):
+            for i, beta in enumerate(plan.momenta):
                 if beta is None:
                     continue
                 g = jnp.asarray(grads[i], dtype)
@@ -256,6 +276,10 @@ def dot_adamw(
 
     where :math:`u` is the update of `scale_by_dot_adam`. With equal betas this is `optax.adamw` of the summed gradient.
 
+    `optax.inject_hyperparams` takes every callable for a schedule, and keeps numbers in the dtype of the parameters, where
+    in bfloat16 a `b2` of 0.999 is 1 and the updates are NaN: give it `static_args=('mask', 'mu_dtype')`, and
+    `hyperparam_dtype=jnp.float32` where parameters have 16 bits.
+
     A steady gradient of the task is amplified by :math:`(1 - \beta_0) / (1 - \beta_{task})` = 0.57 and one of the
     distillation loss by 4 with the default momenta, where `optax.adamw` has 1 and 1: tune the learning rate anew.
 
@@ -273,9 +297,6 @@ def dot_adamw(
         nesterov: whether to use Nesterov momentum for each loss.
         reached: which loss reaches which parameter; see `scale_by_dot`.
         normalize: as for `scale_by_dot_adam`.
-
-    `optax.inject_hyperparams` takes every callable for a schedule, and keeps numbers in the dtype of the parameters:
-    give it `static_args=('mask', 'mu_dtype')`, and `hyperparam_dtype=jnp.float32` where these have 16 bits.
 
     Returns:
         A transformation from a container of two gradient trees to one update tree for `optax.apply_updates`.
@@ -298,22 +319,17 @@ def dot_adamw(
         Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019, and
         as `scale_by_adam_momenta`.
     """
-    adam = scale_by_dot_adam(
-        beta_task,
-        beta_kd,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        nesterov=nesterov,
-        reached=reached,
-        normalize=normalize,
+    betas, options = PerLoss(beta_task, beta_kd), {"nesterov": nesterov, "reached": reached, "normalize": normalize}
+    chain = optax.chain(
+        _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, **options),
+        _add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
     )
-    return optax.chain(adam, _add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
+    return in_the_dtypes_of_params(chain)
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Mask | None) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` whose mask is one of ours, and which keeps dtypes where the decay is an array."""
+    """`optax.add_decayed_weights` whose mask is one of ours; it adds in 32 bits or more."""
     decayed = decay_mask(weight_decay, mask)
     if decayed is False:
         return optax.identity()
@@ -324,7 +340,7 @@ def _add_decayed_weights(weight_decay: Any, mask: Mask | None) -> optax.Gradient
         def leaf(u: Any, p: Any, is_decayed: bool) -> Any:
             dtype = widest(u, p)
             decay = jnp.asarray(weight_decay, dtype) * jnp.asarray(p, dtype)
-            return (u.astype(dtype) + decay).astype(u.dtype) if is_decayed else u
+            return u.astype(dtype) + decay if is_decayed else u
 
         leaves, treedef = jax.tree.flatten(updates)
         return treedef.unflatten(map(leaf, leaves, jax.tree.leaves(params), leaf_mask(decayed, params, "mask")))

@@ -40,8 +40,9 @@ def scale_by_momenta(
             NamedTuple, or a tuple (two losses in a plain tuple are called `task` and `kd`). A momentum may be a
             schedule, from the number of updates so far to the momentum.
         weight_decay: :math:`\lambda \geq 0`, a coupled L2 penalty: :math:`\lambda \theta` joins, before the momentum,
-            the gradient of the first loss that reaches the parameter. A parameter that no loss reaches is moved by its
-            penalty alone. For a decoupled decay chain `optax.add_decayed_weights` after this.
+            the gradient of the first loss that reaches the parameter (so `betas` must have an order: no dict). A
+            parameter that no loss reaches is moved by its penalty alone. For a decoupled decay chain
+            `optax.add_decayed_weights` after this.
         mask: which parameters `weight_decay` applies to: a pytree of bools of the structure of `params` or a prefix of
             it (but no single bool), or a function from `params` to the mask. By default all.
         reached: which loss reaches which parameter: a container with one mask per loss. The function `reached` computes
@@ -50,7 +51,7 @@ def scale_by_momenta(
         nesterov: use :math:`g_i + \beta_i v_i` of the new :math:`v_i` in the sum, as `optax.trace` has it.
         accumulator_dtype: the dtype of the buffers. By default that of the parameters, but float32 for those of 16
             bits: in bfloat16 a momentum of 0.975 amplifies a steady gradient 35-fold instead of 40-fold. All arithmetic
-            is done in float32 or wider.
+            is done in float32 or wider, and without `params` so are the updates.
 
     Returns:
         A transformation from a container with one gradient tree per loss to one update tree with the dtypes of
@@ -61,8 +62,8 @@ def scale_by_momenta(
     Raises:
         TypeError: if `betas` is not a container of numbers, scalar arrays or schedules; from `init` if a leaf of the
             parameters cannot be trained; from `update` if the updates are not a container.
-        ValueError: if a momentum given as a Python number is outside [0, 1), `weight_decay` is negative, or a mask does
-            not fit the parameters; from `update` if a loss is missing or unknown, if an entry differs from `params` in
+        ValueError: if a momentum given as a Python number is outside [0, 1), `weight_decay` is negative or given with a
+            dict of betas, or a mask does not fit the parameters; from `update` if a loss is missing or unknown, if an entry differs from `params` in
             structure, shape or kind of number, or if `params` is needed (for `weight_decay`, or a mask that is a
             function) and missing.
 
@@ -80,38 +81,32 @@ def scale_by_momenta(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, for two losses.
     """
+    momenta = wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
+    return in_the_dtypes_of_params(momenta)
+
+
+def wide_momenta(
+    betas: Betas, weight_decay: Any, mask: Any, reached: Any, nesterov: bool, accumulator_dtype: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_momenta` with updates of 32 bits or more, so that nothing is rounded or lost before the learning rate."""
     losses = LossNames.of(betas, "betas")
     buffer_dtype = canonical_dtype(accumulator_dtype, "accumulator_dtype")
     decayed = decay_mask(weight_decay, mask)
+    if decayed is not False and isinstance(betas, Mapping):
+        raise ValueError("weight_decay joins the first loss, but a mapping of betas has no first: give a NamedTuple")
     check_flag("nesterov", nesterov)
+    step = functools.partial(_momentum_step, weight_decay=weight_decay, nesterov=nesterov)
 
-    def make(*betas: Any) -> optax.GradientTransformationExtraArgs:
-        plan_for = functools.partial(plans, losses, betas, reached, decayed)
+    def make(*now: Any) -> optax.GradientTransformationExtraArgs:
+        plan_for = functools.partial(plans, losses, now, reached, decayed)
 
         def kept(plan: list[Plan]) -> list[list[bool]]:
-            return [[leaf.betas[i] is not None for leaf in plan] for i in range(len(betas))]
+            return [[leaf.momenta[i] is not None for leaf in plan] for i in range(len(now))]
 
         def init(params: optax.Params) -> Any:
             check_trainable(params, "params")
             traces = [init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
             return losses.pack([optax.TraceState(trace) for trace in traces])
-
-        def step(parameter: Parameter) -> tuple[Any, list[Any]]:
-            plan, grads, buffers, theta = parameter
-            dtype = widest(*grads, *buffers)
-            total, new_buffers = None, list(buffers)
-            for i, beta in enumerate(plan.betas):
-                if beta is None:
-                    continue
-                g = jnp.asarray(grads[i], dtype) if plan.reads[i] else jnp.zeros_like(grads[i], dtype)
-                if plan.l2 == i:
-                    g = g + jnp.asarray(weight_decay, dtype) * jnp.asarray(theta, dtype)
-                beta = jnp.asarray(beta, dtype)
-                v = g + beta * buffers[i].astype(dtype)
-                u = g + beta * v if nesterov else v
-                total = u if total is None else total + u
-                new_buffers[i] = v.astype(buffers[i].dtype)
-            return jnp.zeros_like(grads[0]) if total is None else total, new_buffers
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             del extra_args
@@ -123,6 +118,25 @@ def scale_by_momenta(
         return optax.GradientTransformationExtraArgs(init, update)
 
     return with_schedules(make, losses, betas)
+
+
+def _momentum_step(parameter: "Parameter", *, weight_decay: Any, nesterov: bool) -> tuple[Any, list[Any]]:
+    """The update of one parameter, and its new buffers: v_i <- g_i + beta_i v_i for each loss i, u = sum_i v_i."""
+    plan, grads, buffers, theta = parameter
+    dtype = widest(*grads, *buffers)
+    total, new_buffers = None, list(buffers)
+    for i, beta in enumerate(plan.momenta):
+        if beta is None:
+            continue
+        g = jnp.asarray(grads[i], dtype) if plan.reads[i] else jnp.zeros_like(grads[i], dtype)
+        if plan.l2 == i:
+            g = g + jnp.asarray(weight_decay, dtype) * jnp.asarray(theta, dtype)
+        beta = jnp.asarray(beta, dtype)
+        v = g + beta * buffers[i].astype(dtype)
+        u = g + beta * v if nesterov else v
+        total = u if total is None else total + u
+        new_buffers[i] = v.astype(buffers[i].dtype)
+    return jnp.zeros_like(grads[0]) if total is None else total, new_buffers
 
 
 class Parameter(NamedTuple):
@@ -158,7 +172,7 @@ def update_parameters(
     buffers: list[Any],
     params: Any,
 ) -> tuple[Any, list[Any]]:
-    """The update, with the dtypes of the parameters, and the new buffers, from one `step` for each parameter."""
+    """The update, and the new buffers, from one `step` for each parameter."""
     grads, _ = losses.gradients(updates, params)
     leaves, treedef = jax.tree.flatten(grads[0])
     plan = plan_for(params, grads[0])
@@ -175,7 +189,7 @@ def update_parameters(
     results = []
     for leaf, value, *row in zip(plan, values, *columns, strict=True):
         update, new_buffers = step(Parameter(leaf, row[: len(grads)], row[len(grads) :], value))
-        results.append([jnp.asarray(update, jnp.result_type(row[0] if value is None else value)), *new_buffers])
+        results.append([update, *new_buffers])
     trees = [treedef.unflatten(column) for column in zip(*results, strict=True)] or [grads[0], *buffers]
     return trees[0], trees[1:]
 
@@ -236,16 +250,21 @@ def with_schedules(
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate`, whose updates keep their dtypes where the learning rate is an array."""
+    """`optax.scale_by_learning_rate`, which would take a string, a bool or an array of any shape."""
     if not callable(learning_rate):
         check_scalar("learning_rate", learning_rate)
-    tx = optax.scale_by_learning_rate(learning_rate)
+    return optax.scale_by_learning_rate(learning_rate)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        new_updates, state = tx.update(updates, state, params)
-        return optax.tree.cast_like(new_updates, updates), state
 
-    return optax.GradientTransformation(tx.init, update)
+def in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, whose updates are rounded to the dtypes of the parameters, if these are given, at the end."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return updates if params is None else optax.tree.cast_like(updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:

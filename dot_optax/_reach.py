@@ -105,12 +105,12 @@ class Plan(NamedTuple):
     """What an optimizer does with one parameter.
 
     Attributes:
-        betas: the momentum of each loss, or None where the loss keeps no buffer for this parameter.
+        momenta: the momentum of each loss, or None where the loss keeps no buffer for this parameter.
         reads: for each loss, whether its gradient is read.
         l2: which loss's gradient the L2 penalty joins, by position; None: there is no penalty.
     """
 
-    betas: tuple[Any, ...]
+    momenta: tuple[Any, ...]
     reads: tuple[bool, ...]
     l2: int | None
 
@@ -133,11 +133,10 @@ def plans(
 
     def plan(is_decayed: bool, *reads: bool) -> Plan:
         l2 = (reads.index(True) if any(reads) else 0) if is_decayed else None
-        moves = [read or i == l2 for i, read in enumerate(reads)]
-        own = tuple(
-            (beta if sum(moves) > 1 else mean) if move else None for beta, move in zip(betas, moves, strict=True)
-        )
-        return Plan(own, reads, l2)
+        has_buffer = [read or i == l2 for i, read in enumerate(reads)]
+        alone = sum(has_buffer) == 1
+        momenta = [mean if alone else beta for beta in betas]
+        return Plan(tuple(m if kept else None for m, kept in zip(momenta, has_buffer, strict=True)), reads, l2)
 
     return list(map(plan, leaf_mask(decayed, params, "mask", like), *reads_of_losses))
 

@@ -173,7 +173,7 @@ HYPERPARAMETERS = [
     Malformed(
         "deepkd: a variant", lambda: dot_optax.deepkd(0.1, variant="x"), "variant must be one of 'paper', 'code'"
     ),
-    Malformed("deepkd: a momentum", lambda: dot_optax.deepkd(0.1, 0.9, 1.0), "beta_target must be in"),
+    Malformed("deepkd: a momentum", lambda: dot_optax.deepkd(0.1, beta_target=1.0), "beta_target must be in"),
     Malformed(
         "betas: too large", lambda: dot_optax.betas(0.9, 0.1), r"momentum \+ delta must lie in \[0, 1\), got 0.9 \+ 0.1"
     ),

@@ -81,4 +81,9 @@ def test_every_container_of_three(pack):
 def test_equal_momenta_are_sgd_of_the_sum():
     steps = random_steps(20)
     sgd = optax.chain(dot_optax.sum_losses(), optax.sgd(0.1, momentum=0.9))
-    chex.assert_trees_all_close(run(dot_optax.deepkd(0.1, 0.9, 0.9, 0.9), steps), run(sgd, steps), rtol=1e-5, atol=1e-4)
+    chex.assert_trees_all_close(
+        run(dot_optax.deepkd(0.1, beta_task=0.9, beta_target=0.9, beta_non_target=0.9), steps),
+        run(sgd, steps),
+        rtol=1e-5,
+        atol=1e-4,
+    )
