@@ -57,16 +57,14 @@ def value_and_grads(
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         indices = _positions(argnums, len(args))
         for index in indices:
-            _check_no_nnx_module(args[index], f"value_and_grads: argument {index}")
+            check_no_nnx_module(args[index], f"value_and_grads: argument {index}", "value_and_grads")
             check_trainable(args[index], f"value_and_grads: argument {index}")
 
         def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
             replaced = list(args)
             for index, primal in zip(indices, primals, strict=True):
                 replaced[index] = primal
-            output = loss_fn(*replaced, **kwargs)
-            losses, aux = output if has_aux else (output, None)
-            return check_losses(losses, "value_and_grads"), aux
+            return split_losses(loss_fn(*replaced, **kwargs), has_aux, "value_and_grads")
 
         primals = [args[index] for index in indices]
         values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
@@ -96,23 +94,29 @@ def _positions(argnums: Any, count: int) -> list[int]:
     return positions
 
 
-def _check_no_nnx_module(tree: Any, what: str) -> None:
+def check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
     nnx = getattr(sys.modules.get("flax"), "nnx", None)  # whoever has a module of Flax NNX has imported it
     is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else (lambda x: False)
     if any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module))):
         raise TypeError(
-            f"{what}: a Flax NNX module goes to dot_optax.nnx.value_and_grads, else its statistics never move"
+            f"{what}: a Flax NNX module goes to dot_optax.nnx.{instead}, since a pytree cannot hold its ties"
         )
 
 
-def check_losses(losses: Any, where: str) -> Any:
-    """The container of losses as arrays, if each is a real scalar."""
+def split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
+    """What a `loss_fn` returned: the container of losses as arrays, if each is a real scalar, and the auxiliary data."""
+    if has_aux and not (isinstance(output, tuple) and len(output) == 2 and entries_by_key(output[0])[0]):
+        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {describe(output)}")
+    losses, aux = output if has_aux else (output, None)
     entries, rebuild = entries_by_key(losses)
     wrong = {key: loss for key, loss in entries.items() if kind(loss) is not jnp.floating or np.shape(loss)}
     if wrong or not entries:
-        what = "".join(f" for the loss {key!r}" for key in list(wrong)[:1])
-        raise TypeError(
-            f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...) (has_aux=True if "
-            f"also something else); got {describe(next(iter(wrong.values()), losses))}{what}: reduce it, or do not sum"
+        key, found = next(iter(wrong.items()), (None, losses))
+        remedy = (
+            "reduce it, as by jnp.mean (has_aux=True if it is no loss)" if wrong else "return them apart, in a tuple"
         )
-    return rebuild({key: jnp.asarray(loss) for key, loss in entries.items()})
+        raise TypeError(
+            f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...); got "
+            f"{describe(found)}{f' for the loss {key!r}' if wrong else ''}: {remedy}"
+        )
+    return rebuild({key: jnp.asarray(loss) for key, loss in entries.items()}), aux

@@ -43,13 +43,25 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
         ValueError: by `update`, where an update does not vary over the axis.
 
     Example:
-        >>> import jax, jax.numpy as jnp, dot_optax, optax
+        >>> import functools, jax, jax.numpy as jnp, numpy as np, dot_optax, optax
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), 'data')
         >>> optimizer = optax.chain(dot_optax.dot(0.1), dot_optax.average_over('data'))
-        >>> def first_update(grads):  # on each device
-        ...     return optimizer.update(grads, optimizer.init(grads.task))[0]
-        >>> grads = dot_optax.PerLoss(task=jnp.ones((1, 3)), kd=jnp.ones((1, 3)))
-        >>> print(jax.pmap(first_update, axis_name='data', devices=jax.devices()[:1])(grads))
-        [[-0.2 -0.2 -0.2]]
+        >>> def loss_fn(w, x):
+        ...     return dot_optax.PerLoss(task=jnp.mean(w * x), kd=jnp.mean(w * x))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P('data'), P('data')), out_specs=(P(), P('data')))
+        ... def step(w, state, x):
+        ...     state = jax.tree.map(lambda leaf: leaf[0], state)  # this device's
+        ...     mine = jax.lax.pcast(w, 'data', to='varying')
+        ...     _, grads = dot_optax.value_and_grads(loss_fn)(mine, x)
+        ...     updates, state = optimizer.update(grads, state, mine)
+        ...     return optax.apply_updates(w, updates), jax.tree.map(lambda leaf: leaf[None], state)
+        >>> w = jnp.zeros(())
+        >>> state = jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), optimizer.init(w))
+        >>> w, state = step(w, state, jnp.ones(4))
+        >>> print(w)
+        -0.2
 
     References:
         Ours; `tests/test_parallel.py` compares it with averaged gradients, and the bytes that each moves.

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dot_optax._checks import check_trainable, describe
+from dot_optax._checks import check_trainable, describe, kind
 from dot_optax._containers import LossNames, entries_by_key, key_of
-from dot_optax._gradients import check_losses
+from dot_optax._gradients import check_no_nnx_module, split_losses
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from the parameters to the mask.
 Mask = Any | Callable[[Any], Any]
@@ -55,6 +55,8 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         published optimizer finds it by which gradients are missing.
     """
     leaves, treedef = jax.tree.flatten(params)
+    if len({id(leaf) for leaf in leaves}) < len(leaves) or any(kind(leaf) is None for leaf in leaves):
+        check_no_nnx_module(params, "reached: params", "reached")
     check_trainable(params, "reached: params")
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
     # Python and NumPy scalars may be static: a flag, a number of layers.
@@ -64,9 +66,7 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         remaining = iter(arrays)
         filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
         positional, keywords = args_treedef.unflatten(filled)
-        output = loss_fn(treedef.unflatten(leaves), *positional, **keywords)
-        losses, _ = output if has_aux else (output, None)
-        return check_losses(losses, "reached")
+        return split_losses(loss_fn(treedef.unflatten(leaves), *positional, **keywords), has_aux, "reached")[0]
 
     arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
     entries, rebuild = entries_by_key(jax.eval_shape(call, leaves, arrays))
@@ -155,8 +155,10 @@ def leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool
         if params is None:
             raise ValueError(f"{name} is a function of the parameters: call update(grads, state, params)")
         mask = mask(params)
-    if not _is_tree_of_bools(mask):
-        raise ValueError(f"{name}: expected a tree of True and False, known before tracing; got {describe(mask)}")
+    for path, value in jax.tree_util.tree_leaves_with_path(mask):
+        if not _is_tree_of_bools(value):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{where}: expected True or False, known before tracing; got {describe(value)}")
     entries = {_names(path): bool(value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
     below = defaultdict(set)
     for path, value in entries.items():

@@ -28,7 +28,8 @@ def wrap(
         u = \mathrm{wrapper}\Big[\textstyle\sum_i g_i \mapsto \mathrm{tx}(g_1, \ldots, g_N)\Big]\Big(\textstyle\sum_i g_i\Big)
 
     `optax.MultiSteps` changes the gradients before it hands them on; around `tx` alone, it accumulates those of each
-    loss. To put more inside it, nest: `wrap(MultiSteps, wrap(other, tx))`.
+    loss. To put more inside it, nest: `wrap(MultiSteps, wrap(other, tx))`. What skips steps goes around it instead,
+    `wrap(apply_if_finite, wrap(MultiSteps, tx))`: inside, a NaN would stay in the accumulator for ever.
 
     Args:
         wrapper: a function from a transformation to the wrapped one, e.g. `lambda tx: optax.masked(tx, mask)`, or

@@ -104,8 +104,8 @@ def with_apply_every():
     return step
 
 
-def with_multi_steps(skip=False):
-    dot, seen = Dot(), []
+def with_multi_steps(skip=False, inner=Dot):
+    dot, seen = inner(), []
 
     def step(theta, task, kd):
         if not (skip and not finite(task, kd)):
@@ -344,6 +344,11 @@ def adam_of_losses(*betas, decay=0.0, which=(0, 1)):
         return step
 
     return make
+
+
+def adam_of_both():
+    steps = {k: Adam((BETA_TASK, BETA_KD)) for k in MASK}
+    return lambda task, kd: {k: steps[k](task[k], kd[k]) for k in task}
 
 
 def momenta_of_losses(*betas, which):

@@ -227,7 +227,7 @@ MASKS = [
     Malformed(
         "dot: reached of numbers",
         _init(lambda: dot_optax.dot(0.1, reached=(True, {"w": jnp.ones(3), "b": True}))),
-        "reached, kd: expected a tree of True and False",
+        r"reached, kd\['w'\]: expected True or False, known before tracing; got an array of shape \(3,\)",
     ),
     *(
         Malformed(
@@ -275,8 +275,10 @@ MASKS = [
 
 
 class _Module(nnx.Module):
-    def __init__(self):
+    def __init__(self, **others):
         self.w = nnx.Param(jnp.ones(2))
+        for name, value in others.items():
+            setattr(self, name, self.w if value == "tied" else value)
 
 
 def _value_and_grads(fn, argument=1.0, **options):
@@ -303,7 +305,11 @@ LOSSES = [
     Malformed(
         "an array of losses", _value_and_grads(lambda x: jnp.stack([x, x])), _ONE_SCALAR + r"an array of shape \(2,\)"
     ),
-    Malformed("a list of losses", _value_and_grads(lambda x: [x, x]), _ONE_SCALAR + "a list of 2"),
+    Malformed(
+        "a list of losses",
+        _value_and_grads(lambda x: [x, x]),
+        _ONE_SCALAR + "a list of 2: return them apart, in a tuple",
+    ),
     Malformed("no loss", _value_and_grads(lambda x: ()), _ONE_SCALAR + "a tuple of 0"),
     Malformed(
         "no reduction", _value_and_grads(lambda x: (x, x * jnp.ones(3))), _ONE_SCALAR + r".*\(3,\).* for the loss 1"
@@ -318,8 +324,18 @@ LOSSES = [
     Malformed(
         "aux without has_aux", _value_and_grads(lambda x: (PerLoss(x, x), {"aux": x})), _ONE_SCALAR + "a PerLoss.*"
     ),
-    Malformed("has_aux without aux", _value_and_grads(lambda x: (x, x), has_aux=True), _ONE_SCALAR),
-    Malformed("three outputs", _value_and_grads(lambda x: (x, x, x), has_aux=True), r"too many values to unpack"),
+    *(
+        Malformed(
+            f"has_aux and {what}",
+            _value_and_grads(fn, has_aux=True),
+            rf"with has_aux, loss_fn must return \(losses, aux\), got {got}",
+        )
+        for what, fn, got in (
+            ("no aux", lambda x: PerLoss(x, x), "a PerLoss of 2"),
+            ("three outputs", lambda x: (x, x, x), "a tuple of 3"),
+            ("a dict", lambda x: {"task": x, "kd": x}, "a dict of 2"),
+        )
+    ),
     Malformed("a whole parameter", _value_and_grads(lambda x: (x, x), {"n": 1}), r"argument 0\['n'\] must be floating"),
     Malformed("a function as a parameter", _value_and_grads(lambda x: (x, x), {"f": jax.nn.relu}), "equinox.partition"),
     Malformed("a string as a parameter", _value_and_grads(lambda x: (x, x), "x"), "argument 0 must be .* got 'x'"),
@@ -331,6 +347,14 @@ LOSSES = [
             f"argnums={n!r}", _value_and_grads(lambda x: (x, x), argnums=n), "argnums=.* must name some of the 1 "
         )
         for n in (2, "x", None, (0, 0), (), (0, -1))
+    ),
+    *(
+        Malformed(
+            f"reached of an NNX module with {what}",
+            lambda others=others: dot_optax.reached(lambda m: (m.w.sum(),) * 2, _Module(**others)),
+            "reached: params: a Flax NNX module goes to dot_optax.nnx.reached",
+        )
+        for what, others in (("tied weights", {"v": "tied"}), ("counters", {"rngs": nnx.Rngs(0)}))
     ),
     Malformed(
         "reached of a whole parameter",
@@ -348,7 +372,8 @@ LOSSES = [
         for what, kw, says in (
             ("other shapes", {"teacher_logits": jnp.zeros((2, 4))}, r"same shape .* got \(2, 3\) and \(2, 4\)"),
             ("a broadcastable shape", {"teacher_logits": jnp.zeros(3)}, "same shape"),
-            ("scalars", {"student_logits": jnp.zeros(()), "teacher_logits": jnp.zeros(())}, "same shape"),
+            ("scalars", {"student_logits": jnp.zeros(()), "teacher_logits": jnp.zeros(())}, "axis -1 is out of bounds"),
+            ("an axis that is not there", {"axis": 5}, "axis 5 is out of bounds"),
             (
                 "one class",
                 {"student_logits": jnp.zeros((2, 1)), "teacher_logits": jnp.zeros((2, 1))},

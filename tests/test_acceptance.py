@@ -104,7 +104,12 @@ OPTIMIZERS = {
     "three losses, Adam": Entry(three_losses_adam, losses=("ce", "hint", "kd"), accumulator_dtype="mu_dtype"),
 }
 
-for_every_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
+# One of each kind; the others take as long again.
+QUICK = ("dot", "dot, L2, Nesterov", "scale_by_momenta", "dot_adamw")
+CASES = [
+    pytest.param(entry, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, entry in OPTIMIZERS.items()
+]
+for_every_optimizer = pytest.mark.parametrize("entry", CASES)
 
 
 def steps(tx, entry, params, count=3, update=None):
@@ -118,7 +123,7 @@ def steps(tx, entry, params, count=3, update=None):
 
 class VariantTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True)
-    @parameterized.named_parameters((name.replace(" ", "_").replace(",", ""), name) for name in OPTIMIZERS)
+    @parameterized.named_parameters((name.replace(" ", "_").replace(",", ""), name) for name in QUICK)
     def test_compiled_or_not_it_is_the_same(self, name):
         entry = OPTIMIZERS[name]
         tx = entry.make(0.1)

@@ -418,3 +418,17 @@ def test_wrap_forgets_the_gradients_after_the_update(fails):
         tx.update((TASK, KD), state, PARAMS)
     with pytest.raises(LookupError):
         seen[-1].update(TASK, state, PARAMS)
+
+
+def test_a_nan_is_skipped_around_the_accumulation():
+    accumulating = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=2), dot_optax.dot(0.1))
+    tx = dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 5), accumulating)
+    good, bad = PerLoss(TASK, KD), PerLoss(TASK, KD | {"b": KD["b"] * jnp.nan})
+    results = []
+    for grads in ([good, bad, good], [good, good]):
+        state = tx.init(PARAMS)
+        for g in grads:
+            updates, state = tx.update(g, state, PARAMS)
+        results.append(updates)
+    assert results[0]["w"].any()
+    chex.assert_trees_all_close(*results)

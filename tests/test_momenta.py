@@ -1,5 +1,7 @@
 """Any number of losses, and the precision that the buffers keep."""
 
+import collections
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from dot_optax import PerLoss
 
 PARAMS = {"body": jnp.ones((2, 3)), "pair": jnp.ones(3), "head": jnp.ones(2), "idle": jnp.ones(1)}
 BETAS = {"kd": 0.95, "ce": 0.8, "hint": 0.5}
+IN_ORDER = collections.namedtuple("Losses", BETAS)(**BETAS)
 REACHED = {
     "ce": {"body": True, "pair": True, "head": True, "idle": False},
     "hint": {"body": True, "pair": False, "head": False, "idle": False},
@@ -29,7 +32,9 @@ def random_grads(step):
 @pytest.mark.parametrize("mask", [None, {"body": True, "pair": False, "head": True, "idle": True}], ids=["all", "some"])
 def test_three_named_losses_are_a_loop_by_hand(nesterov, weight_decay, mask):
     """The mean momentum where one loss reaches, and its own for each where two do; L2 joins the first loss that does."""
-    tx = dot_optax.scale_by_momenta(BETAS, reached=REACHED, weight_decay=weight_decay, mask=mask, nesterov=nesterov)
+    tx = dot_optax.scale_by_momenta(
+        IN_ORDER if weight_decay else BETAS, reached=REACHED, weight_decay=weight_decay, mask=mask, nesterov=nesterov
+    )
     state, v = tx.init(PARAMS), {}
     mean = sum(BETAS.values()) / 3
     for step in range(5):
@@ -123,17 +128,44 @@ def test_the_penalty_joins_in_float32():
     for make in (dot_optax.dot, dot_optax.gain_matched_sgd):
         tx = make(1.0, 0.5, 0.5, weight_decay=2**-10)
         _, state = tx.update((params, {"w": jnp.zeros(1, jnp.bfloat16)}), tx.init(params), params)
-        task = optax.tree.get_all_with_path(state, "task")[0][1] if make is dot_optax.dot else state[1][0].task
-        assert task.trace["w"][0] == 1 + 2**-10
+        (_, first), *_ = optax.tree.get_all_with_path(state, "trace")
+        assert first["w"][0] == 1 + 2**-10
 
 
-def test_gain_matched_sums_in_float32():
-    """Two gradients of 1 and 2**-10 are 1 in bfloat16, every time: the small one would be lost."""
+def test_gain_matched_weighs_and_sums_in_float32_into_one_buffer():
+    """1 + 2**-10 is 1 in bfloat16, and 1.5 times 1 + 2**-7 has no bfloat16."""
     params = {"w": jnp.zeros((), jnp.bfloat16)}
-    grads = PerLoss({"w": jnp.ones((), jnp.bfloat16)}, {"w": jnp.full((), 2**-10, jnp.bfloat16)})
-    tx = dot_optax.gain_matched_sgd(1.0, 0.0, 0.0)
+    grads = PerLoss({"w": jnp.asarray(1 + 2**-7, jnp.bfloat16)}, {"w": jnp.asarray(2**-10, jnp.bfloat16)})
+    tx = dot_optax.gain_matched_sgd(1.0, 0.5, 0.0)
     _, state = tx.update(grads, tx.init(params), params)
-    assert sum(float(entry.trace["w"]) for entry in state[1][0]) == 1 + 2**-10
+    [(_, trace)] = optax.tree.get_all_with_path(state, "trace")
+    assert trace["w"] == 1.5 * (1 + 2**-7) + 0.75 * 2**-10
+
+
+def test_nothing_overflows_or_vanishes_before_the_learning_rate():
+    """A momentum of 80,000 has no float16, and a decay of 2**-10 beside an update of 2 no bfloat16."""
+    params = {"w": jnp.zeros((), jnp.float16)}
+    grads = PerLoss({"w": jnp.zeros((), jnp.float16)}, {"w": jnp.full((), 2000.0, jnp.float16)})
+    tx = dot_optax.dot(1e-3)
+    state = tx.init(params)
+    for _ in range(400):
+        updates, state = tx.update(grads, state, params)
+    np.testing.assert_allclose(np.float32(updates["w"]), -80.0, rtol=2**-10)
+    params = {"w": jnp.ones(1, jnp.bfloat16)}
+    ends = []
+    for weight_decay in (0.0, 2**-10):
+        tx = dot_optax.dot_adamw(2.0**-10, weight_decay=weight_decay)
+        updates, _ = tx.update(PerLoss(params, params), tx.init(params), params)
+        wide = optax.chain(
+            dot_optax.scale_by_dot_adam(),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(2.0**-10),
+        )
+        single = optax.tree.cast(params, jnp.float32)
+        exact, _ = wide.update(PerLoss(single, single), wide.init(single), single)
+        assert updates["w"] == exact["w"].astype(jnp.bfloat16)  # rounded once
+        ends.append(float(exact["w"][0]))
+    assert ends[0] != ends[1]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -145,9 +177,10 @@ def test_gain_matched_sums_in_float32():
         lambda: dot_optax.gain_matched_sgd(0.1, weight_decay=0.1),
         lambda: dot_optax.dot_adamw(0.1, nesterov=True),
         lambda: dot_optax.dot_adamw(0.1, *dot_optax.betas(0.9, optax.linear_schedule(0.0, 0.05, 9))),
+        lambda: dot_optax.gain_matched_sgd(jnp.float32(0.1), jnp.float32(0.8), jnp.float32(0.9)),
         lambda: optax.chain(dot_optax.sum_losses(), optax.sgd(0.1)),
     ],
-    ids=["dot", "dot, schedules", "gain-matched", "dot_adamw", "dot_adamw, schedules", "optax.sgd"],
+    ids=["dot", "dot, schedules", "gain-matched", "dot_adamw", "dot_adamw, schedules", "arrays", "optax.sgd"],
 )
 def test_strict_promotion_of_types(make, dtype):
     params = {"w": jnp.ones(3, dtype)}

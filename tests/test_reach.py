@@ -136,9 +136,6 @@ OPTIMIZERS_WITH_MASKS = {
     "scale_by_momenta": lambda mask, reached: dot_optax.scale_by_momenta(
         PerLoss(0.5, 0.7), weight_decay=0.1, mask=mask, reached=reached
     ),
-    "scale_by_momenta by name": lambda mask, reached: dot_optax.scale_by_momenta(
-        {"task": 0.5, "kd": 0.7}, weight_decay=0.1, mask=mask
-    ),
 }
 
 

@@ -98,7 +98,7 @@ def test_the_sentences_are_optimizers():
     params = {"w": jnp.ones(3)}
     two, three = (params, params), {"ce": params, "hint": params, "kd": params}
     for name, grads in {
-        "dot": two,
+        "dot_in_these_words": two,
         "clip_the_distillation_gradient_only": two,
         "three_losses": three,
         "accumulate_four_batches": two,

@@ -190,7 +190,7 @@ USES = [
         tolerance=FLOAT32,
     ),
     Use(
-        "only some parameters (the others' updates are their summed gradients)",
+        "only some parameters (the others' updates are their summed gradients, uphill: for what follows in a chain)",
         "wrap(lambda tx: optax.masked(tx, mask), dot(lr))",
         by_hand.only_w(lambda: lambda g: g),
         instead_of="optax.masked(dot(lr), mask)",
@@ -223,7 +223,7 @@ USES = [
         nan=True,
     ),
     Use(
-        "skip steps with a NaN",
+        "skip steps with a NaN (around `wrap(MultiSteps, ...)`, not inside it, where the NaN stays in the accumulator)",
         "wrap(lambda tx: optax.apply_if_finite(tx, 5), dot(lr))",
         by_hand.skipping,
         instead_of="optax.apply_if_finite(dot(lr), 5)",
@@ -286,14 +286,14 @@ USES = [
     ),
     Use(
         "any number of named losses",
-        "optax.chain(scale_by_momenta({'ce': 0.825, 'hint': 0.9, 'kd': 0.975}), optax.scale_by_learning_rate(lr))",
-        by_hand.momenta_of_losses(0.825, 0.9, 0.975, which=(0, 0, 1)),
+        "optax.chain(scale_by_momenta({'ce': 0.825, 'hint': 0.95, 'kd': 0.975}), optax.scale_by_learning_rate(lr))",
+        by_hand.momenta_of_losses(0.825, 0.95, 0.975, which=(0, 0, 1)),
     ),
     Use(
         "... the same, of a transformation for each",
-        "optax.chain(per_loss({'ce': optax.trace(0.825), 'hint': optax.trace(0.9), 'kd': optax.trace(0.975)}), "
+        "optax.chain(per_loss({'ce': optax.trace(0.825), 'hint': optax.trace(0.95), 'kd': optax.trace(0.975)}), "
         "sum_losses(), optax.scale_by_learning_rate(lr))",
-        by_hand.momenta_of_losses(0.825, 0.9, 0.975, which=(0, 0, 1)),
+        by_hand.momenta_of_losses(0.825, 0.95, 0.975, which=(0, 0, 1)),
     ),
     Use("DeepKD", "deepkd(lr)", by_hand.momenta_of_losses(0.975, 0.825, 0.975, which=(0, 0, 1))),
     Use(
@@ -302,24 +302,24 @@ USES = [
         by_hand.momenta_of_losses(0.825, 0.825, 0.95, which=(0, 0, 1)),
     ),
     Use(
-        "AdamW (`per_loss(adam, adam)` and `joint(adam)` run too, but the weights of the losses cancel in them)",
+        "AdamW (**not** `per_loss(adam, adam)` or `joint(adam)`: they run, but the weights of the losses cancel in them)",
         "dot_adamw(lr, b2=0.99, weight_decay=0.01, mask=mask)",
         by_hand.adam_of_losses(0.825, 0.975, decay=0.01),
         tolerance=FLOAT32,
     ),
     Use(
         "... with any number of named losses",
-        "optax.chain(scale_by_adam_momenta({'ce': 0.825, 'hint': 0.9, 'kd': 0.975}, b2=0.99), "
+        "optax.chain(scale_by_adam_momenta({'ce': 0.825, 'hint': 0.95, 'kd': 0.975}, b2=0.99), "
         "optax.add_decayed_weights(0.01, mask), optax.scale_by_learning_rate(lr))",
-        by_hand.adam_of_losses(0.825, 0.9, 0.975, decay=0.01, which=(0, 0, 1)),
+        by_hand.adam_of_losses(0.825, 0.95, 0.975, decay=0.01, which=(0, 0, 1)),
         tolerance=FLOAT32,
     ),
     Use(
         "... accumulated",
-        "wrap(functools.partial(optax.MultiSteps, every_k_schedule=1), dot_adamw(lr, b2=0.99, weight_decay=0.0))",
-        by_hand.adam_of_losses(0.825, 0.975),
+        "wrap(functools.partial(optax.MultiSteps, every_k_schedule=2), dot_adamw(lr, b2=0.99, weight_decay=0.0))",
+        functools.partial(by_hand.with_multi_steps, inner=by_hand.adam_of_both),
         tolerance=FLOAT32,
-        instead_of="optax.MultiSteps(dot_adamw(lr), every_k_schedule=1)",
+        instead_of="optax.MultiSteps(dot_adamw(lr), every_k_schedule=2)",
     ),
     Use(
         "Muon: DOT's momenta, orthogonalized (what is no matrix: divided by its root mean square)",
@@ -395,6 +395,11 @@ ELSEWHERE = [
         "test_flax.test_linen_train_state",
     ),
     Elsewhere(
+        "a projector that one loss alone reaches",
+        "scale_by_momenta(betas, reached=reached(loss_fn, params, batch))",
+        "test_reach.test_reached_agrees_with_the_gradients_and_serves_dot",
+    ),
+    Elsewhere(
         "many seeds or learning rates at once",
         "jax.vmap(lambda rate: train(dot(rate)))(rates)",
         "test_acceptance.test_vmap_over_seeds_and_over_learning_rates",
@@ -409,10 +414,11 @@ ELSEWHERE = [
         "StandardCheckpointer().restore(path, optimizer.init(params))",
         "test_acceptance.test_orbax_saves_and_restores_bit_for_bit",
     ),
-    Elsewhere("read a momentum", "optax.tree.get(state, 'kd').trace", "test_uses.test_tree_get_and_set"),
+    Elsewhere("read a momentum of `dot`", "optax.tree.get(state, 'kd').trace", "test_uses.test_tree_get_and_set"),
+    Elsewhere("... of `dot_adamw`", "optax.tree.get(state, 'mu').kd", "test_dot_adam.test_optax_finds_the_moments"),
     Elsewhere(
-        "set a hyperparameter",
-        "optax.tree.set(state, learning_rate=0.01)  # of inject_hyperparams(dot)(...)",
+        "set a hyperparameter, without compiling anew",
+        "optax.tree.set(state, learning_rate=jnp.asarray(0.01))  # of inject_hyperparams(dot)(...)",
         "test_uses.test_tree_get_and_set",
     ),
     Elsewhere(
