@@ -1,6 +1,8 @@
 """`value_and_grads` against `jax.grad` of each loss, inside every transformation."""
 
 import functools
+import subprocess
+import sys
 
 import chex
 import jax
@@ -189,3 +191,24 @@ def test_complex_parameters_follow_jax_grad():
     _, grads = dot_optax.value_and_grads(fn)(z)
     for grad, expected in zip(grads, two_grads(fn, z), strict=True):
         np.testing.assert_allclose(grad, expected, rtol=1e-6)
+
+
+def test_it_keeps_the_name_and_the_text_of_the_loss_function():
+    def fn(w):
+        """Two losses."""
+        return PerLoss(w, w)
+
+    gradient = dot_optax.value_and_grads(fn)
+    assert (gradient.__name__, gradient.__doc__) == ("fn", "Two losses.")
+
+
+def test_the_library_needs_no_flax():
+    """Nor does it import it."""
+    code = (
+        "import sys, dot_optax\n"
+        "assert 'flax' not in sys.modules\n"
+        "values, grads = dot_optax.value_and_grads(lambda w: (w**2, 3 * w))(2.0)\n"
+        "assert (float(grads[0]), float(grads[1])) == (4.0, 3.0)\n"
+        "assert 'flax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

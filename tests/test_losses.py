@@ -133,7 +133,7 @@ def test_float64_is_exact_near_and_far():
     """Across |log p / q| = 0.5, where one form of a term gives way to the other."""
     with jax.enable_x64(True):
         teacher = np.zeros(2)
-        for gap in (1e-3, 0.1, 0.49, 0.5, 0.51, 0.9, 1.0, 1.1, 5.0):
+        for gap in (1e-3, 0.1, 0.49, 0.5, 0.51, 0.9, 1.0, 1.1, 2.0, 3.0, 5.0):
             student = np.array([0.0, gap])
             q, p = 0.5, 1 / (1 + np.exp(-gap))
             expected = -q * np.log(p / q) - q * np.log((1 - p) / q)

@@ -196,3 +196,35 @@ def test_kd_loss_under_strict_promotion_of_types():
     with jax.numpy_dtype_promotion("strict"):
         loss = dot_optax.losses.kd_loss(jnp.ones((2, 3), jnp.bfloat16), jnp.zeros((2, 3), jnp.float32), 4.0)
     assert loss.dtype == jnp.float32
+
+
+def test_a_parameter_that_no_loss_reaches_has_its_buffer_with_the_first_loss():
+    reached = PerLoss(*[{"w": True, "idle": False}] * 2)
+    params = {"w": jnp.ones(2), "idle": jnp.ones(2)}
+    state = dot_optax.scale_by_momenta(PerLoss(0.5, 0.9), weight_decay=0.1, reached=reached).init(params)
+    assert isinstance(state.task.trace["idle"], jax.Array)
+    assert isinstance(state.kd.trace["idle"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulator_dtype", "kept"),
+    [
+        (jnp.complex64, None, jnp.complex64),
+        (jnp.complex64, jnp.float32, jnp.complex64),
+        (jnp.complex64, jnp.float64, jnp.complex128),
+        (jnp.complex128, None, jnp.complex128),
+        (jnp.complex128, jnp.complex64, jnp.complex64),
+        (jnp.float32, jnp.float64, jnp.float64),
+        (jnp.float64, None, jnp.float64),
+    ],
+)
+def test_wide_and_complex_buffers(dtype, accumulator_dtype, kept):
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones(2, dtype)}
+        tx = dot_optax.dot(0.1, 0.5, 0.75, accumulator_dtype=accumulator_dtype)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(PerLoss(params, params), state, params)
+        assert {x.dtype for x in jax.tree.leaves(state[0])} == {jnp.dtype(kept)}
+        assert updates["w"].dtype == dtype
+        np.testing.assert_allclose(updates["w"], -0.325, rtol=1e-6)
