@@ -77,6 +77,9 @@ def kd_loss(
     return (temperature**2 * kl).astype(dtype)
 
 
+@functools.partial(
+    jax.jit, static_argnames="axis"
+)  # as jax.nn has it: some forty operations, one by one, would be slow
 def _kl_divergence(student: Any, teacher: Any, temperature: Any, axis: Any, where: Any) -> jax.Array:
     """KL(q || p) of `teacher` to `student`, two arrays of logits, as exact as their differences are."""
     if where is not None:

@@ -43,12 +43,9 @@ def _gradients(what, grads, says):
     """One malformed container, given to every optimizer of two losses."""
     optimizers = {
         "dot": lambda: dot_optax.dot(0.1),
-        "dot with L2": lambda: dot_optax.dot(0.1, weight_decay=0.1),
         "dot_adamw": lambda: dot_optax.dot_adamw(0.1),
-        "gain_matched_sgd": lambda: dot_optax.gain_matched_sgd(0.1),
         "per_loss": lambda: dot_optax.per_loss(optax.trace(0.1), optax.trace(0.1)),
         "joint": lambda: dot_optax.joint(optax.identity()),
-        "wrap": lambda: dot_optax.wrap(lambda tx: optax.apply_if_finite(tx, 1), dot_optax.dot(0.1)),
         "accumulate": lambda: dot_optax.wrap(lambda tx: optax.MultiSteps(tx, 2), dot_optax.dot(0.1)),
     }
     return [Malformed(f"{name}: {what}", _update(tx, grads, P), says) for name, tx in optimizers.items()]

@@ -105,7 +105,7 @@ OPTIMIZERS = {
 }
 
 # One of each kind; the others take as long again.
-QUICK = ("dot", "dot, L2, Nesterov", "scale_by_momenta", "dot_adamw")
+QUICK = ("dot, L2, Nesterov", "scale_by_momenta", "dot_adamw")
 CASES = [
     pytest.param(entry, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, entry in OPTIMIZERS.items()
 ]

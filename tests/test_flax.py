@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 
 import dot_optax
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (8, 3))
@@ -70,11 +71,18 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("container", [PerLoss, lambda task, kd: (task, kd), lambda task, kd: {"kd": kd, "task": task}])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_nnx_optimizer(make, container):
+CONTAINERS = {
+    "PerLoss": PerLoss,
+    "tuple": lambda task, kd: (task, kd),
+    "dict": lambda task, kd: {"kd": kd, "task": task},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "L2 with a mask"))
+def test_nnx_optimizer(name, container):
     """It turns the container into an `nnx.State` with the keys task and kd, or 0 and 1."""
-    model = Student(nnx.Rngs(0))
+    model, make, container = Student(nnx.Rngs(0)), OPTIMIZERS[name], CONTAINERS[container]
     optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
 
     @nnx.jit

@@ -123,6 +123,7 @@ def switches_to_evaluation(model):
     model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*sow:DeprecationWarning")  # Flax would rather have it in nnx.capture
 @pytest.mark.parametrize(
     "deed", [lambda _: None, sows, pops, changes_a_parameter, counts, adds_a_layer, switches_to_evaluation]
@@ -228,6 +229,7 @@ def test_a_teacher_is_neither_differentiated_nor_changed():
     assert nnx.graphdef(teacher) == graphdef
 
 
+@pytest.mark.slow
 def test_a_module_given_twice_is_differentiated_in_both_places():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     _, grads = dot_optax.nnx.value_and_grads(lambda a, b: PerLoss(task=a(X).sum(), kd=(a(X) - b(X)).sum()))(
@@ -404,6 +406,7 @@ def test_nnx_jit_and_nnx_optimizer(name):
     assert optimizer.step[...] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nnx_scan_over_steps(name):
     @nnx.jit

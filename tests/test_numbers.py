@@ -39,7 +39,7 @@ def run(tx, stream):
 
 
 @hypothesis.given(streams(2), BETAS, BETAS, st.booleans())
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_the_update_of_a_sum_is_the_sum_of_updates(stream, beta_task, beta_kd, nesterov):
     with jax.enable_x64(True):
         tx = dot_optax.dot(0.1, beta_task, beta_kd, nesterov=nesterov)
@@ -47,7 +47,7 @@ def test_the_update_of_a_sum_is_the_sum_of_updates(stream, beta_task, beta_kd, n
 
 
 @hypothesis.given(streams(1), BETAS, st.booleans())
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_equal_betas_collapse_to_one_momentum(stream, beta, nesterov):
     with jax.enable_x64(True):
         one = optax.chain(dot_optax.sum_losses(), optax.sgd(0.1, momentum=beta, nesterov=nesterov))

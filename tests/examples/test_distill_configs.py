@@ -205,7 +205,8 @@ def _save_random_teacher(folder, config):
     checkpoint.save_variables(folder, params, rest)
 
 
-@pytest.mark.parametrize("name", slow_but(_PUBLISHED, "cifar100_vgg13_vgg8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _PUBLISHED)
 def test_two_steps_and_an_evaluation(name, run, tmp_path):
     config = _config(name)
     _save_random_teacher(tmp_path / "teacher", config)

@@ -108,6 +108,7 @@ def test_imagenet_is_evaluated_in_the_view_of_the_paper(imagenet_dir):
     assert seen == expected
 
 
+@pytest.mark.slow
 def test_imagenet_is_augmented_anew_in_each_epoch_the_same_in_worker_processes(imagenet_dir):
     dataset = data.load(_config("imagenet_r34_r18", imagenet_dir))
     first, second, *_ = here = _batches(dataset, 7, epochs=2)

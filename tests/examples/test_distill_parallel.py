@@ -80,7 +80,7 @@ def _assert_close(form, actual, expected, bound):
 
 
 @pytest.mark.parametrize("student", slow_but(["one stage", "resnet8x4"], "one stage"))
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, "jit", "shard_map"))
 def test_with_batch_norm_in_float64(form, student):
     """In float32 the larger network amplifies a rounding error by 1e5 in 50 steps, so that nothing could be compared."""
     with jax.enable_x64(True):
@@ -150,7 +150,8 @@ def test_shard_map_moves_no_more_than_plain_distillation():
 _MIXED = ("jit --config.shard_params=True", "shard_map", "pmap")
 
 
-@pytest.mark.parametrize("forms", slow_but([("jit",) * 3, ("pmap",) * 3, ("shard_map",) * 3, _MIXED], _MIXED))
+@pytest.mark.slow
+@pytest.mark.parametrize("forms", [("jit",) * 3, ("pmap",) * 3, ("shard_map",) * 3, _MIXED])
 def test_a_run_goes_on_on_another_number_of_devices_and_in_another_form(
     forms, finished, distill, tmp_path, monkeypatch
 ):

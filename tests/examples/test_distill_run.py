@@ -166,6 +166,7 @@ def test_the_latest_checkpoints_and_the_best_are_kept(distill, tmp_path):
     assert not np.array_equal(params["classifier"]["kernel"], last["classifier"]["kernel"])
 
 
+@pytest.mark.slow
 def test_dot_without_delta_ends_where_kd_ends(finished, distill, tmp_path):
     assert distill(tmp_path / "run", "--config.method=dot", "--config.optimizer.delta=0") == 0
     kd = records.read_json(finished / "kd" / "result.json")["train"]

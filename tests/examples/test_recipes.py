@@ -79,6 +79,7 @@ def test_nnx():
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(teacher)), before)
 
 
+@pytest.mark.slow
 def test_the_masks_of_nnx_matter():
     start = with_nnx.arrays(with_nnx.Student(nnx.Rngs(0)))
     expected = by_hand.train(start, batches(STEPS), kept=with_nnx.masks(STEPS))
@@ -107,6 +108,7 @@ def test_equinox(frozen, devices):
         chex.assert_trees_all_equal(eqx.filter(model.body, eqx.is_array), eqx.filter(start.body, eqx.is_array))
 
 
+@pytest.mark.slow
 def test_equinox_moves_the_statistics_once_a_step():
     start, _ = with_equinox.make()
     model, state, _ = with_equinox.train(2, frozen=True)
@@ -139,6 +141,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
     chex.assert_trees_all_close(values, with_float16.loss_fn(params, *batch), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_loss_that_overflows_skips_the_step_for_both():
     params, batch = with_float16.init(), batches(1)[0]
     opt_state = with_float16.optimizer.init(params)
@@ -151,6 +154,7 @@ def test_one_loss_that_overflows_skips_the_step_for_both():
     assert scaling.scale == 2.0**14
 
 
+@pytest.mark.slow
 def test_the_scale_doubles_after_an_interval_of_finite_steps():
     scaling, history = with_float16.loss_scale(4.0), []
     for finite in (True, True, True, False, True, True, True):
@@ -191,6 +195,7 @@ def test_keras(rank_promotion):
     assert int(model.optimizer.iterations) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, as it writes the file
 def test_keras_keeps_the_momenta_between_epochs_and_files(rank_promotion, tmp_path):
     model, other = with_keras.make(0.0), with_keras.make(0.0)
