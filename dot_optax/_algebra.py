@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import check_transformation
+from dot_optax._checks import _check_transformation
 from dot_optax._containers import LossNames, PerLoss
 
 
@@ -71,13 +71,13 @@ def per_loss(
     container = transformations[0] if single else transformations
     losses = LossNames.of(container, "per_loss: transformations")
     given = losses.entries(container, "transformations").values()
-    txs = [check_transformation(tx, f"per_loss, {name!r}") for name, tx in zip(losses.names, given, strict=True)]
+    txs = [_check_transformation(tx, f"per_loss, {name!r}") for name, tx in zip(losses.names, given, strict=True)]
 
     def init(params: optax.Params) -> Any:
         return losses.pack([tx.init(params) for tx in txs])
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = losses.gradients(updates, params_in_state(init, state) if params is None else params)
+        grads, repack = losses.gradients(updates, _params_in_state(init, state) if params is None else params)
         states = losses.entries(state, "state").values()
         results = [tx.update(g, s, params, **extra_args) for tx, g, s in zip(txs, grads, states, strict=True)]
         new_updates, new_state = zip(*results, strict=True)
@@ -118,7 +118,7 @@ def sum_losses() -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any) -> Any:
         del extra_args
         trees, _ = LossNames.of(updates, "updates").gradients(updates, params)
-        return sum_like(trees, params), state
+        return _sum_like(trees, params), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -161,7 +161,7 @@ def joint(
         2013, for the norm over all gradients of the example.
     """
     container = LossNames.named(losses, "joint")
-    inner = check_transformation(tx, "joint")
+    inner = _check_transformation(tx, "joint")
 
     def repeat(params: optax.Params) -> Any:
         return container.pack([params] * len(container.names))
@@ -170,7 +170,7 @@ def joint(
         return inner.init(repeat(params))
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, repack = container.gradients(updates, params_in_state(init, state) if params is None else params)
+        grads, repack = container.gradients(updates, _params_in_state(init, state) if params is None else params)
         repeated = None if params is None else repeat(params)
         new_updates, state = inner.update(container.pack(grads), state, repeated, **extra_args)
         return repack(list(container.entries(new_updates).values())), state
@@ -178,7 +178,7 @@ def joint(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
+def _params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
     """A tree in the state that looks like the parameters (a momentum), to check gradients against without them."""
     found: list[Any] = []
     try:
@@ -189,6 +189,6 @@ def params_in_state(init: Callable[[Any], Any], state: Any) -> Any:
     return found[0] if found and not any(isinstance(x, optax.MaskedNode) for x in leaves) else None
 
 
-def sum_like(trees: Sequence[Any], params: Any) -> Any:
+def _sum_like(trees: Sequence[Any], params: Any) -> Any:
     total = jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *trees)
     return total if params is None else optax.tree.cast_like(total, params)

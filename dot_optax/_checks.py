@@ -20,7 +20,7 @@ LOOKS_SINGLE = (
 SPLIT_OFF = "split it off, for example with equinox.partition(model, equinox.is_inexact_array) or nnx.split"
 
 
-def describe(value: Any) -> str:
+def _describe(value: Any) -> str:
     """A value in a few words, on one line, for an error message."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -30,52 +30,52 @@ def describe(value: Any) -> str:
     return f"{value!r:.60}".partition("\n")[0]
 
 
-def check_transformation(tx: Any, where: str) -> optax.GradientTransformationExtraArgs:
+def _check_transformation(tx: Any, where: str) -> optax.GradientTransformationExtraArgs:
     if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(f"{where}: expected an optax.GradientTransformation, got {describe(tx)}")
+        raise TypeError(f"{where}: expected an optax.GradientTransformation, got {_describe(tx)}")
     return optax.with_extra_args_support(tx)
 
 
-def check_scalar(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> None:
+def _check_scalar(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> None:
     """Numbers must lie in [low, high); scalar arrays, which may be traced, are taken as they are."""
-    if is_number(value):
+    if _is_number(value):
         if not low <= value < high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {value}")
-    elif np.shape(value) or kind(value) is jnp.complexfloating or not jnp.issubdtype(_dtype(value), jnp.number):
-        raise TypeError(f"{name} must be a number or a scalar array, got {describe(value)}")
+    elif np.shape(value) or _kind(value) is jnp.complexfloating or not jnp.issubdtype(_dtype(value), jnp.number):
+        raise TypeError(f"{name} must be a number or a scalar array, got {_describe(value)}")
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: Any) -> TypeGuard[float]:
     """A number that is known before tracing, and so can be range-checked."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def kind(leaf: Any) -> Any:
+def _kind(leaf: Any) -> Any:
     """`jnp.floating` or `jnp.complexfloating` for an array or a number of this kind, abstract or not; else None."""
     kinds = (jnp.floating, jnp.complexfloating)
-    return next((kind for kind in kinds if jnp.issubdtype(_dtype(leaf), kind)), None)
+    return next((k for k in kinds if jnp.issubdtype(_dtype(leaf), k)), None)
 
 
 def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else type(leaf)
 
 
-def check_trainable(tree: Any, what: str) -> None:
+def _check_trainable(tree: Any, what: str) -> None:
     """Raises where a tree has something else than arrays and numbers that have a gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if kind(leaf) is None:
+        if _kind(leaf) is None:
             path = jax.tree_util.keystr(path)
-            raise TypeError(f"{what}{path} must be floating point or complex, got {describe(leaf)}; {SPLIT_OFF}")
+            raise TypeError(f"{what}{path} must be floating point or complex, got {_describe(leaf)}; {SPLIT_OFF}")
 
 
-def check_like(tree: Any, reference: Any, name: str, what: str = "params", hint: str = "") -> None:
+def _check_like(tree: Any, reference: Any, name: str, what: str = "params", hint: str = "") -> None:
     """Raises where `tree` differs from `reference` in structure, shape or kind of number; dtypes may differ in size."""
     found, wanted = (
         {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
         for t in (tree, reference)
     )
     for path in wanted | found:
-        leaf, like = (describe(leaves[path]) if path in leaves else "no leaf" for leaves in (found, wanted))
+        leaf, like = (_describe(leaves[path]) if path in leaves else "no leaf" for leaves in (found, wanted))
         if (path in found) != (path in wanted) or _form(found[path]) != _form(wanted[path]) or not _form(found[path]):
             remedy = f"; {SPLIT_OFF}" if path in wanted and not _form(wanted[path]) else hint
             raise ValueError(f"{name}{path}: expected what {what} has there, {like}; got {leaf}{remedy}")
@@ -84,4 +84,4 @@ def check_like(tree: Any, reference: Any, name: str, what: str = "params", hint:
 
 
 def _form(leaf: Any) -> Any:
-    return None if kind(leaf) is None else (kind(leaf), np.shape(leaf))
+    return None if _kind(leaf) is None else (_kind(leaf), np.shape(leaf))

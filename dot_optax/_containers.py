@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dot_optax._checks import LOOKS_SINGLE, check_like, describe
+from dot_optax._checks import LOOKS_SINGLE, _check_like, _describe
 
 
 class PerLoss(NamedTuple):
@@ -53,13 +53,13 @@ class LossNames:
     def __init__(self, template: Any, *, ordered: bool | None = None):
         self._template = template
         # JAX sorts the keys of a dict; where order matters it is that in which they were given.
-        self.names = tuple(template) if isinstance(template, Mapping) else tuple(entries_by_key(template)[0])
+        self.names = tuple(template) if isinstance(template, Mapping) else tuple(_entries_by_key(template)[0])
         self.ordered = isinstance(template, tuple) if ordered is None else ordered
 
     @classmethod
     def of(cls, container: Any, what: str) -> "LossNames":
         """From a container with one entry per loss; two losses in a plain tuple are called `task` and `kd`."""
-        if not entries_by_key(container)[0]:
+        if not _entries_by_key(container)[0]:
             raise _mismatch(what, "a container with one entry per loss (a tuple or a mapping)", container)
         return cls(PerLoss(*container) if type(container) is tuple and len(container) == 2 else container)
 
@@ -75,11 +75,11 @@ class LossNames:
 
     def pack(self, entries: Sequence[Any]) -> Any:
         """The container of `entries`, which come in the order of `names`."""
-        return entries_by_key(self._template)[1](dict(zip(self.names, entries, strict=True)))
+        return _entries_by_key(self._template)[1](dict(zip(self.names, entries, strict=True)))
 
     def entries(self, container: Any, what: str = "updates", params: Any = None) -> dict[Any, Any]:
         """The entries of a user's container by the user's keys, in the order of `names`."""
-        found, _ = entries_by_key(container)
+        found, _ = _entries_by_key(container)
         n, keys = len(self.names), None
         if set(found) == set(self.names):
             keys = self.names
@@ -97,17 +97,17 @@ class LossNames:
     def gradients(self, updates: Any, params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         """The checked gradients of a user's container, and the function that puts new ones in a container like it."""
         entries = self.entries(updates, params=params)
-        if isinstance(updates, Mapping) and not all(same_structure(entry, params) for entry in entries.values()):
+        if isinstance(updates, Mapping) and not all(_same_structure(entry, params) for entry in entries.values()):
             # Flax's mappings keep plain dicts inside and only give them their type when one asks for them by key.
             entries = {key: updates[key] for key in entries}
         reference, what = (next(iter(entries.values())), "the first loss") if params is None else (params, "params")
         for key, entry in entries.items():
-            check_like(entry, reference, f"updates{entry_name(updates, key)}", what, _hint(updates, params))
-        rebuild = entries_by_key(updates)[1]
+            _check_like(entry, reference, f"updates{_entry_name(updates, key)}", what, _hint(updates, params))
+        rebuild = _entries_by_key(updates)[1]
         return list(entries.values()), lambda new: rebuild(dict(zip(entries, new, strict=True)))
 
 
-def key_of(entry: Any) -> Any:
+def _key_of(entry: Any) -> Any:
     """The plain key, name or index of one entry of a JAX key path."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -115,32 +115,32 @@ def key_of(entry: Any) -> Any:
     return str(entry)
 
 
-def entries_by_key(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[Any, Any]], Any]]:
+def _entries_by_key(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[Any, Any]], Any]]:
     """The entries of a container by key, and the function that rebuilds it from a dict with the same keys.
 
     There are none in what is neither a tuple nor a mapping, and in a mapping that JAX does not know.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
-    found = {key_of(path[0]): child for path, child in paths if path and isinstance(container, (tuple, Mapping))}
+    found = {_key_of(path[0]): child for path, child in paths if path and isinstance(container, (tuple, Mapping))}
     return found, lambda new: treedef.unflatten([new[key] for key in found])
 
 
-def entry_name(container: Any, key: Any) -> str:
+def _entry_name(container: Any, key: Any) -> str:
     return f".{key}" if hasattr(container, "_fields") else f"[{key!r}]"
 
 
-def same_structure(tree: Any, params: Any) -> bool:
+def _same_structure(tree: Any, params: Any) -> bool:
     return params is not None and jax.tree.structure(tree) == jax.tree.structure(params)
 
 
 def _mismatch(what: str, expected: str, container: Any, hint: str = "") -> Exception:
-    is_container = bool(entries_by_key(container)[0])
+    is_container = bool(_entries_by_key(container)[0])
     if what == "updates" and not is_container:
         hint = f"; {LOOKS_SINGLE}"
-    return (ValueError if is_container else TypeError)(f"{what}: expected {expected}, got {describe(container)}{hint}")
+    return (ValueError if is_container else TypeError)(f"{what}: expected {expected}, got {_describe(container)}{hint}")
 
 
 def _hint(updates: Any, params: Any) -> str:
     if isinstance(updates, tuple) and updates and all(isinstance(entry, PerLoss) for entry in updates):
         return "; this looks like all that value_and_grads returned: unpack it, `values, grads = ...`"
-    return f"; {LOOKS_SINGLE}" if same_structure(updates, params) else ""
+    return f"; {LOOKS_SINGLE}" if _same_structure(updates, params) else ""

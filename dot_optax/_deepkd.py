@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dot_optax._momenta import in_the_dtypes_of_params, scale_by_learning_rate, wide_momenta
+from dot_optax._momenta import _in_the_dtypes_of_params, _scale_by_learning_rate, _wide_momenta
 from dot_optax._reach import Mask
 
 
@@ -107,5 +107,5 @@ def deepkd(
     given = DeepKDLosses(beta_task, beta_target, beta_non_target)
     defaults = (_MOMENTUM + delta for delta in _DELTAS[variant])
     betas = DeepKDLosses(*(own if beta is None else beta for beta, own in zip(given, defaults, strict=True)))
-    momenta = wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return in_the_dtypes_of_params(optax.chain(momenta, scale_by_learning_rate(learning_rate)))
+    momenta = _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
+    return _in_the_dtypes_of_params(optax.chain(momenta, _scale_by_learning_rate(learning_rate)))

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import check_scalar, is_number
+from dot_optax._checks import _check_scalar, _is_number
 from dot_optax._containers import LossNames, PerLoss
 from dot_optax._momenta import (
-    in_the_dtypes_of_params,
-    scale_by_learning_rate,
+    _in_the_dtypes_of_params,
+    _scale_by_learning_rate,
+    _wide_momenta,
+    _widest,
     scale_by_momenta,
-    wide_momenta,
-    widest,
 )
 from dot_optax._reach import Mask
 
@@ -158,8 +158,8 @@ def dot(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    momenta = wide_momenta(PerLoss(beta_task, beta_kd), weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return in_the_dtypes_of_params(optax.chain(momenta, scale_by_learning_rate(learning_rate)))
+    momenta = _wide_momenta(PerLoss(beta_task, beta_kd), weight_decay, mask, reached, nesterov, accumulator_dtype)
+    return _in_the_dtypes_of_params(optax.chain(momenta, _scale_by_learning_rate(learning_rate)))
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
@@ -201,11 +201,11 @@ def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule 
             return betas(*now)
 
         return PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
-    check_scalar("momentum", momentum)
-    check_scalar("delta", delta)
+    _check_scalar("momentum", momentum)
+    _check_scalar("delta", delta)
     result = PerLoss(task=momentum - delta, kd=momentum + delta)
     for sign, beta in zip("-+", result, strict=True):
-        if is_number(beta) and not 0 <= beta < 1:
+        if _is_number(beta) and not 0 <= beta < 1:
             raise ValueError(f"betas: momentum {sign} delta must lie in [0, 1), got {momentum:g} {sign} {delta:g}")
     return result
 
@@ -240,8 +240,8 @@ def gains(beta_task: float | jax.Array = 0.825, beta_kd: float | jax.Array = 0.9
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, whose two
         momenta these are the gains of.
     """
-    check_scalar("beta_task", beta_task, 0, 1)
-    check_scalar("beta_kd", beta_kd, 0, 1)
+    _check_scalar("beta_task", beta_task, 0, 1)
+    _check_scalar("beta_kd", beta_kd, 0, 1)
     return PerLoss(task=1 / (1 - beta_task), kd=1 / (1 - beta_kd))
 
 
@@ -296,7 +296,7 @@ def gain_matched_sgd(
     References:
         A control of ours; `python -m benchmarks.digits_learning_rates` compares it with `dot`.
     """
-    check_scalar("weight_decay", weight_decay, low=0)
+    _check_scalar("weight_decay", weight_decay, low=0)
     both = gains(beta_task, beta_kd)
     mu = (beta_task + beta_kd) / 2
     weights = [(1 - mu) * gain for gain in both]
@@ -305,11 +305,13 @@ def gain_matched_sgd(
         grads, _ = LossNames.of(both, "updates").gradients(updates, params)
 
         def add(*g: Any) -> Any:
-            return sum(jnp.asarray(w, widest(*g)) * jnp.asarray(x, widest(*g)) for w, x in zip(weights, g, strict=True))
+            return sum(
+                jnp.asarray(w, _widest(*g)) * jnp.asarray(x, _widest(*g)) for w, x in zip(weights, g, strict=True)
+            )
 
         return (jax.tree.map(add, *grads),)
 
-    momentum = wide_momenta((mu,), weights[0] * weight_decay, mask, None, nesterov, accumulator_dtype)
-    return in_the_dtypes_of_params(
-        optax.chain(optax.stateless(weighted_sum), momentum, scale_by_learning_rate(learning_rate))
+    momentum = _wide_momenta((mu,), weights[0] * weight_decay, mask, None, nesterov, accumulator_dtype)
+    return _in_the_dtypes_of_params(
+        optax.chain(optax.stateless(weighted_sum), momentum, _scale_by_learning_rate(learning_rate))
     )

@@ -8,23 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import check_scalar, check_trainable
+from dot_optax._checks import _check_scalar, _check_trainable
 from dot_optax._containers import LossNames, PerLoss
 from dot_optax._momenta import (
     Betas,
     Parameter,
-    canonical_dtype,
-    check_flag,
-    check_params,
-    decay_mask,
-    in_the_dtypes_of_params,
-    init_buffers,
-    scale_by_learning_rate,
-    update_parameters,
-    widest,
-    with_schedules,
+    _canonical_dtype,
+    _check_flag,
+    _check_params,
+    _decay_mask,
+    _in_the_dtypes_of_params,
+    _init_buffers,
+    _scale_by_learning_rate,
+    _update_parameters,
+    _widest,
+    _with_schedules,
 )
-from dot_optax._reach import Mask, Plan, leaf_mask, plans
+from dot_optax._reach import Mask, Plan, _leaf_mask, _plans
 
 
 class ScaleByAdamMomentaState(NamedTuple):
@@ -112,7 +112,7 @@ def scale_by_adam_momenta(
         Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, with the momenta of Zhao et al.,
         `DOT <https://arxiv.org/abs/2307.08436>`_, 2023; the combination is ours.
     """
-    return in_the_dtypes_of_params(
+    return _in_the_dtypes_of_params(
         _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov=nesterov, reached=reached, normalize=normalize)
     )
 
@@ -131,63 +131,81 @@ def _wide_adam_momenta(
     """`scale_by_adam_momenta` with updates of 32 bits or more, so that no small decay is lost in them."""
     losses = LossNames.of(betas, "betas")
     for name, value, high in (("b2", b2, 1), ("eps", eps, jnp.inf), ("eps_root", eps_root, jnp.inf)):
-        check_scalar(name, value, 0, high)
-    check_flag("nesterov", nesterov)
-    check_flag("normalize", normalize)
-    mu_dtype = canonical_dtype(mu_dtype, "mu_dtype")
+        _check_scalar(name, value, 0, high)
+    _check_flag("nesterov", nesterov)
+    _check_flag("normalize", normalize)
+    mu_dtype = _canonical_dtype(mu_dtype, "mu_dtype")
 
-    def make(*betas: Any) -> optax.GradientTransformationExtraArgs:
-        plan_for = functools.partial(plans, losses, betas, reached, False)
-        mean = sum(betas) / len(betas)
+    step = functools.partial(_adam_step, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov, normalize=normalize)
+
+    def make(*now: Any) -> optax.GradientTransformationExtraArgs:
+        plan_for = functools.partial(_plans, losses, now, reached, False)
 
         def kept(plan: list[Plan]) -> list[list[bool]]:
-            first_moments = [[leaf.reads[i] for leaf in plan] for i in range(len(betas))]
+            first_moments = [[leaf.reads[i] for leaf in plan] for i in range(len(now))]
             return [*first_moments, [any(leaf.reads) for leaf in plan]]
 
         def init(params: optax.Params) -> ScaleByAdamMomentaState:
-            check_trainable(params, "params")
+            _check_trainable(params, "params")
             *mu, nu = kept(plan_for(params))
-            first_moments = losses.pack([init_buffers(params, keeps, mu_dtype) for keeps in mu])
-            return ScaleByAdamMomentaState(jnp.zeros([], jnp.int32), first_moments, init_buffers(params, nu, None))
-
-        def step(t: Any, parameter: Parameter) -> tuple[Any, list[Any]]:
-            plan, grads, (*mu, nu), _ = parameter
-            dtype = widest(*grads, *mu, nu)
-
-            def corrected(x: Any, decay: Any, count: Any) -> Any:
-                return x / jnp.asarray(1 - decay ** count.astype(float), dtype)
-
-            numerator, total = 0.0, 0.0
-            for i, beta in enumerate(plan.momenta):
-                if beta is None:
-                    continue
-                g = jnp.asarray(grads[i], dtype)
-                rate = jnp.asarray(1 - (beta if normalize else mean), dtype)
-                m = rate * g + jnp.asarray(beta, dtype) * mu[i].astype(dtype)
-                m_hat = corrected(m, beta, t)
-                if nesterov:
-                    m_hat = jnp.asarray(beta, dtype) * corrected(m, beta, t + 1) + rate * corrected(g, beta, t)
-                numerator, total = numerator + m_hat, total + g
-                mu[i] = m.astype(mu[i].dtype)
-            if not any(plan.reads):
-                return jnp.zeros_like(grads[0]), [*mu, nu]
-            square = jnp.asarray(1 - b2, dtype) * jnp.square(jnp.abs(total))
-            new_nu = square + jnp.asarray(b2, dtype) * nu.astype(dtype)
-            root = jnp.sqrt(corrected(new_nu, b2, t) + jnp.asarray(eps_root, dtype))
-            return numerator / (root + jnp.asarray(eps, dtype)), [*mu, new_nu.astype(nu.dtype)]
+            first_moments = losses.pack([_init_buffers(params, keeps, mu_dtype) for keeps in mu])
+            return ScaleByAdamMomentaState(jnp.zeros([], jnp.int32), first_moments, _init_buffers(params, nu, None))
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             del extra_args
             count = optax.safe_increment(state.count)
             buffers = [*losses.entries(state.mu, "state").values(), state.nu]
-            total, (*mu, nu) = update_parameters(
-                functools.partial(step, count), losses, plan_for, kept, updates, buffers, params
+            total, (*mu, nu) = _update_parameters(
+                functools.partial(step, t=count, mean=sum(now) / len(now)),
+                losses,
+                plan_for,
+                kept,
+                updates,
+                buffers,
+                params,
             )
             return total, ScaleByAdamMomentaState(count, losses.pack(mu), nu)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    return with_schedules(make, losses, betas)
+    return _with_schedules(make, losses, betas)
+
+
+def _adam_step(
+    parameter: Parameter,
+    *,
+    t: Any,
+    mean: Any,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    nesterov: bool,
+    normalize: bool,
+) -> tuple[Any, list[Any]]:
+    """The update of one parameter, and its new moments: those of each loss, and the second one."""
+    plan, grads, (*mu, nu), _ = parameter
+    if not any(plan.reads):
+        return jnp.zeros_like(grads[0]), [*mu, nu]
+    dtype = _widest(*grads, *mu, nu)
+
+    def corrected(x: Any, decay: Any, count: Any) -> Any:
+        return x / jnp.asarray(1 - decay ** count.astype(float), dtype)
+
+    numerator, total = 0.0, 0.0
+    for i, beta in enumerate(plan.momenta):
+        if beta is None:
+            continue
+        g = jnp.asarray(grads[i], dtype)
+        rate = jnp.asarray(1 - (beta if normalize else mean), dtype)
+        m = rate * g + jnp.asarray(beta, dtype) * mu[i].astype(dtype)
+        m_hat = corrected(m, beta, t)
+        if nesterov:
+            m_hat = jnp.asarray(beta, dtype) * corrected(m, beta, t + 1) + rate * corrected(g, beta, t)
+        numerator, total = numerator + m_hat, total + g
+        mu[i] = m.astype(mu[i].dtype)
+    new_nu = jnp.asarray(1 - b2, dtype) * jnp.square(jnp.abs(total)) + jnp.asarray(b2, dtype) * nu.astype(dtype)
+    root = jnp.sqrt(corrected(new_nu, b2, t) + jnp.asarray(eps_root, dtype))
+    return numerator / (root + jnp.asarray(eps, dtype)), [*mu, new_nu.astype(nu.dtype)]
 
 
 def scale_by_dot_adam(
@@ -323,26 +341,26 @@ def dot_adamw(
     chain = optax.chain(
         _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, **options),
         _add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
+        _scale_by_learning_rate(learning_rate),
     )
-    return in_the_dtypes_of_params(chain)
+    return _in_the_dtypes_of_params(chain)
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Mask | None) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` whose mask is one of ours; it adds in 32 bits or more."""
-    decayed = decay_mask(weight_decay, mask)
+    decayed = _decay_mask(weight_decay, mask)
     if decayed is False:
         return optax.identity()
 
     def add(updates: Any, params: Any) -> Any:
-        check_params(params, decayed)
+        _check_params(params, decayed)
 
         def leaf(u: Any, p: Any, is_decayed: bool) -> Any:
-            dtype = widest(u, p)
+            dtype = _widest(u, p)
             decay = jnp.asarray(weight_decay, dtype) * jnp.asarray(p, dtype)
             return u.astype(dtype) + decay if is_decayed else u
 
         leaves, treedef = jax.tree.flatten(updates)
-        return treedef.unflatten(map(leaf, leaves, jax.tree.leaves(params), leaf_mask(decayed, params, "mask")))
+        return treedef.unflatten(map(leaf, leaves, jax.tree.leaves(params), _leaf_mask(decayed, params, "mask")))
 
     return optax.stateless(add)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dot_optax._checks import check_trainable, describe, kind
-from dot_optax._containers import entries_by_key
+from dot_optax._checks import _check_trainable, _describe, _kind
+from dot_optax._containers import _entries_by_key
 
 
 def value_and_grads(
@@ -57,23 +57,23 @@ def value_and_grads(
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         indices = _positions(argnums, len(args))
         for index in indices:
-            check_no_nnx_module(args[index], f"value_and_grads: argument {index}", "value_and_grads")
-            check_trainable(args[index], f"value_and_grads: argument {index}")
+            _check_no_nnx_module(args[index], f"value_and_grads: argument {index}", "value_and_grads")
+            _check_trainable(args[index], f"value_and_grads: argument {index}")
 
         def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
             replaced = list(args)
             for index, primal in zip(indices, primals, strict=True):
                 replaced[index] = primal
-            return split_losses(loss_fn(*replaced, **kwargs), has_aux, "value_and_grads")
+            return _split_losses(loss_fn(*replaced, **kwargs), has_aux, "value_and_grads")
 
         primals = [args[index] for index in indices]
         values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
-        entries, rebuild = entries_by_key(values)
+        entries, rebuild = _entries_by_key(values)
 
         def gradient(key: Any) -> Any:
             # Transposing one output at a time leaves the other losses out, where a zero cotangent for them would be
             # multiplied through their backward passes.
-            transpose = jax.linear_transpose(lambda *tangents: entries_by_key(jvp(*tangents))[0][key], *primals)
+            transpose = jax.linear_transpose(lambda *tangents: _entries_by_key(jvp(*tangents))[0][key], *primals)
             grads = transpose(jnp.ones_like(entries[key]))
             return grads[0] if isinstance(argnums, int) else grads
 
@@ -94,7 +94,7 @@ def _positions(argnums: Any, count: int) -> list[int]:
     return positions
 
 
-def check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
+def _check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
     nnx = getattr(sys.modules.get("flax"), "nnx", None)  # whoever has a module of Flax NNX has imported it
     is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else (lambda x: False)
     if any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module))):
@@ -103,13 +103,13 @@ def check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
         )
 
 
-def split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
+def _split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
     """What a `loss_fn` returned: the container of losses as arrays, if each is a real scalar, and the auxiliary data."""
-    if has_aux and not (isinstance(output, tuple) and len(output) == 2 and entries_by_key(output[0])[0]):
-        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {describe(output)}")
+    if has_aux and not (isinstance(output, tuple) and len(output) == 2 and _entries_by_key(output[0])[0]):
+        raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {_describe(output)}")
     losses, aux = output if has_aux else (output, None)
-    entries, rebuild = entries_by_key(losses)
-    wrong = {key: loss for key, loss in entries.items() if kind(loss) is not jnp.floating or np.shape(loss)}
+    entries, rebuild = _entries_by_key(losses)
+    wrong = {key: loss for key, loss in entries.items() if _kind(loss) is not jnp.floating or np.shape(loss)}
     if wrong or not entries:
         key, found = next(iter(wrong.items()), (None, losses))
         remedy = (
@@ -117,6 +117,6 @@ def split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
         )
         raise TypeError(
             f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...); got "
-            f"{describe(found)}{f' for the loss {key!r}' if wrong else ''}: {remedy}"
+            f"{_describe(found)}{f' for the loss {key!r}' if wrong else ''}: {remedy}"
         )
     return rebuild({key: jnp.asarray(loss) for key, loss in entries.items()}), aux

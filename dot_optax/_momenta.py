@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dot_optax._checks import LOOKS_SINGLE, check_scalar, check_trainable, describe, is_number
-from dot_optax._containers import LossNames, same_structure
-from dot_optax._reach import Mask, Plan, plans
+from dot_optax._checks import LOOKS_SINGLE, _check_scalar, _check_trainable, _describe, _is_number
+from dot_optax._containers import LossNames, _same_structure
+from dot_optax._reach import Mask, Plan, _plans
 
 # A momentum for each loss: numbers, scalar arrays, or schedules from the number of updates so far.
 Betas = tuple[optax.ScalarOrSchedule, ...] | Mapping[Any, optax.ScalarOrSchedule]
@@ -81,49 +81,49 @@ def scale_by_momenta(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, for two losses.
     """
-    momenta = wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return in_the_dtypes_of_params(momenta)
+    momenta = _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
+    return _in_the_dtypes_of_params(momenta)
 
 
-def wide_momenta(
+def _wide_momenta(
     betas: Betas, weight_decay: Any, mask: Any, reached: Any, nesterov: bool, accumulator_dtype: Any
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_momenta` with updates of 32 bits or more, so that nothing is rounded or lost before the learning rate."""
     losses = LossNames.of(betas, "betas")
-    buffer_dtype = canonical_dtype(accumulator_dtype, "accumulator_dtype")
-    decayed = decay_mask(weight_decay, mask)
+    buffer_dtype = _canonical_dtype(accumulator_dtype, "accumulator_dtype")
+    decayed = _decay_mask(weight_decay, mask)
     if decayed is not False and isinstance(betas, Mapping):
         raise ValueError("weight_decay joins the first loss, but a mapping of betas has no first: give a NamedTuple")
-    check_flag("nesterov", nesterov)
+    _check_flag("nesterov", nesterov)
     step = functools.partial(_momentum_step, weight_decay=weight_decay, nesterov=nesterov)
 
     def make(*now: Any) -> optax.GradientTransformationExtraArgs:
-        plan_for = functools.partial(plans, losses, now, reached, decayed)
+        plan_for = functools.partial(_plans, losses, now, reached, decayed)
 
         def kept(plan: list[Plan]) -> list[list[bool]]:
             return [[leaf.momenta[i] is not None for leaf in plan] for i in range(len(now))]
 
         def init(params: optax.Params) -> Any:
-            check_trainable(params, "params")
-            traces = [init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
+            _check_trainable(params, "params")
+            traces = [_init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
             return losses.pack([optax.TraceState(trace) for trace in traces])
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             del extra_args
-            check_params(params, decayed)
+            _check_params(params, decayed)
             traces = [entry.trace for entry in losses.entries(state, "state").values()]
-            total, traces = update_parameters(step, losses, plan_for, kept, updates, traces, params)
+            total, traces = _update_parameters(step, losses, plan_for, kept, updates, traces, params)
             return total, losses.pack([optax.TraceState(trace) for trace in traces])
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    return with_schedules(make, losses, betas)
+    return _with_schedules(make, losses, betas)
 
 
 def _momentum_step(parameter: "Parameter", *, weight_decay: Any, nesterov: bool) -> tuple[Any, list[Any]]:
     """The update of one parameter, and its new buffers: v_i <- g_i + beta_i v_i for each loss i, u = sum_i v_i."""
     plan, grads, buffers, theta = parameter
-    dtype = widest(*grads, *buffers)
+    dtype = _widest(*grads, *buffers)
     total, new_buffers = None, list(buffers)
     for i, beta in enumerate(plan.momenta):
         if beta is None:
@@ -148,14 +148,14 @@ class Parameter(NamedTuple):
     value: Any
 
 
-def init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
+def _init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
     """A tree of zeros like the parameters, with an `optax.MaskedNode` where no buffer is kept."""
     leaves, treedef = jax.tree.flatten(params)
 
     def buffer(p: Any, keep: bool) -> Any:
         if not keep:
             return optax.MaskedNode()
-        wanted = widest(p) if dtype is None else dtype
+        wanted = _widest(p) if dtype is None else dtype
         if jnp.issubdtype(jnp.result_type(p), jnp.complexfloating):  # a real buffer would drop the imaginary part
             wanted = jnp.complex128 if jnp.finfo(wanted).bits == 64 else jnp.complex64
         return jnp.zeros_like(p, wanted)
@@ -163,7 +163,7 @@ def init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
     return treedef.unflatten(map(buffer, leaves, kept))
 
 
-def update_parameters(
+def _update_parameters(
     step: Callable[[Parameter], tuple[Any, list[Any]]],
     losses: LossNames,
     plan_for: Callable[..., list[Plan]],
@@ -179,7 +179,7 @@ def update_parameters(
     for tree, keeps in zip(buffers, kept(plan), strict=True):
         expected = treedef.unflatten([g if keep else optax.MaskedNode() for g, keep in zip(leaves, keeps, strict=True)])
         if _shapes(tree) != _shapes(expected):
-            hint = "" if same_structure(grads[0], params) else f"; {LOOKS_SINGLE}"
+            hint = "" if _same_structure(grads[0], params) else f"; {LOOKS_SINGLE}"
             raise ValueError(
                 "updates: the state was made for other parameters, or with other masks for `reached` or `mask`: "
                 f"{_shapes(tree)!s:.200}, not {_shapes(expected)!s:.200}{hint}"
@@ -202,7 +202,7 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def widest(*arrays: Any) -> Any:
+def _widest(*arrays: Any) -> Any:
     """The widest dtype among the arrays, but at least float32.
 
     Without promoting: `jax.numpy_dtype_promotion("strict")` forbids that for 16 bits.
@@ -223,7 +223,7 @@ class ScheduledState(NamedTuple):
     inner_state: Any
 
 
-def with_schedules(
+def _with_schedules(
     make: Callable[..., optax.GradientTransformationExtraArgs], losses: LossNames, betas: Any
 ) -> optax.GradientTransformationExtraArgs:
     """`make(*betas)`, with those that are schedules evaluated at the number of updates so far."""
@@ -232,7 +232,7 @@ def with_schedules(
     def at(count: Any) -> optax.GradientTransformationExtraArgs:
         now = [beta(count) if callable(beta) else beta for beta in momenta]
         for name, beta in zip(losses.names, now, strict=True):
-            check_scalar(f"beta_{name}", beta, 0, 1)
+            _check_scalar(f"beta_{name}", beta, 0, 1)
         return make(*now)
 
     if not any(map(callable, momenta)):
@@ -249,14 +249,14 @@ def with_schedules(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def _scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate`, which would take a string, a bool or an array of any shape."""
     if not callable(learning_rate):
-        check_scalar("learning_rate", learning_rate)
+        _check_scalar("learning_rate", learning_rate)
     return optax.scale_by_learning_rate(learning_rate)
 
 
-def in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def _in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx`, whose updates are rounded to the dtypes of the parameters, if these are given, at the end."""
     inner = optax.with_extra_args_support(tx)
 
@@ -267,30 +267,30 @@ def in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.GradientT
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:
+def _decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:
     """Which parameters are decayed: False if none ever is."""
-    check_scalar("weight_decay", weight_decay, low=0)
+    _check_scalar("weight_decay", weight_decay, low=0)
     if isinstance(mask, (bool, np.bool_)):
         raise ValueError(
             f"mask must be a tree of bools or a function of the parameters, got {mask}; if inject_hyperparams called "
             "your function, give it static_args='mask'"
         )
-    if is_number(weight_decay) and weight_decay == 0:
+    if _is_number(weight_decay) and weight_decay == 0:
         return False
     return True if mask is None else mask
 
 
-def check_params(params: Any, decayed: Mask) -> None:
+def _check_params(params: Any, decayed: Mask) -> None:
     if params is None and decayed is not False:
         raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
 
-def check_flag(name: str, value: Any) -> None:
+def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
 
 
-def canonical_dtype(dtype: Any, name: str) -> Any:
+def _canonical_dtype(dtype: Any, name: str) -> Any:
     if dtype is not None and not jnp.issubdtype(jax.dtypes.canonicalize_dtype(dtype), jnp.inexact):
-        raise TypeError(f"{name} must be None or a floating point or complex dtype, got {describe(dtype)}")
+        raise TypeError(f"{name} must be None or a floating point or complex dtype, got {_describe(dtype)}")
     return None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dot_optax._checks import check_trainable, describe, kind
-from dot_optax._containers import LossNames, entries_by_key, key_of
-from dot_optax._gradients import check_no_nnx_module, split_losses
+from dot_optax._checks import _check_trainable, _describe, _kind
+from dot_optax._containers import LossNames, _entries_by_key, _key_of
+from dot_optax._gradients import _check_no_nnx_module, _split_losses
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from the parameters to the mask.
 Mask = Any | Callable[[Any], Any]
@@ -55,9 +55,9 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         published optimizer finds it by which gradients are missing.
     """
     leaves, treedef = jax.tree.flatten(params)
-    if len({id(leaf) for leaf in leaves}) < len(leaves) or any(kind(leaf) is None for leaf in leaves):
-        check_no_nnx_module(params, "reached: params", "reached")
-    check_trainable(params, "reached: params")
+    if len({id(leaf) for leaf in leaves}) < len(leaves) or any(_kind(leaf) is None for leaf in leaves):
+        _check_no_nnx_module(params, "reached: params", "reached")
+    _check_trainable(params, "reached: params")
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
     # Python and NumPy scalars may be static: a flag, a number of layers.
     is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
@@ -66,17 +66,17 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
         remaining = iter(arrays)
         filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
         positional, keywords = args_treedef.unflatten(filled)
-        return split_losses(loss_fn(treedef.unflatten(leaves), *positional, **keywords), has_aux, "reached")[0]
+        return _split_losses(loss_fn(treedef.unflatten(leaves), *positional, **keywords), has_aux, "reached")[0]
 
     arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
-    entries, rebuild = entries_by_key(jax.eval_shape(call, leaves, arrays))
+    entries, rebuild = _entries_by_key(jax.eval_shape(call, leaves, arrays))
 
     def reaches(key: Any) -> Any:
         found: set[int] = set()
 
         def loss(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
             tapped = [_tap(functools.partial(found.add, i))(leaf) for i, leaf in enumerate(leaves)]
-            return entries_by_key(call(tapped, arrays))[0][key]
+            return _entries_by_key(call(tapped, arrays))[0][key]
 
         jax.eval_shape(jax.grad(loss), leaves, arrays)
         return treedef.unflatten([i in found for i in range(len(leaves))])
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
     l2: int | None
 
 
-def plans(
+def _plans(
     losses: LossNames, betas: Sequence[Any], reached: Any, decayed: Mask, params: Any, like: Any = None
 ) -> list[Plan]:
     """The plan of each parameter, in the order of the leaves of `params`, or of a tree `like` them where that is None.
@@ -127,7 +127,7 @@ def plans(
     n = len(losses.names)
     masks = [True] * n if reached is None else losses.entries(reached, "reached").values()
     reads_of_losses = [
-        leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)
+        _leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)
     ]
     mean = sum(betas) / n
 
@@ -138,10 +138,10 @@ def plans(
         momenta = [mean if alone else beta for beta in betas]
         return Plan(tuple(m if kept else None for m, kept in zip(momenta, has_buffer, strict=True)), reads, l2)
 
-    return list(map(plan, leaf_mask(decayed, params, "mask", like), *reads_of_losses))
+    return list(map(plan, _leaf_mask(decayed, params, "mask", like), *reads_of_losses))
 
 
-def leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool]:
+def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool]:
     """One bool for each leaf of `params` (or of `like`), from the mask's entry for the leaf or for a part of the tree that holds it.
 
     Entries are matched by name, so that containers may differ in type. Two differences are allowed besides: a mask may
@@ -158,7 +158,7 @@ def leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool
     for path, value in jax.tree_util.tree_leaves_with_path(mask):
         if not _is_tree_of_bools(value):
             where = f"{name}{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{where}: expected True or False, known before tracing; got {describe(value)}")
+            raise ValueError(f"{where}: expected True or False, known before tracing; got {_describe(value)}")
     entries = {_names(path): bool(value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
     below = defaultdict(set)
     for path, value in entries.items():
@@ -185,7 +185,7 @@ def leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool
 
 
 def _names(path: Any) -> tuple[Any, ...]:
-    return tuple(map(key_of, path))
+    return tuple(map(_key_of, path))
 
 
 def _slashes(path: tuple[Any, ...]) -> str:

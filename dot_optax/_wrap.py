@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from dot_optax._algebra import joint, params_in_state, sum_like, sum_losses
-from dot_optax._checks import check_transformation, describe
-from dot_optax._containers import LossNames, PerLoss, same_structure
+from dot_optax._algebra import _params_in_state, _sum_like, joint, sum_losses
+from dot_optax._checks import _check_transformation, _describe
+from dot_optax._containers import LossNames, PerLoss, _same_structure
 
 
 def wrap(
@@ -66,7 +66,7 @@ def wrap(
         `Optax's wrappers <https://optax.readthedocs.io/en/latest/api/transformations.html>`_.
     """
     container = LossNames.named(losses, "wrap")
-    inner = check_transformation(tx, "wrap")
+    inner = _check_transformation(tx, "wrap")
 
     # What `update` below was given, for the calls of `update_inner` that it makes by way of the wrapper. A context
     # variable, because keywords do not reach SAM's inner optimizer, and leak into the predicates of users.
@@ -80,11 +80,11 @@ def wrap(
     wrapped = wrapper(optax.GradientTransformationExtraArgs(inner.init, update_inner))
     if isinstance(wrapped, optax.MultiSteps):
         return _accumulated(wrapper, inner, container, losses)
-    outer = check_transformation(wrapped, "wrap: `wrapper`")
+    outer = _check_transformation(wrapped, "wrap: `wrapper`")
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads, _ = container.gradients(updates, params_in_state(outer.init, state) if params is None else params)
-        total = sum_like(grads, params)
+        grads, _ = container.gradients(updates, _params_in_state(outer.init, state) if params is None else params)
+        total = _sum_like(grads, params)
         token = current.set(_GradientsOfSums(total, grads))
         try:
             return outer.update(total, state, params, **extra_args)
@@ -95,8 +95,8 @@ def wrap(
 
 
 def _check_tree(total: Any, like: Any) -> Any:
-    if not same_structure(total, like):
-        raise ValueError(f"wrap: `tx` must return one tree, such as sum_losses() makes; got {describe(total)}")
+    if not _same_structure(total, like):
+        raise ValueError(f"wrap: `tx` must return one tree, such as sum_losses() makes; got {_describe(total)}")
     return total
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dot_optax._checks import check_scalar, describe, kind
+from dot_optax._checks import _check_scalar, _describe, _kind
 
 __all__ = ["kd_loss"]
 
@@ -63,11 +63,11 @@ def kd_loss(
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
     student_logits, teacher_logits = _check_logits(student_logits, teacher_logits, axis)
-    check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
+    _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
     if where is not None:
         where = jnp.asarray(where)
         if where.dtype != bool:
-            raise ValueError(f"where must be bools, got {describe(where)}")
+            raise ValueError(f"where must be bools, got {_describe(where)}")
         where = jnp.broadcast_to(where, student_logits.shape)
     # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
     dtype = max(student_logits.dtype, teacher_logits.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
@@ -123,8 +123,8 @@ def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
 
 def _check_logits(student: Any, teacher: Any, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
-            raise TypeError(f"{name} must be an array of real floating point numbers, got {describe(logits)}")
+        if _kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
+            raise TypeError(f"{name} must be an array of real floating point numbers, got {_describe(logits)}")
     examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
     if student.shape != teacher.shape or 0 < student.size < 2 * examples.size:
         raise ValueError(

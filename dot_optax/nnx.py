@@ -140,7 +140,7 @@ def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple
     def pure(params: Any, rest: Any) -> Any:
         with nnx.merge_context(_TAG, inner=True) as context:
             model, args, kwargs = copies = context.merge(graphdef, nnx.State({0: params}), rest)
-        losses, aux = _gradients.split_losses(loss_fn(model, *args, **kwargs), has_aux, "dot_optax.nnx")
+        losses, aux = _gradients._split_losses(loss_fn(model, *args, **kwargs), has_aux, "dot_optax.nnx")
         with nnx.split_context(_TAG) as context:
             return losses, context.split((copies, aux))
 

@@ -28,15 +28,15 @@ class GoldenTest(chex.TestCase):
     @chex.variants(with_jit=True)
     @parameterized.parameters(*golden.FILES)
     def test_every_published_quantity_at_every_step(self, name):
-        self.compare(name)
+        self.check_deviations(name)
 
     @pytest.mark.slow
     @chex.variants(without_jit=True)
     @parameterized.parameters(*golden.FILES)
     def test_the_same_without_jit(self, name):
-        self.compare(name)
+        self.check_deviations(name)
 
-    def compare(self, name):
+    def check_deviations(self, name):
         deviations = golden.deviations(name, self.variant)
         assert deviations
         # 1e-12 in float64 is what is asked; `python -m tests.golden` prints at most 4e-15 for numbers of order one and
