@@ -1,4 +1,4 @@
-"""DOT: one momentum per loss, the larger one for the distillation loss; and the baseline that it should beat.
+"""DOT: one momentum per loss, the larger one for the distillation loss; and the baseline to compare it with.
 
 DOT is the sum of two ordinary momenta, each of the gradient of its own loss.  In the words of the algebra:
 
@@ -9,8 +9,8 @@ DOT is the sum of two ordinary momenta, each of the gradient of its own loss.  I
 ...     optax.scale_by_learning_rate(0.05),                          # theta <- theta - lr u
 ... )
 
-That is `dot(0.05)` but for what `scale_by_momenta` adds: parameters that one loss alone reaches, an L2 penalty that joins
-one of the gradients, float32 buffers for parameters of 16 bits, and momenta that follow schedules.
+This equals `dot(0.05)`, except that `dot` also handles parameters that one loss alone reaches, an L2 penalty that joins one
+of the gradients, momenta that follow schedules, and parameters of 16 bits, for which it keeps float32 buffers.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def scale_by_dot(
         v_{kd} &\leftarrow g_{kd} + \beta_{kd} v_{kd} \\
         u &= v_{task} + v_{kd}
 
-    A parameter that only one of the losses reaches has one buffer, with the mean momentum
+    A parameter that only one of the losses reaches, according to `reached`, has one buffer, with the mean momentum
     :math:`(\beta_{task} + \beta_{kd}) / 2`, as in the published code.
 
     Args:
@@ -108,8 +108,9 @@ def dot(
         v_{kd} &\leftarrow g_{kd} + \beta_{kd} v_{kd} \\
         \theta &\leftarrow \theta - \eta (v_{task} + v_{kd})
 
-    Both gradients are taken at the same parameters, of losses that the caller has weighted. With equal betas this is
-    `optax.sgd(learning_rate, momentum=beta)` on the summed gradient.
+    Take both gradients at the same parameters, and apply the weights of the losses before. With equal betas and no penalty
+    this is `optax.sgd(learning_rate, momentum=beta)` on the summed gradient. A parameter that only one of the losses
+    reaches, according to `reached`, has one buffer, with the mean momentum.
 
     `optax.inject_hyperparams` takes every callable for a schedule, and keeps numbers in the dtype of the parameters, where
     in bfloat16 0.975 is 0.9766 and its gain 43 instead of 40: give it `static_args=('mask', 'accumulator_dtype')`, and
@@ -158,8 +159,11 @@ def dot(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    momenta = _wide_momenta(PerLoss(beta_task, beta_kd), weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return _in_the_dtypes_of_params(optax.chain(momenta, _scale_by_learning_rate(learning_rate)))
+    # L2, the momenta and their sum, in float32 or wider. One rounding to the dtypes of the parameters, at the end.
+    sum_of_momenta = _wide_momenta(
+        PerLoss(beta_task, beta_kd), weight_decay, mask, reached, nesterov, accumulator_dtype
+    )
+    return _in_the_dtypes_of_params(optax.chain(sum_of_momenta, _scale_by_learning_rate(learning_rate)))
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
@@ -197,14 +201,14 @@ def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule 
     if callable(momentum) or callable(delta):
 
         def at(count: Any) -> PerLoss:
-            now: list[Any] = [h(count) if callable(h) else h for h in (momentum, delta)]
-            return betas(*now)
+            values: list[Any] = [given(count) if callable(given) else given for given in (momentum, delta)]
+            return betas(*values)
 
         return PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
     _check_scalar("momentum", momentum)
     _check_scalar("delta", delta)
     result = PerLoss(task=momentum - delta, kd=momentum + delta)
-    for sign, beta in zip("-+", result, strict=True):
+    for sign, beta in zip("-+", result, strict=True):  # task, kd
         if _is_number(beta) and not 0 <= beta < 1:
             raise ValueError(f"betas: momentum {sign} delta must lie in [0, 1), got {momentum:g} {sign} {delta:g}")
     return result
@@ -255,7 +259,7 @@ def gain_matched_sgd(
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The baseline that DOT should beat: one momentum, and the gains of DOT.
+    r"""The baseline to compare DOT with: one momentum, and the gains of DOT.
 
     .. math::
         g &\leftarrow \frac{1 - \mu}{1 - \beta_{task}} (g_{task} + \lambda \theta)
@@ -263,8 +267,8 @@ def gain_matched_sgd(
         v &\leftarrow g + \mu v \\
         \theta &\leftarrow \theta - \eta v
 
-    Under a steady gradient of either loss, the steps become those of `dot` with the same arguments, so what `dot` does
-    better than this is due to its two momenta and not to its larger effective learning rate.
+    Under steady gradients of both losses the steps converge to those of `dot` with the same arguments. So what `dot` does
+    better than this is due to its two momenta, and not to its other effective learning rates. It knows no `reached`.
 
     Args:
         learning_rate: :math:`\eta`, a scalar or a schedule.
@@ -279,7 +283,7 @@ def gain_matched_sgd(
         A transformation from a container of two gradient trees to one update tree.
 
     Raises:
-        TypeError: as `dot`.
+        TypeError: as `dot`, and if a beta is a schedule.
         ValueError: as `dot`.
 
     Example:
@@ -297,21 +301,21 @@ def gain_matched_sgd(
         A control of ours; `python -m benchmarks.digits_learning_rates` compares it with `dot`.
     """
     _check_scalar("weight_decay", weight_decay, low=0)
-    both = gains(beta_task, beta_kd)
+    gain = gains(beta_task, beta_kd)
     mu = (beta_task + beta_kd) / 2
-    weights = [(1 - mu) * gain for gain in both]
+    loss_weights = [(1 - mu) * g for g in gain]
 
     def weighted_sum(updates: Any, params: Any) -> Any:
-        grads, _ = LossNames.of(both, "updates").gradients(updates, params)
+        grads, _ = LossNames.of(gain, "updates").gradients(updates, params)
 
         def add(*g: Any) -> Any:
             return sum(
-                jnp.asarray(w, _widest(*g)) * jnp.asarray(x, _widest(*g)) for w, x in zip(weights, g, strict=True)
+                jnp.asarray(w, _widest(*g)) * jnp.asarray(x, _widest(*g)) for w, x in zip(loss_weights, g, strict=True)
             )
 
-        return (jax.tree.map(add, *grads),)
+        return (jax.tree.map(add, *grads),)  # a container of one loss
 
-    momentum = _wide_momenta((mu,), weights[0] * weight_decay, mask, None, nesterov, accumulator_dtype)
+    momentum = _wide_momenta((mu,), loss_weights[0] * weight_decay, mask, None, nesterov, accumulator_dtype)
     return _in_the_dtypes_of_params(
         optax.chain(optax.stateless(weighted_sum), momentum, _scale_by_learning_rate(learning_rate))
     )
