@@ -26,6 +26,7 @@ def test_digits_learning_rates(tmp_path, capsys):
     assert all(f"| {method} |" in printed for method in digits_learning_rates.METHODS)
 
 
+@pytest.mark.slow
 def test_gradient_cost(tmp_path):
     path = tmp_path / "flops.json"
     gradient_cost.main(["--json", str(path)])

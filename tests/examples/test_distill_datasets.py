@@ -14,7 +14,6 @@ from PIL import Image
 from examples.distill import data, images
 from examples.distill.command_line import main, parse
 from examples.distill.errors import UserError
-from tests.tiers import slow_but
 
 
 def _pixels(height, width, seed):
@@ -253,7 +252,8 @@ _DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", slow_but(_DAMAGES, "cut"))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", _DAMAGES)
 def test_a_damaged_file_of_a_dataset(damage, imagenet_dir, tmp_path, capsys):
     shutil.copytree(imagenet_dir, tmp_path / "data")
     _rewrite(tmp_path / "data", _DAMAGES[damage])

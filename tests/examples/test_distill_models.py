@@ -169,6 +169,7 @@ def test_hidden_activations_of_the_mlp():
     np.testing.assert_array_equal(logits, models.apply(graphdef, params, rest, _images(8), train=False)[0])
 
 
+@pytest.mark.slow
 def test_a_convolutional_pair_trains_in_bfloat16():
     # The first of its three stages, which compiles in seconds.
     graphdef, params, rest = networks.random("resnet8x4", dtype="bfloat16", stage_sizes=(1,), stage_features=(64,))
