@@ -1,6 +1,5 @@
 """Every row of the README's table of uses, run against the same thing written by hand."""
 
-import importlib
 import pathlib
 import re
 
@@ -94,7 +93,8 @@ def test_the_error_that_the_readme_shows():
 @pytest.mark.parametrize("use", uses.ELSEWHERE, ids=[use.what for use in uses.ELSEWHERE])
 def test_the_other_rows_name_tests_that_exist(use):
     module, name = use.test.rsplit(".", 1)
-    assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
+    path = pathlib.Path(__file__).parent / f"{module.replace('.', '/')}.py"
+    assert f"def {name}(" in path.read_text()
 
 
 def test_tree_get_and_set():
