@@ -31,7 +31,6 @@ both. With `jit` the compiler averages both gradients as well, but in the bfloat
 """
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -41,16 +40,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from benchmarks.recipe_cost import compile_step
-from examples.distill import parallel
+from benchmarks.recipe_cost import FORMS, compile_step
 from examples.distill.command_line import parse
+from examples.trainer import parallel
 
-FORMS = {
-    "jit": parallel.jit_layout,
-    "jit_sharded": functools.partial(parallel.jit_layout, shard_params=True),
-    "pmap": parallel.pmap_layout,
-    "shard_map": parallel.shard_map_layout,
-}
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
 
 
@@ -66,7 +59,7 @@ def collectives(hlo):
 
 
 def cost(config, form, method, batch_size, mesh):
-    compiled = compile_step(config, FORMS[form](mesh), method=method, batch_size=batch_size)
+    compiled = compile_step(config, mesh, form=form, method=method, batch_size=batch_size)
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         "gflop": analysis["flops"] / 1e9,
@@ -88,7 +81,7 @@ def main(argv=None):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine it thinks it runs on.
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     mesh = jax.sharding.Mesh(np.array(devices), (parallel.AXIS,))
-    config = parse([f"--config={args.config}"])[0]
+    config = parse([f"--config={args.config}"]).config
     rows = []
     print(f"{f'per chip of {len(devices)}':10} batch  method    GFLOP  traffic   memory  collectives")
     for batch_size in args.batch_sizes:

@@ -21,6 +21,7 @@ input not counted.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -29,10 +30,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dot_optax
-from examples.distill import methods, models, parallel, steps
+from examples.distill import methods, models, steps
 from examples.distill.command_line import parse
+from examples.trainer import parallel
+from examples.trainer.step import init_state
 
 CONFIGS = (
     "cifar100_r32x4_r8x4",
@@ -53,24 +58,61 @@ def network(name, num_classes, dtype, axis_name=None):
     return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options)))
 
 
-def compile_step(config, layout, *, method="dot", dtype="bfloat16", batch_size=None):
+FORMS = {
+    "jit": parallel.jit_layout,
+    "jit_sharded": functools.partial(parallel.jit_layout, shard_params=True),
+    "pmap": parallel.pmap_layout,
+    "shard_map": parallel.shard_map_layout,
+}
+
+
+def placed(form, mesh, state, teacher_variables, batch):
+    """The arguments of a step, given as one device has them, as they are in a form of parallelism: shapes alone."""
+
+    def put(tree, sharding):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), tree)
+
+    def everywhere(leaf):
+        return NamedSharding(mesh, P())
+
+    def in_parts(leaf):
+        return NamedSharding(mesh, P(parallel.AXIS))
+
+    if form == "pmap":
+        sizes = (mesh.size, -1)
+        parts = jax.eval_shape(
+            lambda batch: jax.tree.map(lambda leaf: leaf.reshape(*sizes, *leaf.shape[1:]), batch), batch
+        )
+        return state, teacher_variables, parts
+    if form == "shard_map":  # each device has momenta of its own
+        stacked = jax.eval_shape(
+            lambda tree: jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), tree), state.opt_state
+        )
+        state = put(state._replace(opt_state=None), everywhere)._replace(opt_state=put(stacked, in_parts))
+    else:
+        state = put(state, functools.partial(parallel.state_sharding, mesh, divided=form == "jit_sharded"))
+    return state, put(teacher_variables, everywhere), put(batch, in_parts)
+
+
+def compile_step(config, mesh, *, form="jit", method="dot", dtype="bfloat16", batch_size=None):
     """Returns the compiled train step of a config."""
+    layout = FORMS[form](mesh)
     classes, size = CLASSES[config.dataset.name], config.dataset.image_size
     student, params, rest = network(config.student.model.name, classes, dtype, layout.axis_name)
     teacher, *teacher_variables = network(config.teacher.model.name, classes, dtype)
     weights = dot_optax.PerLoss(config.distillation.task_weight, config.distillation.kd_weight)
     optimizer = methods.build(method, config.optimizer, weights, steps_per_epoch=1)
     problem = steps.Problem(student, teacher, config.distillation.temperature, config.dataset.mean, config.dataset.std)
-    state = jax.eval_shape(lambda params, rest: steps.init_state(params, rest, optimizer), params, rest)
+    state = jax.eval_shape(lambda params, rest: init_state(params, rest, optimizer), params, rest)
     batch_size = batch_size or config.batch_size
     batch = {"image": ((batch_size, size, size, 3), jnp.uint8), "label": ((batch_size,), jnp.int32)}
-    arguments = layout.shapes(state, tuple(teacher_variables), {k: jax.ShapeDtypeStruct(*v) for k, v in batch.items()})
+    batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
+    arguments = placed(form, mesh, state, tuple(teacher_variables), batch)
     return steps.make_train_step(problem, optimizer, layout).lower(*arguments).compile()
 
 
 def cost(config, dtype, chip):
-    layout = parallel.jit_layout(jax.sharding.Mesh(chip, (parallel.AXIS,)))
-    compiled = compile_step(config, layout, dtype=dtype)
+    compiled = compile_step(config, jax.sharding.Mesh(chip, (parallel.AXIS,)), dtype=dtype)
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops, traffic = analysis["flops"], analysis["bytes accessed"]
     step_seconds = max(flops / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)
@@ -97,7 +139,7 @@ def main(argv=None):
     costs = {}
     print(f"{'one TPU v5e, ' + args.dtype:30} batch  GFLOP/image  memory  bound by    images/s at most  hours at least")
     for name in args.configs:
-        costs[name] = row = cost(parse([f"--config={name}"])[0], args.dtype, chip.devices)
+        costs[name] = row = cost(parse([f"--config={name}"]).config, args.dtype, chip.devices)
         print(
             f"{name:30} {row['batch']:5}  {row['gflop_per_image']:11.2f} {row['gigabytes']:4.1f} GB  {row['bound']:10}"
             f"  {row['images_per_second']:16,.0f}  {row['hours']:14.1f}",

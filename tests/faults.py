@@ -2,7 +2,7 @@
 
     python -m tests.faults
 
-prints what happened, in three minutes on two cores; `tests/examples/test_distill_faults.py` runs the same,
+prints what happened, in three minutes on two cores; `tests/examples/test_trainer_faults.py` runs the same,
 three of them in the first tier and the others as slow tests.
 """
 
@@ -22,9 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from examples.distill import checkpoint
+from examples.trainer import checkpoint
 from tests.cache import share_compiled_programs
-from tests.runs import HEARTBEAT, LONG, SHORT, Laboratory
+from tests.runs import HEARTBEAT, LONG, SHORT, Workspace
 
 KILLS = 20
 
@@ -35,7 +35,7 @@ import os
 
 import numpy as np
 
-from examples.distill import parallel
+from examples.trainer import parallel
 from examples.distill.configs.digits import get_config
 
 make_layout = parallel.make_layout
@@ -56,9 +56,9 @@ parallel.make_layout = make_layout_with_bad_batches
 """
 
 
-def _bad_batches(lab, which):
+def _bad_batches(workspace, which):
     """Returns the options of `start` that make `which` batches bad."""
-    path = lab.folder / "bad_batches.py"
+    path = workspace.folder / "bad_batches.py"
     path.write_text(_BAD_BATCHES)
     return f"--config={path}", {"BAD_BATCHES": which}
 
@@ -99,13 +99,13 @@ def _saved(workdir):
     return sum(max(checkpoint.saved_steps(workdir / arm), default=0) for arm in ("teacher", "dot"))
 
 
-def killed_at_random_moments(lab):
-    workdir, rng = lab.folder / "killed", random.Random(0)
-    seconds = json.loads((lab.long / "dot" / "result.json").read_text())["seconds"]
+def killed_at_random_moments(workspace):
+    workdir, rng = workspace.folder / "killed", random.Random(0)
+    seconds = json.loads((workspace.long / "dot" / "result.json").read_text())["seconds"]
     while_training, until_first_save = 0, math.inf
     for kill in range(KILLS):
         before = _saved(workdir)
-        begun, run = time.perf_counter(), lab.start(workdir, *LONG)
+        begun, run = time.perf_counter(), workspace.start(workdir, *LONG)
         if kill % 2 == 0:
             run.wait_for(lambda before=before: _saved(workdir) > before)
             until_first_save = min(until_first_save, time.perf_counter() - begun)
@@ -117,17 +117,17 @@ def killed_at_random_moments(lab):
         assert code == -signal.SIGKILL
         while_training += _saved(workdir) > before
     assert while_training >= KILLS // 2
-    lab.finish(workdir, *LONG)
-    _assert_same_bits(workdir, lab.long)
+    workspace.finish(workdir, *LONG)
+    _assert_same_bits(workdir, workspace.long)
     return (
         f"killed {KILLS} times, {while_training} of them after it had trained and saved; in the end parameters, momenta and"
         " log have the bits of the undisturbed run"
     )
 
 
-def killed_with_workers(lab):
-    workdir = lab.with_teacher("killed_workers", lab.short)
-    run = lab.start(workdir, *SHORT, "--config.dataset.in_memory=False", "--config.dataset.workers=2")
+def killed_with_workers(workspace):
+    workdir = workspace.with_teacher("killed_workers", workspace.short)
+    run = workspace.start(workdir, *SHORT, "--config.dataset.in_memory=False", "--config.dataset.workers=2")
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     workers = run.children()
     assert len(workers) > 2  # the third removes their shared memory
@@ -164,28 +164,28 @@ def _terminate(workdir, start):
     raise AssertionError("nothing was saved within an epoch")
 
 
-def preempted(lab):
-    workdir = lab.with_teacher("preempted", lab.long)
-    seconds = _terminate(workdir, lambda: [lab.start(workdir, *LONG, _ONLY_BEST)])
+def preempted(workspace):
+    workdir = workspace.with_teacher("preempted", workspace.long)
+    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, _ONLY_BEST)])
     assert seconds < 20
-    lab.finish(workdir, *LONG)
-    _assert_same_bits(workdir, lab.long)
+    workspace.finish(workdir, *LONG)
+    _assert_same_bits(workdir, workspace.long)
     return f"saved and exited with 0 after {seconds:.1f} s; the next start ended with the bits of the undisturbed run"
 
 
-def preempted_on_one_of_two_hosts(lab):
-    workdir = lab.with_teacher("preempted_hosts", lab.long)
-    seconds = _terminate(workdir, lambda: lab.start_two_hosts(workdir, *LONG, _ONLY_BEST))
+def preempted_on_one_of_two_hosts(workspace):
+    workdir = workspace.with_teacher("preempted_hosts", workspace.long)
+    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, _ONLY_BEST))
     assert seconds < 20
-    lab.finish(workdir, *LONG)
-    _assert_close(workdir, lab.long)
+    workspace.finish(workdir, *LONG)
+    _assert_close(workdir, workspace.long)
     return f"both saved the same step and exited with 0 after {seconds:.1f} s; one host alone went on to the same end"
 
 
-def preempted_with_workers(lab):
-    workdir = lab.with_teacher("preempted_workers", lab.long)
+def preempted_with_workers(workspace):
+    workdir = workspace.with_teacher("preempted_workers", workspace.long)
     flags = (*LONG, "--config.dataset.in_memory=False", "--config.dataset.workers=1")
-    run = lab.start(workdir, *flags)
+    run = workspace.start(workdir, *flags)
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     for child in run.children():
         os.kill(int(child.name), signal.SIGTERM)
@@ -197,9 +197,9 @@ def preempted_with_workers(lab):
     return "the processes that read for it did not mind; the run saved and exited with 0"
 
 
-def one_of_two_hosts_killed(lab, victim):
-    workdir = lab.with_teacher(f"host_{victim}_killed", lab.long)
-    runs = lab.start_two_hosts(workdir, *LONG)
+def one_of_two_hosts_killed(workspace, victim):
+    workdir = workspace.with_teacher(f"host_{victim}_killed", workspace.long)
+    runs = workspace.start_two_hosts(workdir, *LONG)
     runs[0].wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     runs[victim].send(signal.SIGKILL)
     code, seconds = runs[1 - victim].wait()
@@ -231,31 +231,31 @@ def _change_record(folder):
     record.write_text(record.read_text().replace('"epoch_steps": 0', '"epoch_steps": 1'))
 
 
-def damaged(lab):
-    workdir = lab.unfinished("damaged")
+def damaged(workspace):
+    workdir = workspace.unfinished("damaged")
     folder, aside = (workdir / "dot" / name for name in ("checkpoints", "damaged_checkpoints"))
     damages = {84: _truncate, 70: _flip, 56: _remove, 42: _change_record}
     for step, damage in damages.items():
         damage(folder / str(step))
-    warnings = [line for line in lab.finish(workdir, *SHORT).splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in workspace.finish(workdir, *SHORT).splitlines() if line.startswith("warning: ")]
     reasons = {70: "the checksum of its optimizer is wrong", 42: "the checksum of its progress is wrong"}
     for step, line in zip(damages, warnings, strict=True):
         assert reasons.get(step, "") in line
         assert line.startswith(f"warning: cannot read the checkpoint {folder / str(step)} (")
         assert line.endswith(f"); it is now in {aside}, and training goes on from step 28")
     assert {path.name for path in aside.iterdir()} == {"84", "70", "56", "42"}
-    _assert_same_bits(workdir, lab.short)
+    _assert_same_bits(workdir, workspace.short)
     return (
         "said of each what is wrong, went on from the newest intact one, and ended with the bits of the undisturbed run"
     )
 
 
-def disk_full_of_checkpoints(lab):
+def disk_full_of_checkpoints(workspace):
     """No file may be as large as those of a checkpoint."""
-    workdir = lab.unfinished("full")
+    workdir = workspace.unfinished("full")
     shutil.rmtree(workdir / "dot" / "checkpoints" / "84")
     flags = (*SHORT, "--config.checkpoint_every_steps=4")
-    run = lab.start(workdir, *flags)
+    run = workspace.start(workdir, *flags)
     run.limit_files(7000)
     code, _ = run.wait()
     folder = workdir / "dot" / "checkpoints"
@@ -267,47 +267,47 @@ def disk_full_of_checkpoints(lab):
     assert any("(File too large); " in line for line in lines), lines
     assert code == 1
     assert {path.name for path in folder.iterdir()} == {"14", "28", "42", "56", "70"}
-    lab.finish(workdir, *SHORT)
-    _assert_same_bits(workdir, lab.short)
+    workspace.finish(workdir, *SHORT)
+    _assert_same_bits(workdir, workspace.short)
     return (
         "each save that failed was reported and training went on; for want of the last one it ended with an error; the"
         " older checkpoints were intact, and with room again the run had the bits of the undisturbed one"
     )
 
 
-def disk_full_for_a_while(lab):
+def disk_full_for_a_while(workspace):
     """The same, until the first save has failed."""
-    workdir = lab.with_teacher("full_for_a_while", lab.long)
-    run = lab.start(workdir, *LONG)
+    workdir = workspace.with_teacher("full_for_a_while", workspace.long)
+    run = workspace.start(workdir, *LONG)
     run.limit_files(7000)
     warning = f"warning: cannot save the checkpoint {workdir / 'dot' / 'checkpoints'}/"
     run.wait_for(lambda: warning in run.errors())
     run.lift_limit()
     code, _ = run.wait()
     assert code == 0, run.errors()
-    _assert_same_bits(workdir, lab.long)
+    _assert_same_bits(workdir, workspace.long)
     return "said so and went on, and ended with the bits of the undisturbed run"
 
 
-def disk_full_of_logs(lab):
+def disk_full_of_logs(workspace):
     """No file may grow at all."""
-    workdir = lab.with_teacher("full_log", lab.long)
-    run = lab.start(workdir, *LONG)
+    workdir = workspace.with_teacher("full_log", workspace.long)
+    run = workspace.start(workdir, *LONG)
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     run.limit_files(1)
     code, _ = run.wait()
     assert code == 1
     last = run.errors().splitlines()[-1]
     assert last.startswith("error: cannot write ") and "(File too large); put this right" in last, last
-    lab.finish(workdir, *LONG)
-    _assert_same_bits(workdir, lab.long)
+    workspace.finish(workdir, *LONG)
+    _assert_same_bits(workdir, workspace.long)
     return "ended with an error that names the file; with room again the run had the bits of the undisturbed one"
 
 
-def nan_batches(lab):
-    workdir = lab.with_teacher("nan", lab.short)
-    config, environment = _bad_batches(lab, "{6, 21, 22, 84}")
-    errors = lab.finish(workdir, config, *SHORT, environment=environment)
+def nan_batches(workspace):
+    workdir = workspace.with_teacher("nan", workspace.short)
+    config, environment = _bad_batches(workspace, "{6, 21, 22, 84}")
+    errors = workspace.finish(workdir, config, *SHORT, environment=environment)
     for step, epoch in ((6, 1), (21, 2), (22, 2), (84, 6)):
         assert f"warning: dot: step {step} (epoch {epoch}) is skipped: its loss or update is not finite" in errors
     log = _log(workdir / "dot")
@@ -319,11 +319,11 @@ def nan_batches(lab):
     return "4 steps were skipped, said so and counted in the log; parameters and both momenta stayed finite"
 
 
-def only_nan_batches(lab):
-    workdir = lab.with_teacher("only_nan", lab.short)
-    config, environment = _bad_batches(lab, "range(30, 1000)")
+def only_nan_batches(workspace):
+    workdir = workspace.with_teacher("only_nan", workspace.short)
+    config, environment = _bad_batches(workspace, "range(30, 1000)")
     flags = (*SHORT, "--config.max_consecutive_skips=5", "--config.checkpoint_every_steps=2")
-    run = lab.start(workdir, config, *flags, environment=environment)
+    run = workspace.start(workdir, config, *flags, environment=environment)
     code, _ = run.wait()
     latest = workdir / "dot" / "checkpoints" / "28"
     last = run.errors().splitlines()[-1]
@@ -356,11 +356,11 @@ FAULTS = {
 def main():
     share_compiled_programs()
     with contextlib.ExitStack() as stack:
-        lab = Laboratory(stack.enter_context(tempfile.TemporaryDirectory()))
+        workspace = Workspace(stack.enter_context(tempfile.TemporaryDirectory()))
         logging.set_verbosity(logging.FATAL)
         print("| fault | what happened |\n| --- | --- |")
         for name, fault in FAULTS.items():
-            print(f"| {name} | {fault(lab)} |", flush=True)
+            print(f"| {name} | {fault(workspace)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Run:
                 reader.join()
 
 
-class Laboratory:
+class Workspace:
     """A folder for runs, with a prepared dataset; several processes may share it."""
 
     def __init__(self, folder):

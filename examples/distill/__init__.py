@@ -27,7 +27,8 @@ A working directory holds `config.json`, `losses.png`, and one folder for the te
 
     from pathlib import Path
     from flax import nnx
-    from examples.distill import checkpoint, models
+    from examples.distill import models
+    from examples.trainer import checkpoint
 
     model = models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(32,), rngs=nnx.Rngs(0))
     graphdef, _, _ = models.split(model)

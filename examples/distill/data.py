@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
 from examples.distill import images, synthetic
-from examples.distill.errors import UserError, one_line
+from examples.trainer.errors import UserError, one_line
 
 Batch = dict[str, jax.Array]
 

@@ -3,71 +3,94 @@
 import contextlib
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-import dot_optax
-from examples.distill import checkpoint, data, methods, models, parallel, preemption, report, settings, train, workdir
-from examples.distill.errors import UserError
+from examples.distill import data, identity, jobs, methods, models, report
+from examples.distill.jobs import Shared
+from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
+from examples.trainer import checkpoint, loop, parallel, preemption, workdir
+from examples.trainer.command_line import Arguments
+from examples.trainer.errors import UserError
 
 
-def run(config: ConfigDict, name: str, directory: Path) -> None:
-    """Trains what is not trained yet in `directory` and reports on every arm that is there."""
+def run(arguments: Arguments) -> None:
+    """Trains what is not trained yet in the working directory and reports on every method that is there."""
     preempted = preemption.watch()
-    settings.check(config)
-    methods.betas(config.optimizer)  # The report needs them, whichever methods are trained.
-    wanted = methods.parse(config.method)
-    workdir.check(directory, config)
-    if jax.process_index() == 0:
-        print(f"Working directory: {directory}")
-    missing = [method for method in wanted if not train.is_finished(directory / method)]
-    if jax.process_count() > 1:
-        _check_hosts_agree(config, directory, missing)
-    if missing:
-        # Before the folder is claimed: a value that cannot be used should not wait for the teacher, nor leave a trace.
-        teacher_folder = _find_teacher(missing, config, directory)
-        for model in (config.teacher.model, config.student.model):
-            models.check_name(model.name)
-        setup = train.Setup(config, data.load(config.dataset), parallel.make_layout(config), preempted)
-        teacher, students = _arms(missing, setup, directory)
-        given = _load_teacher(teacher, teacher_folder, setup)
-    with workdir.claim(directory, config):
+    settings = validated(arguments.config)
+    directory = epath.Path(arguments.workdir).expanduser().absolute()
+    with workdir.claim(directory):
+        there = identity.check(directory, settings)
+        if jax.process_index() == 0:
+            print(f"Working directory: {directory}")
+        missing = [method for method in settings.methods if not loop.is_finished(directory / method)]
+        if jax.process_count() > 1:
+            _check_hosts_agree(settings, directory, missing)
         if missing:
-            _train(teacher, students, given, setup)
+            _train(missing, settings, directory, there, preempted)
         elif jax.process_index() == 0:
             print("Nothing left to train.")
         if jax.process_index() == 0:
-            report.write(config, name, directory)
+            report.write(settings, arguments.name, directory)
 
 
-def _check_hosts_agree(config: ConfigDict, directory: Path, missing: list[str]) -> None:
+def _train(
+    missing: list[str], settings: Settings, directory: epath.Path, there: dict[str, Any], preempted: Any
+) -> None:
+    config = settings.config
+    teacher_path = _find_teacher(missing, settings, directory)
+    shared = Shared(config, data.load(config.dataset), parallel.make_layout(config), preempted)
+    for model in (config.teacher.model, config.student.model):
+        models.check_input(jobs.network_shapes(model, shared), shared.dataset.image_shape, model.name)
+    teacher_job = jobs.teacher(shared, directory)
+    for method in missing:  # A value that cannot be used should not wait for the teacher, nor leave a trace.
+        jobs.student(method, shared, directory, teacher=None)
+    teacher = teacher_path and _load_teacher(teacher_path, shared)
+    checksum = there.get("teacher.checksum")
+    if teacher:
+        checksum = checkpoint.checksum(teacher.variables)
+        identity.check_teacher(directory, there, teacher_path, checksum)
+    identity.record(directory, settings, checksum)
+    loop_settings = loop.settings(config, shared.layout, preempted)
+    if teacher is None and config.teacher.train:
+        loop.fit(teacher_job, loop_settings)
+        teacher = _load_teacher(teacher_job.directory, shared)
+        identity.record(directory, settings, checkpoint.checksum(teacher.variables))
+    if teacher:
+        teacher = teacher._replace(variables=parallel.replicate(shared.layout.mesh, teacher.variables))
+        if not loop.is_finished(teacher_job.directory):
+            only_test = teacher_job._replace(splits={"test": config.dataset.test})
+            loop.write_result(only_test, teacher.variables)
+    for method in missing:
+        loop.fit(jobs.student(method, shared, directory, teacher), loop_settings)
+
+
+def _check_hosts_agree(settings: Settings, directory: epath.Path, missing: list[str]) -> None:
     """Raises if hosts were started differently, or do not see the same files: they would wait for each other forever."""
-    saved = {arm: checkpoint.saved_steps(directory / arm) for arm in ("teacher", *methods.METHODS)}
-    seen = json.dumps([settings.fields(config), missing, saved], sort_keys=True)
+    saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
+    seen = json.dumps([settings.fields, missing, saved], sort_keys=True)
     try:
         multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
     except AssertionError:
-        with contextlib.suppress(
-            Exception
-        ):  # It waits for the others: the first to end would abort those that still talk.
+        # It waits for the others: the first to end would abort those that still talk.
+        with contextlib.suppress(Exception):
             jax.distributed.shutdown()
         raise UserError(
             "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
         ) from None
 
 
-def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Path | None:
+def _find_teacher(missing: list[str], settings: Settings, directory: epath.Path) -> epath.Path | None:
     """Returns the folder of a teacher that is there; None if it is to be trained, or if no method needs one."""
-    wanted = f"a {config.teacher.model.name} (import one with python -m examples.distill.import_teacher, or train one)"
-    if config.teacher.checkpoint:
-        folder = Path(config.teacher.checkpoint).absolute()
+    teacher = settings.config.teacher
+    wanted = f"a {teacher.model.name} (import one with python -m examples.distill.import_teacher, or train one)"
+    if teacher.checkpoint:
+        folder = epath.Path(teacher.checkpoint).expanduser().absolute()
         if not checkpoint.has_network(folder):
             inside = [path.parent for path in folder.glob("*/checkpoints") if checkpoint.has_network(path.parent)]
             hint = f"did you mean {inside[0]}?" if inside else f"give the folder of {wanted}"
@@ -75,7 +98,7 @@ def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Pa
         return folder
     if checkpoint.has_network(directory / "teacher"):
         return directory / "teacher"
-    if config.teacher.train or missing == ["ce"]:
+    if teacher.train or missing == ["ce"]:
         return None
     raise UserError(
         f"no teacher: give --config.teacher.checkpoint=FOLDER of {wanted}, or --config.teacher.train=True to train it"
@@ -83,40 +106,10 @@ def _find_teacher(missing: list[str], config: ConfigDict, directory: Path) -> Pa
     )
 
 
-def _arms(missing: list[str], setup: train.Setup, directory: Path) -> tuple[train.Arm, list[train.Arm]]:
-    """Returns the teacher and the students that are missing."""
-    config, dataset, *_ = setup
-    steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
-    weights = dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
-    for model in (config.teacher.model, config.student.model):
-        models.check_input(_shapes(model, setup), dataset.image_shape, model.name)
-    teacher = train.Arm(
-        name="teacher",
-        directory=directory / "teacher",
-        model=config.teacher.model,
-        optimizer=methods.build("ce", config.teacher.optimizer, weights, steps_per_epoch),
-        epochs=config.teacher.epochs,
-        remedy="lower --config.teacher.optimizer.learning_rate",
-    )
-    students = [
-        train.Arm(
-            name=method,
-            directory=directory / method,
-            model=config.student.model,
-            optimizer=methods.build(method, config.optimizer, weights, steps_per_epoch),
-            epochs=config.epochs,
-            remedy="lower --config.optimizer.learning_rate (or, for dot, --config.optimizer.delta)",
-        )
-        for method in missing
-    ]
-    return teacher, students
-
-
-def _load_teacher(arm: train.Arm, folder: Path | None, setup: train.Setup) -> Teacher | None:
+def _load_teacher(folder: epath.Path, shared: Shared) -> Teacher:
     """Loads the teacher in `folder`, which must fit the config."""
-    if folder is None:
-        return None
-    graphdef, *expected = _shapes(arm.model, setup)
+    model = shared.config.teacher.model
+    graphdef, *expected = jobs.network_shapes(model, shared)
     variables = checkpoint.load_variables(folder)
     wanted, found = (
         {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
@@ -125,28 +118,10 @@ def _load_teacher(arm: train.Arm, folder: Path | None, setup: train.Setup) -> Te
         checkpoint.check_fit({name: leaf.shape for name, leaf in wanted.items()}, found)
     except ValueError as error:
         raise UserError(
-            f"the teacher in {folder} is no {arm.model.name} with {setup.dataset.num_classes} classes: {error}"
+            f"the teacher in {folder} is no {model.name} with {shared.dataset.num_classes} classes: {error}"
         ) from error
     return Teacher(graphdef, variables)
 
 
-def _shapes(model: ConfigDict, setup: train.Setup) -> tuple[nnx.GraphDef, Any, Any]:
-    """Returns (graphdef, params, rest) of a network, with shapes in the place of arrays."""
-    return nnx.eval_shape(lambda: train.new_network(model, setup))
-
-
 def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path[1:], simple=True, separator=".")  # The first key tells params from rest.
-
-
-def _train(teacher: train.Arm, students: list[train.Arm], given: Teacher | None, setup: train.Setup) -> None:
-    if given is None and setup.config.teacher.train:
-        train.fit(teacher, setup)
-        given = _load_teacher(teacher, teacher.directory, setup)
-    if given is not None:
-        given = given._replace(variables=parallel.replicate(setup.layout.mesh, given.variables))
-    if given is not None and not train.is_finished(teacher.directory):
-        evaluate = train.make_evaluate(teacher, setup, given.graphdef)
-        train.write_result(teacher, setup, evaluate, given.variables, splits=("test",))
-    for student in students:
-        train.fit(student._replace(teacher=given), setup)

@@ -20,8 +20,9 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from examples.distill import checkpoint, models
-from examples.distill.errors import UserError
+from examples.distill import models
+from examples.trainer import checkpoint
+from examples.trainer.errors import UserError
 
 # How the path of a parameter becomes the name of its tensor: every rule is applied once, in this order.
 _Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]

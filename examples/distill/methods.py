@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 
 _PerLossOptimizer = optax.GradientTransformationExtraArgs
 

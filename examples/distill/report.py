@@ -1,17 +1,18 @@
 """What a finished experiment shows: a table, what it does and does not prove, and a picture of both losses."""
 
 import math
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill import methods, records, train
+from examples.distill import methods
+from examples.distill.settings import Settings
+from examples.trainer import loop, records
 
 _LABELS = {"ce": "CE", "kd": "KD", "kd_gain_matched": "KD, gain-matched", "dot": "DOT"}
 _COLORS = {
@@ -26,9 +27,10 @@ _TEST_FIGURES = ("test.top1", "test.top5", "test.count")
 Results = dict[str, dict[str, Any]]
 
 
-def write(config: ConfigDict, name: str, directory: Path) -> None:
-    """Prints the table of every finished arm in `directory` and draws `losses.png` there."""
-    finished = [method for method in methods.METHODS if train.is_finished(directory / method)]
+def write(settings: Settings, name: str, directory: epath.Path) -> None:
+    """Prints the table of every finished method in `directory` and draws `losses.png` there."""
+    config = settings.config
+    finished = [method for method in methods.METHODS if loop.is_finished(directory / method)]
     results = {
         method: records.read_json(directory / method / "result.json", ("seconds", "train.task_loss", *_TEST_FIGURES))
         for method in finished
@@ -39,7 +41,7 @@ def write(config: ConfigDict, name: str, directory: Path) -> None:
     }
     print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; {_teacher(directory / 'teacher')}\n")
     print(table(results))
-    print("\n" + "\n".join(notes(config, results)) + "\n")
+    print("\n" + "\n".join(notes(settings, results)) + "\n")
     plot(curves, directory / "losses.png")
     print(f"Picture: {directory / 'losses.png'}")
     print(f"Metrics: {directory}/METHOD/metrics.jsonl; students: {directory}/METHOD/checkpoints")
@@ -62,13 +64,14 @@ def table(results: Results) -> str:
     )
 
 
-def notes(config: ConfigDict, results: Results) -> list[str]:
+def notes(settings: Settings, results: Results) -> list[str]:
     """What a reader should know before believing the table."""
     one_seed = "One seed. The ± is the standard error that comes from the size of the test split; seeds differ as well."
     if set(results) == {"ce"}:
         return [one_seed]
-    dot = dot_optax.gains(*methods.betas(config.optimizer))
-    plain, _ = dot_optax.gains(config.optimizer.momentum, config.optimizer.momentum)
+    momentum = settings.config.optimizer.momentum
+    dot = dot_optax.gains(*settings.betas)
+    plain, _ = dot_optax.gains(momentum, momentum)
     return [
         one_seed,
         f"DOT's two momenta multiply a steady task gradient by {dot.task:.3g} and a KD gradient by {dot.kd:.3g}, where plain"
@@ -80,7 +83,7 @@ def notes(config: ConfigDict, results: Results) -> list[str]:
     ]
 
 
-def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(curves: dict[str, list[dict[str, Any]]], path: epath.Path) -> None:
     """Draws both losses over the epochs, and the loss plane with a path for each method."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -121,10 +124,10 @@ def _decorate(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _teacher(arm: Path) -> str:
-    if not train.is_finished(arm):
+def _teacher(job: epath.Path) -> str:
+    if not loop.is_finished(job):
         return "no teacher"
-    return f"teacher: test top-1 {_accuracy(records.read_json(arm / 'result.json', _TEST_FIGURES)['test'], 'top1')}"
+    return f"teacher: test top-1 {_accuracy(records.read_json(job / 'result.json', _TEST_FIGURES)['test'], 'top1')}"
 
 
 def _loss(means: dict[str, Any], name: str) -> str:

@@ -6,20 +6,20 @@ import shutil
 import pytest
 
 from examples.distill.command_line import main
-from tests.runs import Laboratory
+from tests.runs import Workspace
 
 
 @pytest.fixture(scope="session")
-def laboratory(tmp_path_factory):
+def workspace(tmp_path_factory):
     """For runs in processes of their own; all workers of pytest share it."""
     folder = tmp_path_factory.getbasetemp()
-    return Laboratory((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "laboratory")
+    return Workspace((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "workspace")
 
 
 @pytest.fixture(scope="session")
-def data_dir(laboratory):
+def data_dir(workspace):
     """A folder with the prepared digits."""
-    return laboratory.folder
+    return workspace.folder
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +43,10 @@ def distill(data_dir):
 
 
 @pytest.fixture(scope="session")
-def finished(distill, laboratory, tmp_path_factory):
+def finished(distill, workspace, tmp_path_factory):
     """The working directory of a finished run of `kd,dot`; read it, do not write to it."""
-    shared, workdir = laboratory.folder / "finished", tmp_path_factory.mktemp("finished") / "run"
-    with laboratory.one_at_a_time():
+    shared, workdir = workspace.folder / "finished", tmp_path_factory.mktemp("finished") / "run"
+    with workspace.one_at_a_time():
         if not (shared / "losses.png").exists():  # the last thing that is written
             assert distill(shared) == 0
     shutil.copytree(shared, workdir)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import dot_optax
-from examples.distill import checkpoint, data, methods, settings
+from examples.distill import data, methods, settings
 from examples.distill.command_line import main, parse
+from examples.trainer import checkpoint
 from tests import networks
 from tests.tiers import slow_but
 
@@ -106,12 +107,12 @@ _TOP1 = {  # in the paper: KD, KD + DOT
 
 
 def _config(name, *overrides):
-    return parse([f"--config={name}", *overrides])[0]
+    return parse([f"--config={name}", *overrides]).config
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_every_hyperparameter_is_the_published_one(name):
-    fields = settings.fields(_config(name))
+    fields = settings.validated(_config(name)).fields
     expected = _SAME_FOR_ALL | _PUBLISHED[name]
     assert {field: fields[field] for field in expected} == expected
 
@@ -128,7 +129,7 @@ def test_pixels_and_sizes_are_those_of_the_dataset(name):
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_a_teacher_that_is_trained_has_the_recipe_of_its_dataset(name):
     config = _config(name)
-    settings.check(config)
+    settings.validated(config)
     assert config.teacher.epochs == config.epochs
     assert config.teacher.optimizer.learning_rate == (0.05 if config.dataset.name == "cifar100" else 0.2)
     for field in ("momentum", "weight_decay", "drop_epochs", "drop_factor"):
@@ -162,7 +163,7 @@ def test_the_commands_of_the_recipes_parse():
     commands = re.findall(r"^python -m examples\.distill (.*)$", recipes, flags=re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
-        settings.check(parse(shlex.split(command.replace("=N", "=2").replace("=I", "=1")))[0])
+        settings.validated(parse(shlex.split(command.replace("=N", "=2").replace("=I", "=1"))).config)
     for flag in re.findall(r"`(--config\.[\w.]+=[\w,]+)", recipes):
         parse(["--config=imagenet_r34_r18", flag.replace("=N", "=2")])
 

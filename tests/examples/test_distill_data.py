@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from examples.distill import data, images
 from examples.distill.configs.digits import get_config
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 from tests.tiers import slow_but
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from examples.distill import data, images
 from examples.distill.command_line import main, parse
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 
 
 def _pixels(height, width, seed):

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from examples.distill import __main__, checkpoint, records, settings, workdir
+from examples.distill import identity, settings
 from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
-from examples.distill.errors import UserError
+from examples.trainer import checkpoint, process, records, workdir
+from examples.trainer.errors import UserError
+from examples.trainer.settings import fields
 from tests.tiers import slow_but
 
 CONFIGS = [
@@ -127,14 +129,14 @@ def test_an_unprepared_dataset(tmp_path, capsys):
     assert "--config.dataset.prepare=True" in line
 
 
-@pytest.mark.parametrize("field", settings.fields(get_config()))
+@pytest.mark.parametrize("field", fields(get_config()))
 def test_a_field_without_a_value(field):
     config = get_config()
     section, _, name = field.rpartition(".")
     with config.unlocked(), config.ignore_type():
         (config[section] if section else config)[name] = None
     with pytest.raises(UserError, match=f"--config.{re.escape(field)} is not set, and this config gives no default"):
-        settings.check(config)
+        settings.validated(config)
 
 
 @pytest.mark.parametrize("flag", ["workdir", "config.dataset.data_dir"])
@@ -185,7 +187,7 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
     for method in ("ce", "kd", "kd_gain_matched", "dot"):
         assert any(line.split()[:1] == [method] for line in lines)
     listed = [line.strip().split("=")[0] for line in lines if line.startswith("  --")]
-    assert listed == [f"--config.{field}" for field in settings.fields(get_config())]
+    assert listed == [f"--config.{field}" for field in fields(get_config())]
     assert "  --config.optimizer.delta=0.075" in lines
 
 
@@ -199,27 +201,28 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher",), "teacher.epochs", True),
         (("teacher", "kd"), "optimizer.delta", True),
         (("teacher", "kd"), "checkpoint_every_steps", False),
-        (("ce",), "teacher.checkpoint", False),
+        (("ce",), "teacher.epochs", False),
         (("ce",), "epochs", True),
-        (("teacher", "ce"), "teacher.checkpoint", True),
+        (("teacher", "ce"), "teacher.epochs", True),
     ],
 )
 def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
-    config = get_config()
-    with workdir.claim(tmp_path, config):
-        for arm in ("teacher", "kd", "ce"):
-            (tmp_path / arm / "checkpoints").mkdir(parents=True)
-            (tmp_path / arm / "metrics.jsonl").touch()
-        for arm in saved:
-            (tmp_path / arm / "result.json").touch()
+    config = settings.validated(get_config())
+    for job in ("teacher", "kd", "ce"):
+        (tmp_path / job / "checkpoints").mkdir(parents=True)
+        (tmp_path / job / "metrics.jsonl").touch()
+    for job in saved:
+        (tmp_path / job / "result.json").touch()
+    identity.record(tmp_path, config, checksum=None)
     record = records.read_json(tmp_path / "config.json")
     records.write_json(tmp_path / "config.json", record | ({field: "something else"} if field in record else {}))
     if refused:
         with pytest.raises(UserError, match=f"belongs to another config: {field} is 'something else' there"):
-            workdir.check(tmp_path, config)
+            identity.check(tmp_path, config)
     else:
-        with workdir.claim(tmp_path, config):
-            assert records.read_json(tmp_path / "config.json") == record
+        identity.check(tmp_path, config)
+        identity.record(tmp_path, config, checksum=None)
+        assert records.read_json(tmp_path / "config.json") == record
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,7 @@ def test_two_runs_in_one_workdir(finished, distill, capsys):
 
 def test_only_the_first_host_claims_the_workdir(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with workdir.claim(tmp_path / "run", get_config()):
+    with workdir.claim(tmp_path / "run"):
         assert not (tmp_path / "run").exists()
 
 
@@ -327,6 +330,6 @@ def test_a_signal_while_it_imports(number, code, what):
 
 def test_an_interrupt_that_python_drops_is_sent_again(monkeypatch):
     again = threading.Event()
-    monkeypatch.setattr(__main__._thread, "interrupt_main", again.set)
-    __main__._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt))
+    monkeypatch.setattr(process._thread, "interrupt_main", again.set)
+    process._unraisable(SimpleNamespace(exc_type=KeyboardInterrupt))
     assert again.wait(timeout=60)

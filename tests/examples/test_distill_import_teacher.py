@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from flax import nnx
 
-from examples.distill import checkpoint, import_teacher, models
+from examples.distill import import_teacher, models
+from examples.trainer import checkpoint
 from tests.tiers import slow_but
 
 _CLASSES = 7

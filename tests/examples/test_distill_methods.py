@@ -8,7 +8,7 @@ import pytest
 import dot_optax
 from examples.distill import methods
 from examples.distill.configs.digits import get_config
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 
 PARAMS = {"w": np.array([0.5, -1.0], np.float32)}
 

@@ -12,8 +12,8 @@ from flax import nnx
 import dot_optax
 from examples.distill import methods, models, steps
 from examples.distill.configs.digits import get_config
-from examples.distill.errors import UserError
 from examples.distill.models import layers, shufflenetv2
+from examples.trainer.errors import UserError
 from tests import networks
 from tests.tiers import slow_but
 

@@ -1,10 +1,7 @@
 """Whole runs through the command line: what they leave behind, and what happens when they are run again."""
 
-import contextlib
 import json
 import re
-import sys
-import time
 
 import jax
 import numpy as np
@@ -12,9 +9,10 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples.distill import checkpoint, data, models, records, train
+from examples.distill import data, jobs, models
 from examples.distill.command_line import parse
-from examples.distill.log import Log
+from examples.trainer import checkpoint, loop, records
+from examples.trainer.log import Log
 
 _TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
 _EVALUATION = ("task_loss", "kd_loss", "top1", "top5")
@@ -25,17 +23,17 @@ def _assert_same_student(a, b):
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load_variables(a), checkpoint.load_variables(b))
 
 
-def _lines(arm):
-    return [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
+def _lines(job):
+    return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
 
 
-def _epochs(arm):
-    return [line["epoch"] for line in _lines(arm)]
+def _epochs(job):
+    return [line["epoch"] for line in _lines(job)]
 
 
 def test_metrics_have_one_line_per_epoch(finished):
-    for arm, epochs in (("teacher", 2), ("kd", 6), ("dot", 6)):
-        lines = _lines(finished / arm)
+    for job, epochs in (("teacher", 2), ("kd", 6), ("dot", 6)):
+        lines = _lines(finished / job)
         assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
         assert [line["step"] for line in lines] == [14 * epoch for epoch in range(1, epochs + 1)]
         for line in lines:
@@ -48,7 +46,7 @@ def test_metrics_have_one_line_per_epoch(finished):
                 "seconds",
             }
             unknown = {name for name, value in line.items() if value is None}
-            assert unknown == (_OF_DISTILLATION if arm == "teacher" else set())
+            assert unknown == (_OF_DISTILLATION if job == "teacher" else set())
             assert -1 <= (line["grad_cosine"] or 0) <= 1
             assert line["validation_top1"] <= line["validation_top5"]
     assert lines[-1]["task_loss"] < lines[0]["task_loss"]
@@ -56,9 +54,9 @@ def test_metrics_have_one_line_per_epoch(finished):
 
 
 def test_tensorboard_shows_the_metrics(finished):
-    for arm in ("teacher", "dot"):
-        events = EventAccumulator(str(finished / arm)).Reload()
-        lines = _lines(finished / arm)
+    for job in ("teacher", "dot"):
+        events = EventAccumulator(str(finished / job)).Reload()
+        lines = _lines(finished / job)
         assert set(events.Tags()["scalars"]) == {name for name, value in lines[0].items() if value is not None} - {
             "step"
         }
@@ -73,7 +71,7 @@ def test_the_picture_can_be_read(finished):
 
 
 def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "fit", lambda *args: pytest.fail("trained again"))
     before = (finished / "dot" / "metrics.jsonl").read_bytes()
     assert distill(finished) == 0
     printed = capsys.readouterr().out
@@ -93,9 +91,9 @@ def test_a_second_run_reports_and_does_not_train(finished, distill, capsys, monk
 
 
 def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, data_dir):
-    config, _, _ = parse([f"--config.dataset.data_dir={data_dir}"])
+    config = parse([f"--config.dataset.data_dir={data_dir}"]).config
     dataset = data.load(config.dataset)
-    graphdef, *_ = train.new_network(config.student.model, train.Setup(config, dataset, layout=None, preempted=None))
+    graphdef, *_ = jobs.network(config.student.model, jobs.Shared(config, dataset, layout=None, preempted=None))
     params, rest = checkpoint.load_variables(finished / "dot")
     [batch] = data.eval_batches(dataset, dataset.test, 447)
     logits, _ = models.apply(graphdef, params, rest, batch["image"] / 16, train=False)
@@ -202,9 +200,8 @@ def test_a_run_that_failed_before_its_first_checkpoint_does_not_hold_the_folder(
     assert _epochs(workdir / "kd") == [1, 2]
 
 
-def test_the_workdir_is_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert parse([])[2] == tmp_path / "runs" / "digits"
+def test_the_workdir_is_named_after_the_config():
+    assert parse(["--config=cifar100_vgg13_vgg8"]).workdir == "runs/cifar100_vgg13_vgg8"
 
 
 def test_config_is_recorded_without_what_may_change(finished):
@@ -222,43 +219,9 @@ def test_gradients_are_measured_only_if_they_are_wanted(distill, tmp_path):
 
 def test_the_networks_compute_in_the_dtype_of_the_config(data_dir):
     for dtype in ("float32", "bfloat16"):
-        config, _, _ = parse([f"--config.dataset.data_dir={data_dir}", f"--config.dtype={dtype}"])
+        config = parse([f"--config.dataset.data_dir={data_dir}", f"--config.dtype={dtype}"]).config
         dataset = data.load(config.dataset)
-        network = train.new_network(config.student.model, train.Setup(config, dataset, layout=None, preempted=None))
+        network = jobs.network(config.student.model, jobs.Shared(config, dataset, layout=None, preempted=None))
         image = np.zeros((1, *dataset.image_shape), np.float32)
         (logits, [hidden]), _ = models.apply(*network, image, train=False, with_features=True)
         assert (hidden.dtype, logits.dtype) == (dtype, "float32")
-
-
-def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
-    def log_epoch(log, values):
-        for value in values:
-            log.step({"task_loss": np.float32(value), "kd_loss": np.float32(10 * value), "skipped": np.float32(0)})
-        log.epoch({"top1": 0.5}, seconds=1.0)
-
-    with contextlib.closing(Log("dot", tmp_path, epochs=3, steps_per_epoch=4, batch_size=2)) as log:
-        log_epoch(log, [1, 2, 3, 6])
-        after_one_epoch = json.loads(json.dumps(log.state()))
-        log_epoch(log, [0, 0, 0, 2])
-    with contextlib.closing(
-        Log("dot", tmp_path, epochs=3, steps_per_epoch=4, batch_size=2, state=after_one_epoch)
-    ) as log:
-        log_epoch(log, [4, 4, 4, 8])  # again, after an interruption
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["step"], line["task_loss"], line["kd_loss"]) for line in lines] == [
-        (1, 4, 3.0, 30.0),
-        (2, 8, 5.0, 50.0),
-    ]
-    assert lines[1]["validation_top1"] == 0.5 and lines[1]["grad_cosine"] is None
-
-
-def test_the_bar_shows_images_per_second_what_is_left_and_both_losses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with contextlib.closing(Log("dot", tmp_path, epochs=3, steps_per_epoch=2, batch_size=50)) as log:
-        for _ in range(2):
-            time.sleep(0.11)  # the bar is redrawn ten times a second
-            log.step({"task_loss": 0.25, "kd_loss": 1.5, "skipped": 0.0})
-    shown = capsys.readouterr().err.split("\r")[-1]
-    assert re.search(
-        r"dot:  33%.* 100/300 \[\d\d:\d\d<\d\d:\d\d, .*images/s, epoch 1/3, task loss 0.2500, KD loss 1.5000", shown
-    )

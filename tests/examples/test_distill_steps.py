@@ -11,6 +11,10 @@ from flax import nnx
 import dot_optax
 from examples.distill import methods, models, steps
 from examples.distill.configs.digits import get_config
+from examples.trainer import parallel
+from examples.trainer.step import init_state
+
+_ONE_DEVICE = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel.AXIS,)))
 
 
 class _Normalized(nnx.Module):
@@ -53,8 +57,8 @@ def _batch(size, valid):
 
 def _step(problem, network, teacher, optimizer, batch, **options):
     params, rest = jax.tree.map(jnp.copy, network[1:])  # the step overwrites them
-    train_step = steps.make_train_step(problem, optimizer, **options)
-    return train_step(steps.init_state(params, rest, optimizer), teacher.variables, batch)
+    train_step = steps.make_train_step(problem, optimizer, _ONE_DEVICE, **options)
+    return train_step(init_state(params, rest, optimizer), teacher.variables, batch)
 
 
 def test_training_updates_the_batch_statistics_and_leaves_the_teacher_alone(problem, network, teacher):
@@ -71,13 +75,13 @@ def test_training_updates_the_batch_statistics_and_leaves_the_teacher_alone(prob
 def test_a_step_that_is_not_finite_changes_nothing(problem, network, teacher):
     """Neither parameters nor momenta nor the statistics of BatchNorm; the step after it is as if it had not been."""
     optimizer = _optimizer("dot")
-    train_step = steps.make_train_step(problem, optimizer)
+    train_step = steps.make_train_step(problem, optimizer, _ONE_DEVICE)
     good, bad = _batch(8, 8), _batch(8, 8)
     bad["image"][3, 2] = np.nan
     wrong = good | {"label": np.full_like(good["label"], 99)}  # JAX makes NaN of what it does not find
 
     def run(batches):
-        state = steps.init_state(*jax.tree.map(jnp.copy, network[1:]), optimizer)
+        state = init_state(*jax.tree.map(jnp.copy, network[1:]), optimizer)
         skipped = []
         for batch in batches:
             state, metrics = train_step(state, teacher.variables, batch)
@@ -141,8 +145,8 @@ def test_without_a_teacher_nothing_is_said_of_distillation(problem, network, tea
 
 def test_without_gradient_metrics_ce_has_no_second_backward_pass(problem, network, teacher):
     def flops(**options):
-        train_step = steps.make_train_step(problem, optimizer, **options)
-        state = steps.init_state(*network[1:], optimizer)
+        train_step = steps.make_train_step(problem, optimizer, _ONE_DEVICE, **options)
+        state = init_state(*network[1:], optimizer)
         return train_step.lower(state, teacher.variables, _batch(256, 256)).compile().cost_analysis()["flops"]
 
     optimizer = _optimizer("ce")

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from examples.distill.errors import UserError
 from examples.distill.models import cifar_resnet, mlp, mobilenet, resnet, shufflenetv2, vgg
+from examples.trainer.errors import UserError
 
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp.MLP,

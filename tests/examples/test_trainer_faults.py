@@ -7,5 +7,5 @@ from tests.tiers import slow_but
 
 
 @pytest.mark.parametrize("fault", slow_but(faults.FAULTS, "SIGTERM", "batches whose loss is NaN"))
-def test_a_run_survives(fault, laboratory):
-    assert faults.FAULTS[fault](laboratory)
+def test_a_run_survives(fault, workspace):
+    assert faults.FAULTS[fault](workspace)

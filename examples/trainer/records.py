@@ -4,16 +4,17 @@ import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from examples.distill.errors import UserError
+from etils import epath
+
+from examples.trainer.errors import UserError
 
 Record = dict[str, Any]
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: epath.Path) -> Iterator[None]:
     """Explains why a file cannot be written, as on a full disk."""
     try:
         yield
@@ -24,21 +25,21 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, record: Record) -> None:
+def write_json(path: epath.Path, record: Record) -> None:
     _replace(path, json.dumps(record, indent=2) + "\n")
 
 
-def read_json(path: Path, keys: Collection[str] = ()) -> Record:
+def read_json(path: epath.Path, keys: Collection[str] = ()) -> Record:
     """Reads a record, which must have numbers (or null) under the `keys`; `a.b` stands for a key within a key."""
     return _decode(_read(path), keys, path)
 
 
-def append_line(path: Path, record: Record) -> None:
+def append_line(path: epath.Path, record: Record) -> None:
     with writing(path), path.open("a") as file:
         file.write(_line(record))
 
 
-def read_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Record]:
+def read_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list[Record]:
     """Reads the first `count` records of a log, which must be there and have numbers (or null) under the `keys`."""
     lines = _read(path).splitlines()
     if len(lines) < count:
@@ -46,7 +47,7 @@ def read_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Recor
     return [_decode(line, keys, path) for line in lines[:count]]
 
 
-def keep_lines(path: Path, count: int, keys: Collection[str] = ()) -> list[Record]:
+def keep_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list[Record]:
     """Keeps the first `count` records of a log, and returns them; with `count=0` it begins a new one."""
     kept = read_lines(path, count, keys) if count else []
     _replace(path, "".join(map(_line, kept)))
@@ -57,7 +58,7 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: epath.Path, text: str) -> None:
     # An interruption leaves the old file or the new one, never half of one.
     unfinished = path.with_suffix(".tmp")
     with writing(path):
@@ -65,14 +66,14 @@ def _replace(path: Path, text: str) -> None:
         os.replace(unfinished, path)
 
 
-def _read(path: Path) -> str:
+def _read(path: epath.Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
 
 
-def _decode(text: str, keys: Collection[str], path: Path) -> Record:
+def _decode(text: str, keys: Collection[str], path: epath.Path) -> Record:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -93,5 +94,5 @@ def _has_number(record: Any, key: str) -> bool:
     return record is None or isinstance(record, (int, float))
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def _damaged(path: epath.Path, what: str) -> UserError:
     return UserError(f"{path} is damaged ({what}); restore it, or choose another --workdir")

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from examples.distill import checkpoint
+from examples.trainer import checkpoint
 from tests.runs import SHORT
 from tests.tiers import slow_but
 
 
-def _run_on_two_hosts(laboratory, workdir, *flags, **options):
+def _run_on_two_hosts(workspace, workdir, *flags, **options):
     """Returns (exit code, stdout, stderr) of both processes."""
-    runs = laboratory.start_two_hosts(workdir, *SHORT, *flags, **options)
+    runs = workspace.start_two_hosts(workdir, *SHORT, *flags, **options)
     codes = [run.wait()[0] for run in runs]
     return [(code, run.output(), run.errors()) for code, run in zip(codes, runs, strict=True)]
 
@@ -27,12 +27,12 @@ def _assert_same_student(a, b, atol):
 
 
 @pytest.mark.parametrize("form", slow_but(["jit", "jit --config.shard_params=True", "pmap", "shard_map"], "jit"))
-def test_two_hosts_train_and_evaluate_like_one(form, laboratory):
+def test_two_hosts_train_and_evaluate_like_one(form, workspace):
     flags = f"--config.parallel={form}".split()
-    alone, run = laboratory.short, laboratory.folder / f"hosts {form}"
+    alone, run = workspace.short, workspace.folder / f"hosts {form}"
     if form != "shard_map":  # there, the teacher is trained on two hosts as well
-        laboratory.with_teacher(run.name, alone)
-    first, second = _run_on_two_hosts(laboratory, run, *flags)
+        workspace.with_teacher(run.name, alone)
+    first, second = _run_on_two_hosts(workspace, run, *flags)
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "train task loss" in first[1] and "train task loss" not in second[1]
     # Rounding errors of 84 steps, or of 112 with the teacher's, as on four devices of one process.
@@ -46,20 +46,20 @@ def test_two_hosts_train_and_evaluate_like_one(form, laboratory):
 
 
 @pytest.mark.slow  # one host goes on in the first tier
-def test_two_hosts_go_on_from_an_earlier_checkpoint_with_the_same_bits(laboratory):
-    run = laboratory.with_teacher("hosts", laboratory.short)
-    assert [code for code, *_ in _run_on_two_hosts(laboratory, run)] == [0, 0]
+def test_two_hosts_go_on_from_an_earlier_checkpoint_with_the_same_bits(workspace):
+    run = workspace.with_teacher("hosts", workspace.short)
+    assert [code for code, *_ in _run_on_two_hosts(workspace, run)] == [0, 0]
     again = run.with_name("hosts_again")
     shutil.copytree(run, again)
     (again / "dot" / "result.json").unlink()
     shutil.rmtree(again / "dot" / "checkpoints" / "84")
-    assert [code for code, *_ in _run_on_two_hosts(laboratory, again)] == [0, 0]
+    assert [code for code, *_ in _run_on_two_hosts(workspace, again)] == [0, 0]
     _assert_same_student(again, run, atol=0)
 
 
-def test_hosts_that_were_started_differently(laboratory, tmp_path):
+def test_hosts_that_were_started_differently(workspace, tmp_path):
     for code, _, errors in _run_on_two_hosts(
-        laboratory, tmp_path / "run", each=(["--config.seed=1"], ["--config.seed=2"])
+        workspace, tmp_path / "run", each=(["--config.seed=1"], ["--config.seed=2"])
     ):
         assert code == 1
         assert "error: the hosts do not agree: start the same command on each" in errors

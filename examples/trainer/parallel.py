@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 
 AXIS = "data"
 
@@ -30,25 +30,24 @@ AXIS = "data"
 _SMALLEST_SHARDED = 2**14
 
 
-def _same(tree: Any) -> Any:
-    return tree
+LossFn = Callable[[Any], tuple[Any, Any]]  # params -> (losses, what else they compute)
 
 
 class Layout(NamedTuple):
-    """Where arrays live, how a step is compiled, and what it must average. A state is a `steps.TrainState`."""
+    """Where arrays live, how a step is compiled, and what is averaged in it. A state is a `step.TrainState`."""
 
     mesh: jax.sharding.Mesh
-    place: Callable[[Any], Any]  # a state as one device has it, and as checkpoints hold it -> the same on all devices
-    compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, teacher_variables, batch)
-    put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part -> what a compiled step takes
-    shapes: Callable[..., Any]  # a step's arguments as one device has them -> as it is compiled for
-    spread: Callable[[Any], Any] = _same  # what `place` returns -> a state as a compiled step takes it
-    gather: Callable[[Any], Any] = _same  # ... and back
-    axis_name: str | None = None  # of the devices' parts of a batch, in a step that sees one part only; and then ...
-    local_params: Callable[[Any], Any] = _same  # ... parameters -> what to take this part's gradients at
-    average_grads: Callable[[Any], Any] = _same
-    average_updates: Callable[[Any], Any] = _same
-    average_metrics: Callable[[Any], Any] = _same
+    place: Callable[[Any], Any]  # a state as one device has it, and as checkpoints hold it -> as a step takes it
+    gather: Callable[[Any], Any]  # ... and back
+    put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part of a batch -> as a step takes them
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, constants, batch) -> (state, metrics)
+    value_and_grads: Callable[[LossFn], LossFn]  # losses -> losses, and their gradients as the optimizer takes them
+    average_updates: optax.GradientTransformation  # the last link of the optimizer's chain, without a state
+    axis_name: str | None  # of the devices, in a step that sees its device's part of a batch only
+
+    def average_metrics(self, metrics: Any) -> Any:
+        """The means over all devices, inside a step."""
+        return metrics if self.axis_name is None else jax.lax.pmean(metrics, self.axis_name)
 
 
 def make_layout(config: ConfigDict) -> Layout:
@@ -82,21 +81,19 @@ def divide(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def _placed(mesh: jax.sharding.Mesh, spec: P, tree: Any) -> Any:
-    """Shapes with a sharding, to compile for devices that are not there."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def state_sharding(mesh: jax.sharding.Mesh, leaf: Any, *, divided: bool) -> NamedSharding:
+    """Where an array of a state lives with `jit`: on every device, or in parts if it is large and to be `divided`."""
+    spec = [None] * np.ndim(leaf)
+    divisible = [axis for axis, length in enumerate(np.shape(leaf)) if length % mesh.size == 0]
+    if divided and divisible and np.size(leaf) >= _SMALLEST_SHARDED:
+        spec[max(divisible, key=lambda axis: np.shape(leaf)[axis])] = AXIS
+    return NamedSharding(mesh, P(*spec))
 
 
 def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout:
     """One program for the whole batch; with `shard_params`, large parameters and momenta are divided among the devices."""
 
-    def sharding(leaf: Any) -> NamedSharding:
-        spec = [None] * np.ndim(leaf)
-        divisible = [axis for axis, length in enumerate(np.shape(leaf)) if length % mesh.size == 0]
-        if shard_params and divisible and np.size(leaf) >= _SMALLEST_SHARDED:
-            spec[max(divisible, key=lambda axis: np.shape(leaf)[axis])] = AXIS
-        return NamedSharding(mesh, P(*spec))
+    sharding = functools.partial(state_sharding, mesh, divided=shard_params)
 
     def place(state: Any) -> Any:
         return jax.device_put(state, jax.tree.map(sharding, state))
@@ -108,11 +105,16 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
 
         return jax.jit(placed, donate_argnums=0)
 
-    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
-        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state)
-        return placed, _placed(mesh, P(), teacher_variables), _placed(mesh, P(AXIS), batch)
-
-    return Layout(mesh, place, compile, put_batch=functools.partial(divide, mesh), shapes=shapes)
+    return Layout(
+        mesh,
+        place=place,
+        gather=lambda state: state,
+        put_batch=functools.partial(divide, mesh),
+        compile=compile,
+        value_and_grads=_value_and_grads,
+        average_updates=optax.identity(),
+        axis_name=None,
+    )
 
 
 def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
@@ -133,23 +135,22 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
     def gather(state: Any) -> Any:
         return multihost_utils.host_local_array_to_global_array(state, mesh, P()) if several_hosts else state
 
-    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
-        def part(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+    def value_and_grads(loss_fn: LossFn) -> LossFn:
+        def averaged(params: Any) -> tuple[Any, Any]:
+            values, grads = _value_and_grads(loss_fn)(params)
+            return values, jax.lax.pmean(grads, AXIS)
 
-        return state, teacher_variables, jax.tree.map(part, batch)
+        return averaged
 
-    mean = functools.partial(jax.lax.pmean, axis_name=AXIS)
     return Layout(
         mesh,
-        functools.partial(replicate, mesh),
-        compile,
+        place=functools.partial(replicate, mesh),
         gather=gather,
         put_batch=put_batch,
-        shapes=shapes,
+        compile=compile,
+        value_and_grads=value_and_grads,
+        average_updates=optax.identity(),
         axis_name=AXIS,
-        average_grads=mean,
-        average_metrics=mean,
     )
 
 
@@ -158,7 +159,6 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
 
     The devices' optimizer states are stacked along a new first axis; their mean is the state that one device would have.
     """
-    average = dot_optax.average_over(AXIS)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P(AXIS)))
     def stack(opt_state: Any) -> Any:
@@ -185,21 +185,25 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
 
         return jax.jit(run, donate_argnums=0)
 
-    def shapes(state: Any, teacher_variables: Any, batch: Any) -> Any:
-        opt_state = _placed(mesh, P(AXIS), jax.eval_shape(stack, state.opt_state))
-        placed = _placed(mesh, P(), state._replace(opt_state=None))._replace(opt_state=opt_state)
-        return placed, _placed(mesh, P(), teacher_variables), _placed(mesh, P(AXIS), batch)
+    def place(state: Any) -> Any:
+        state = replicate(mesh, state)
+        return state._replace(opt_state=stack(state.opt_state))
+
+    def value_and_grads(loss_fn: LossFn) -> LossFn:
+        # Of parameters that are the same on all devices JAX would add up the devices' gradients.
+        return lambda params: _value_and_grads(loss_fn)(jax.lax.pcast(params, AXIS, to="varying"))
 
     return Layout(
         mesh,
-        functools.partial(replicate, mesh),
-        compile,
-        spread=lambda state: state._replace(opt_state=stack(state.opt_state)),
+        place=place,
         gather=lambda state: state._replace(opt_state=mean(state.opt_state)),
         put_batch=functools.partial(divide, mesh),
-        shapes=shapes,
+        compile=compile,
+        value_and_grads=value_and_grads,
+        average_updates=dot_optax.average_over(AXIS),
         axis_name=AXIS,
-        local_params=functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying"),
-        average_updates=lambda updates: average.update(updates, optax.EmptyState())[0],
-        average_metrics=functools.partial(jax.lax.pmean, axis_name=AXIS),
     )
+
+
+def _value_and_grads(loss_fn: LossFn) -> LossFn:
+    return dot_optax.value_and_grads(loss_fn, has_aux=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.distill import checkpoint
+from examples.trainer import checkpoint
 
 _RNG = np.random.default_rng(0)
 _ARRAYS = {
@@ -24,20 +24,20 @@ _ARRAYS = {
 def test_the_checksum_is_the_same_on_devices(name):
     array = _ARRAYS[name]
     with jax.enable_x64("64" in name):
-        assert checkpoint._checksum(array) == checkpoint._checksum(jnp.asarray(array))
+        assert checkpoint.checksum(array) == checkpoint.checksum(jnp.asarray(array))
 
 
 def test_the_checksum_of_an_array_that_is_divided_among_devices():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     array = _ARRAYS["float32"]
-    assert checkpoint._checksum(jax.device_put(array, sharding)) == checkpoint._checksum(array)
+    assert checkpoint.checksum(jax.device_put(array, sharding)) == checkpoint.checksum(array)
 
 
 def test_the_checksum_by_hand():
     """Checkpoints that were saved before need it: each word times 1, 3, 5, ..., and each of these sums once more."""
     tree = {"a": np.array([7, 2**31], np.uint32), "b": np.array(9, np.uint8)}
-    assert checkpoint._checksum(tree) == ((7 + 3 * 2**31) % 2**32 + 3 * 9) % 2**32
+    assert checkpoint.checksum(tree) == ((7 + 3 * 2**31) % 2**32 + 3 * 9) % 2**32
 
 
 @pytest.mark.parametrize("name", sorted(_ARRAYS.keys() - {"empty"}))
@@ -47,7 +47,7 @@ def test_every_changed_byte_is_noticed(name):
         content = bytearray(before.tobytes())
         content[i] ^= 1
         after = np.frombuffer(content, before.dtype).reshape(before.shape)
-        assert checkpoint._checksum(after) != checkpoint._checksum(before)
+        assert checkpoint.checksum(after) != checkpoint.checksum(before)
 
 
 def test_what_is_saved_is_loaded(tmp_path):

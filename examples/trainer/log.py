@@ -1,20 +1,14 @@
-"""What is known of an arm while it trains: the progress bar, `metrics.jsonl`, and event files for TensorBoard.
+"""What is known of a job while it trains: the progress bar, `metrics.jsonl`, and event files for TensorBoard.
 
 A line of `metrics.jsonl` stands for an epoch and holds
 
-    epoch, step                     finished so far
-    task_loss, kd_loss              means over the images of the epoch, unweighted, while it was being trained
-    task_grad_norm, kd_grad_norm    means over its steps of the norms of the gradients of these unweighted losses
-    grad_cosine                     ... and of the cosine between these: below 0, the losses are in conflict
-    skipped_steps                   of the epoch, since something was not finite; the means are over the others
-    validation_...                  task_loss, kd_loss, top1 and top5 (fractions of 1) after the epoch
-    seconds                         spent so far, compilation and evaluation included, over all runs of the command
+    epoch, step         finished so far
+    ...                 the training metrics of the job: means over the steps of the epoch while it was being trained
+    skipped_steps       of the epoch, since something was not finite; the means are over the others
+    validation_...      the validation metrics of the job after the epoch
+    seconds             spent so far, compilation and evaluation included, over all runs of the command
 
-With --config.parallel=shard_map the norms and the cosine are those of each device's own part of a batch, averaged: the
-gradients themselves are never averaged there, and the noise of a smaller batch makes their norms larger.
-
-null stands for what there is not: what concerns distillation where there is no teacher, gradients if they are not
-wanted, means over no step at all.
+null stands for what there is not, such as a mean over no step at all.
 """
 
 import collections
@@ -22,20 +16,17 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from examples.distill import records
-
-_TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
-_VALIDATION = ("task_loss", "kd_loss", "top1", "top5")
-_SHOWN = {"task_loss": "task loss", "kd_loss": "KD loss"}
+from examples.trainer import records
+from examples.trainer.job import Job
 
 
 def warn(message: str) -> None:
@@ -45,20 +36,12 @@ def warn(message: str) -> None:
 
 
 class Log:
-    """The log of one arm, which begins anew or goes on from an earlier `state()`. Close it at the end.
+    """The log of one job, which begins anew or goes on from an earlier `state()`. Close it at the end.
 
     Of several hosts the first one alone shows and writes it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        directory: Path,
-        epochs: int,
-        steps_per_epoch: int,
-        batch_size: int,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, job: Job, state: Mapping[str, Any] | None = None) -> None:
         state = state or {}
         self.steps: int = state.get("steps", 0)
         self.skipped_in_a_row: int = state.get("skipped_in_a_row", 0)
@@ -67,19 +50,18 @@ class Log:
         # ... and the sums of the metrics of the others, and how many had them
         self._totals = collections.Counter(state.get("totals", {}))
         self._counts = collections.Counter(state.get("counts", {}))
-        self._name, self._path = name, directory / "metrics.jsonl"
-        self._epochs, self._steps_per_epoch, self._batch_size = epochs, steps_per_epoch, batch_size
+        self._job, self._path = job, job.directory / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         self._events = None
         if self._writes:
-            epochs_done = (self.steps - self._epoch_steps) // steps_per_epoch
-            kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *_TRAINING))
-            self._events = _begin_events(directory, kept)
+            epochs_done = (self.steps - self._epoch_steps) // job.steps_per_epoch
+            kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *job.metrics.training))
+            self._events = _begin_events(job.directory, kept)
         self._bar = tqdm(
-            desc=f"{name:>15}",
-            total=epochs * steps_per_epoch * batch_size,
-            initial=self.steps * batch_size,
-            unit=" images",
+            desc=f"{job.name:>15}",
+            total=job.epochs * job.steps_per_epoch * job.batch_size,
+            initial=self.steps * job.batch_size,
+            unit=f" {job.unit}",
             unit_scale=True,
             disable=not self._writes,
             # Into a log file, a line now and then; on a terminal, as often as the eye can follow.
@@ -100,12 +82,12 @@ class Log:
     @property
     def current_epoch(self) -> int:
         """The number of the epoch that the last step was of, from 1."""
-        return -(-self.steps // self._steps_per_epoch)
+        return -(-self.steps // self._job.steps_per_epoch)
 
     @property
     def epoch_is_complete(self) -> bool:
         """Whether all steps of an epoch were taken in, which is not written down yet."""
-        return self._epoch_steps == self._steps_per_epoch
+        return self._epoch_steps == self._job.steps_per_epoch
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Takes in the metrics of one step."""
@@ -116,17 +98,17 @@ class Log:
             self.skipped_in_a_row += 1
             self._skipped += 1
             warn(
-                f"{self._name}: step {self.steps} (epoch {self.current_epoch}) is skipped: its loss or update is not finite"
+                f"{self._job.name}: step {self.steps} (epoch {self.current_epoch}) is skipped: its loss or update is not finite"
             )
         else:
             self.skipped_in_a_row = 0
             self._totals.update(values)
             self._counts.update(values.keys())
         means = self._means()
-        shown = [f"{label} {means[name]:.4f}" for name, label in _SHOWN.items() if name in means]
+        shown = [f"{label} {means[name]:.4f}" for name, label in self._job.metrics.shown.items() if name in means]
         shown += [f"{self._skipped} skipped"] if self._skipped else []
-        self._bar.set_postfix_str(f"epoch {self.current_epoch}/{self._epochs}, {', '.join(shown)}", refresh=False)
-        self._bar.update(self._batch_size)
+        self._bar.set_postfix_str(f"epoch {self.current_epoch}/{self._job.epochs}, {', '.join(shown)}", refresh=False)
+        self._bar.update(self._job.batch_size)
 
     def epoch(self, validation: Mapping[str, float], seconds: float) -> None:
         """Writes down an epoch that is complete."""
@@ -134,9 +116,9 @@ class Log:
         record = {
             "epoch": self.current_epoch,
             "step": self.steps,
-            **{name: means.get(name) for name in _TRAINING},
+            **{name: means.get(name) for name in self._job.metrics.training},
             "skipped_steps": self._skipped,
-            **{f"validation_{name}": validation.get(name) for name in _VALIDATION},
+            **{f"validation_{name}": validation.get(name) for name in self._job.metrics.validation},
             "seconds": seconds,
         }
         if self._events:
@@ -157,7 +139,7 @@ class Log:
         return {name: total / self._counts[name] for name, total in self._totals.items()}
 
 
-def _begin_events(directory: Path, lines: list[records.Record]) -> EventsWriter:
+def _begin_events(directory: epath.Path, lines: list[records.Record]) -> EventsWriter:
     """Begins the event files anew with the `lines` of the log, so that they never say what an interruption undid."""
     for file in directory.glob("events.out.tfevents.*"):
         file.unlink()

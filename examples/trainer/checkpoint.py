@@ -1,4 +1,4 @@
-"""Checkpoints of one arm, with Orbax: `<workdir>/<arm>/checkpoints/<step>/`.
+"""Checkpoints of one job, with Orbax: `<workdir>/<job>/checkpoints/<step>/`.
 
 A checkpoint has three items, so that each reader takes only what it needs:
 
@@ -18,7 +18,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -26,22 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
-from examples.distill.errors import UserError, one_line
-from examples.distill.log import warn
-from examples.distill.records import writing
-from examples.distill.steps import TrainState
+from examples.trainer.errors import UserError, one_line
+from examples.trainer.log import warn
+from examples.trainer.records import writing
+from examples.trainer.step import TrainState
 
 _REMEDY = "; restore that folder, or delete it"
 _SHOWN_PROBLEMS = 5
 
 
 class Best(NamedTuple):
-    """The best validation of an arm."""
+    """The best validation of a job."""
 
     step: int
-    top1: float
+    value: float  # of the metric that it is the best by
 
 
 class Progress(NamedTuple):
@@ -55,19 +55,19 @@ class Progress(NamedTuple):
     best: Best | None = None
     log: Mapping[str, Any] = {}  # `Log.state()`
 
-    def validated(self, step: int, top1: float) -> "Progress":
+    def validated(self, step: int, value: float) -> "Progress":
         """Returns the progress after a validation."""
-        return self if self.best and self.best.top1 >= top1 else self._replace(best=Best(step, top1))
+        return self if self.best and self.best.value >= value else self._replace(best=Best(step, value))
 
 
 class Checkpoints:
-    """The checkpoints of an arm while it trains: the last `keep` of them, and the best.
+    """The checkpoints of a job while it trains: the last `keep` of them, and the best.
 
     Use it as a context manager, which waits for the last save.
     """
 
-    def __init__(self, arm_dir: Path, keep: int) -> None:
-        self._directory = _directory(arm_dir)
+    def __init__(self, job_dir: epath.Path, keep: int) -> None:
+        self._directory = _directory(job_dir)
         self._best = _OneStep()
         self._saving: int | None = None
         latest = ocp.checkpoint_managers.LatestN(keep)
@@ -86,7 +86,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # It raises once more what was reported.
                 self._manager.close()
 
-    def latest(self) -> Path | None:
+    def latest(self) -> epath.Path | None:
         """The folder of the latest checkpoint that is written to the end."""
         self._settle()
         step = self._manager.latest_step()
@@ -149,7 +149,7 @@ class Checkpoints:
         if record["seed"] != seed:
             raise UserError(f"{folder} is of a run with --config.seed={record['seed']}")
         batches.set_state(record.pop("data"))
-        best = record["best"] and Best(**record["best"])
+        best = record["best"] and Best(*record["best"].values())  # The value was once called "top1".
         self._best.step = best.step if best else None
         return TrainState(**restored["variables"], **restored["optimizer"]), Progress(**record | {"best": best})
 
@@ -224,51 +224,51 @@ class _Manager(ocp.CheckpointManager):
         return False  # preemption.py asks; JAX's service must be asked with one and the same count of calls.
 
 
-def check_path(folder: Path) -> None:
+def check_path(folder: epath.Path) -> None:
     """Raises if Orbax can write to the folder, but would not find there what it wrote."""
     if re.search(r"\[.*\]", str(folder.absolute())):
         raise UserError(f"no checkpoints can be in {folder}: Orbax takes [ ] in a path for a pattern; use other names")
 
 
-def saved_steps(arm_dir: Path) -> list[int]:
+def saved_steps(job_dir: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints that were saved to the end, in order."""
-    return sorted(ocp.utils.checkpoint_steps(_directory(arm_dir)))
+    return sorted(ocp.utils.checkpoint_steps(_directory(job_dir)))
 
 
-def save_variables(arm_dir: Path, params: Any, rest: Any) -> None:
+def save_variables(job_dir: epath.Path, params: Any, rest: Any) -> None:
     """Writes a network that was not trained here, as one that `has_network`."""
-    with ocp.CheckpointManager(_directory(arm_dir)) as checkpoints:
+    with ocp.CheckpointManager(_directory(job_dir)) as checkpoints:
         checkpoints.save(0, args=_save_args({"variables": {"params": params, "rest": rest}}, {}))
 
 
-def is_imported(arm_dir: Path) -> bool:
+def is_imported(job_dir: epath.Path) -> bool:
     """Whether the network comes from `save_variables`: training saves after a step, hence never at step 0."""
-    return (_directory(arm_dir) / "0").is_dir()
+    return (_directory(job_dir) / "0").is_dir()
 
 
-def has_network(arm_dir: Path) -> bool:
+def has_network(job_dir: epath.Path) -> bool:
     """Whether the folder holds a network to be used: imported, or trained to the end."""
-    return is_imported(arm_dir) or (bool(saved_steps(arm_dir)) and (arm_dir / "result.json").exists())
+    return is_imported(job_dir) or (bool(saved_steps(job_dir)) and (job_dir / "result.json").exists())
 
 
-def load_variables(arm_dir: Path, step: int | None = None) -> tuple[Any, Any]:
+def load_variables(job_dir: epath.Path, step: int | None = None) -> tuple[Any, Any]:
     """Returns the (params, rest) of a network, by default as last saved: nested dicts of NumPy arrays, for `models.apply`.
 
     The `step` with the best validation is in `result.json`.
     """
-    check_path(arm_dir)
-    steps = saved_steps(arm_dir)
+    check_path(job_dir)
+    steps = saved_steps(job_dir)
     if not steps or step not in (None, *steps):
         of_step = "" if step is None else f" of step {step}"
         hint = f"there are {', '.join(map(str, steps))}" if steps else "give the folder of a method or of a teacher"
-        raise UserError(f"no checkpoint{of_step} in {_directory(arm_dir)}; {hint}")
-    folder = _directory(arm_dir) / str(max(steps) if step is None else step)
+        raise UserError(f"no checkpoint{of_step} in {_directory(job_dir)}; {hint}")
+    folder = _directory(job_dir) / str(max(steps) if step is None else step)
     with _explained(folder):
         variables = _read(folder, {"variables": None})["variables"]
     return variables["params"], variables["rest"]
 
 
-def _read(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+def _read(folder: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """Returns items of a checkpoint, of NumPy arrays, on this host alone; raises if they are not what was saved.
 
     `like` says which items, and how each is built of which shapes; None stands for nested dicts, of whatever is there.
@@ -301,7 +301,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _save_args(items: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
     """What to save: the items, and a record with their checksums and its own."""
-    record = {**record, "checksums": {name: _checksum(item) for name, item in items.items()}}
+    record = {**record, "checksums": {name: checksum(item) for name, item in items.items()}}
     record["checksums"]["progress"] = _crc32(record)
     saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     return ocp.args.Composite(**saved, progress=ocp.args.JsonSave(record))
@@ -313,7 +313,7 @@ def _check(record: dict[str, Any], items: Mapping[str, Any]) -> None:
     if checksums.pop("progress") != _crc32(record):
         raise ValueError("the checksum of its progress is wrong")
     for name, item in items.items():
-        if _checksum(item) != checksums[name]:
+        if checksum(item) != checksums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
 
 
@@ -331,7 +331,8 @@ def _sum_words(array: Any, xp: Any = np) -> Any:
 _sum_words_on_devices = jax.jit(functools.partial(_sum_words, xp=jnp))  # compiled for every shape
 
 
-def _checksum(tree: Any) -> int:
+def checksum(tree: Any) -> int:
+    """A checksum of the arrays of a tree, on the host or on devices, in the order of its leaves."""
     sums = [
         _sum_words_on_devices(leaf) if isinstance(leaf, jax.Array) else _sum_words(np.asarray(leaf))
         for leaf in jax.tree.leaves(tree)
@@ -340,7 +341,7 @@ def _checksum(tree: Any) -> int:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
+def _explained(folder: epath.Path, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -364,5 +365,5 @@ def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -
         raise ValueError("; ".join(problems[:_SHOWN_PROBLEMS] + more))
 
 
-def _directory(arm_dir: Path) -> Path:
-    return (arm_dir / "checkpoints").absolute()  # Orbax takes absolute paths only.
+def _directory(job_dir: epath.Path) -> epath.Path:
+    return (epath.Path(job_dir) / "checkpoints").absolute()  # Orbax takes absolute paths only.

@@ -11,19 +11,16 @@ import pytest
 
 import dot_optax
 from benchmarks.pod_cost import collectives
-from examples.distill import checkpoint, methods, parallel, records, steps
+from benchmarks.recipe_cost import FORMS
+from examples.distill import methods, steps
 from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
+from examples.trainer import checkpoint, parallel, records
+from examples.trainer.step import init_state
 from tests import networks
 from tests.tiers import slow_but
 
 DEVICES = 4
-FORMS = {
-    "jit": parallel.jit_layout,
-    "jit, sharded": functools.partial(parallel.jit_layout, shard_params=True),
-    "pmap": parallel.pmap_layout,
-    "shard_map": parallel.shard_map_layout,
-}
 STEPS = 50
 CONVOLUTIONAL = ("resnet8x4", {})
 # The first of its three stages, which compiles and runs in seconds: it has BatchNorm, and parameters to be divided.
@@ -52,7 +49,7 @@ def _start(student, layout, method, dtype):
     variables, teacher_variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (variables, teacher_variables))
     problem = steps.Problem(graphdef, teacher, 4.0, mean=(127.0,) * 3, std=(60.0,) * 3)
     train_step = steps.make_train_step(problem, optimizer, layout)
-    state = layout.spread(layout.place(steps.init_state(*variables, optimizer)))
+    state = layout.place(init_state(*variables, optimizer))
     return train_step, state, parallel.replicate(layout.mesh, tuple(teacher_variables))
 
 

@@ -1,0 +1,166 @@
+"""The jobs of an experiment: the teacher, and a student for each method."""
+
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import dot_optax
+from examples.distill import data, methods, models, steps
+from examples.distill.steps import Teacher
+from examples.trainer import loop, parallel
+from examples.trainer.job import Evaluate, Job, MetricNames, Variables
+from examples.trainer.preemption import Preempted
+from examples.trainer.records import Record
+from examples.trainer.step import init_state
+
+METRICS = MetricNames(
+    # Means over the images of an epoch, unweighted; the norms of the gradients of these unweighted losses; and the
+    # cosine between these: below 0, the losses are in conflict. With --config.parallel=shard_map norms and cosine are
+    # those of each device's own part of a batch, averaged: the gradients themselves are never averaged there, and the
+    # noise of a smaller batch makes their norms larger. null: without a teacher, or without config.gradient_metrics.
+    training=("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine"),
+    validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1
+    best="top1",
+    shown={"task_loss": "task loss", "kd_loss": "KD loss"},
+)
+
+
+class Shared(NamedTuple):
+    """What all jobs of an experiment share."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    layout: parallel.Layout
+    preempted: Callable[[], bool]  # see preemption.py
+
+
+def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher | None) -> Job:
+    """The student of a method, which imitates a teacher whose variables are on all devices."""
+    config = shared.config
+    return _job(
+        method,
+        shared,
+        directory / method,
+        model=config.student.model,
+        optimizer=_optimizer(method, config.optimizer, shared),
+        epochs=config.epochs,
+        remedy="lower --config.optimizer.learning_rate (or, for dot, --config.optimizer.delta)",
+        teacher=teacher,
+    )
+
+
+def teacher(shared: Shared, directory: epath.Path) -> Job:
+    """The teacher, which is trained with cross-entropy."""
+    config = shared.config.teacher
+    return _job(
+        "teacher",
+        shared,
+        directory / "teacher",
+        model=config.model,
+        optimizer=_optimizer("ce", config.optimizer, shared),
+        epochs=config.epochs,
+        remedy="lower --config.teacher.optimizer.learning_rate",
+    )
+
+
+def network(model: ConfigDict, shared: Shared, *, axis_name: str | None = None) -> tuple[nnx.GraphDef, Any, Any]:
+    """Returns (graphdef, params, rest) of a freshly initialized network."""
+    return models.split(
+        models.build(
+            **model,
+            num_classes=shared.dataset.num_classes,
+            input_shape=shared.dataset.image_shape,
+            dtype=shared.config.dtype,
+            axis_name=axis_name,
+            rngs=nnx.Rngs(shared.config.seed),
+        )
+    )
+
+
+def network_shapes(model: ConfigDict, shared: Shared) -> tuple[nnx.GraphDef, Any, Any]:
+    """The same with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: network(model, shared))
+
+
+def _optimizer(method: str, config: ConfigDict, shared: Shared) -> optax.GradientTransformation:
+    distillation = shared.config.distillation
+    weights = dot_optax.PerLoss(task=distillation.task_weight, kd=distillation.kd_weight)
+    return methods.build(method, config, weights, data.steps_per_epoch(shared.dataset, shared.config.batch_size))
+
+
+def _job(
+    name: str,
+    shared: Shared,
+    directory: epath.Path,
+    *,
+    model: ConfigDict,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    remedy: str,
+    teacher: Teacher | None = None,
+) -> Job:
+    config, dataset, layout, _ = shared
+    new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
+    teacher_graphdef, teacher_variables = teacher or (None, None)
+    problem = steps.Problem(
+        student=nnx.eval_shape(new_network)[0],
+        teacher=teacher_graphdef,
+        temperature=config.distillation.temperature,
+        mean=config.dataset.mean,
+        std=config.dataset.std,
+    )
+    step = steps.make_train_step(problem, optimizer, layout, gradient_metrics=config.gradient_metrics)
+    return Job(
+        name=name,
+        directory=directory,
+        init_state=lambda: init_state(*new_network()[1:], optimizer),
+        step=lambda state, batch: step(state, teacher_variables, batch),
+        evaluate=_evaluate(name, problem, teacher_variables, shared),
+        batches=lambda: data.train_batches(dataset, config.batch_size, config.seed, epochs, layout.put_batch),
+        batch_size=config.batch_size,
+        steps_per_epoch=data.steps_per_epoch(dataset, config.batch_size),
+        epochs=epochs,
+        seed=config.seed,
+        splits={split: config.dataset[split] for split in ("train", "validation", "test")},
+        metrics=METRICS,
+        unit="images",
+        remedy=remedy,
+    )
+
+
+def _evaluate(name: str, problem: steps.Problem, teacher_variables: Variables | None, shared: Shared) -> Evaluate:
+    """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
+    eval_step = steps.make_eval_step(problem)
+    mesh = shared.layout.mesh
+    batch_size = -(-shared.config.eval_batch_size // mesh.size) * mesh.size  # Whatever is too much is padding.
+    put = functools.partial(parallel.divide, mesh)
+
+    def evaluate(variables: Variables, split: str) -> Record:
+        examples = getattr(shared.dataset, split)
+        batches = data.eval_batches(shared.dataset, examples, batch_size, put)
+        sums: collections.Counter[str] = collections.Counter()
+        # The bar appears only where one would wonder.
+        with tqdm(
+            desc=f"{name}, {split} split",
+            total=len(examples),
+            unit=" images",
+            delay=10,
+            leave=False,
+            disable=jax.process_index() > 0,
+        ) as bar:
+            for batch_sums in loop.fetch(eval_step(variables, teacher_variables, batch) for batch in batches):
+                if shared.preempted():
+                    raise Preempted
+                sums.update({name: float(value) for name, value in batch_sums.items()})
+                bar.update(min(batch_size, len(examples) - bar.n))
+        return {name: value / len(examples) for name, value in sums.items()} | {"count": len(examples)}
+
+    return evaluate

@@ -1,0 +1,84 @@
+"""A train step with one gradient for each loss: a pure function, compiled once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.trainer.parallel import Layout
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training."""
+
+    step: jax.Array
+    params: Any
+    rest: Any  # of the network: what the optimizer does not train, such as the statistics of BatchNorm
+    opt_state: optax.OptState
+
+
+def init_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    reported: Sequence[str],
+    gradient_metrics: bool = True,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, constants, batch) -> (state, metrics)`; the old state's memory is reused.
+
+    A step of which a loss, the update or a part of `rest` is not finite, on any device, is skipped: only `step`
+    changes, and no schedule of the optimizer moves on. The metric `skipped` says so: it is above 0 then.
+
+    Args:
+        loss_fn: `loss_fn(params, rest, constants, batch) -> (losses, rest)`, with the losses as means over the batch,
+            in a NamedTuple such as `dot_optax.PerLoss`.
+        optimizer: from the gradients of all losses to one update.
+        layout: how devices share the work.
+        reported: the losses whose metrics are returned: `NAME_loss`, and ...
+        gradient_metrics: ... `NAME_grad_norm`; of two losses, also `grad_cosine`, the cosine between their gradients.
+    """
+    # The average has no state: a checkpoint holds that of the optimizer.
+    optimizer = optax.chain(optimizer, layout.average_updates)
+
+    def train_step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        def losses_of(params: Any) -> tuple[Any, Any]:
+            return loss_fn(params, state.rest, constants, batch)
+
+        (losses, rest), grads = layout.value_and_grads(losses_of)(state.params)
+        opt_state = (state.opt_state, optax.EmptyState())
+        updates, (opt_state, _) = optimizer.update(grads, opt_state, state.params)
+        metrics = {f"{name}_loss": getattr(losses, name) for name in reported}
+        if gradient_metrics:
+            metrics |= _gradient_metrics([getattr(grads, name) for name in reported], reported)
+        skipped = jnp.float32(~_all_finite((losses, updates, rest)))
+        metrics = layout.average_metrics(metrics | {"skipped": skipped})
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), rest, opt_state)
+        # One condition: into a `where` for every array XLA would fuse the whole check, and compile for a minute.
+        kept = jax.lax.cond(metrics["skipped"] > 0, lambda old, new: old, lambda old, new: new, state, new)
+        return kept._replace(step=new.step), metrics
+
+    return layout.compile(train_step)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _gradient_metrics(grads: Sequence[Any], names: Sequence[str]) -> Metrics:
+    norms = [optax.tree.norm(grad) for grad in grads]
+    metrics = {f"{name}_grad_norm": norm for name, norm in zip(names, norms, strict=True)}
+    if len(grads) == 2:
+        product = norms[0] * norms[1]
+        # A gradient that vanishes has a cosine of 0 with any other.
+        metrics["grad_cosine"] = optax.tree.vdot(*grads) / jnp.where(product > 0, product, 1.0)
+    return metrics

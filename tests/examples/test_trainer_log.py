@@ -1,0 +1,51 @@
+"""What the log of a job shows and writes."""
+
+import contextlib
+import json
+import re
+import sys
+import time
+
+import numpy as np
+
+from examples.distill.jobs import METRICS
+from examples.trainer.job import Job
+from examples.trainer.log import Log
+
+
+def _job(directory, **options):
+    nothing = dict.fromkeys(("init_state", "step", "evaluate", "batches", "seed", "splits", "remedy"))
+    return Job(name="dot", directory=directory, epochs=3, metrics=METRICS, unit="images", **nothing, **options)
+
+
+def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
+    def log_epoch(log, values):
+        for value in values:
+            log.step({"task_loss": np.float32(value), "kd_loss": np.float32(10 * value), "skipped": np.float32(0)})
+        log.epoch({"top1": 0.5}, seconds=1.0)
+
+    job = _job(tmp_path, steps_per_epoch=4, batch_size=2)
+    with contextlib.closing(Log(job)) as log:
+        log_epoch(log, [1, 2, 3, 6])
+        after_one_epoch = json.loads(json.dumps(log.state()))
+        log_epoch(log, [0, 0, 0, 2])
+    with contextlib.closing(Log(job, after_one_epoch)) as log:
+        log_epoch(log, [4, 4, 4, 8])  # again, after an interruption
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"], line["task_loss"], line["kd_loss"]) for line in lines] == [
+        (1, 4, 3.0, 30.0),
+        (2, 8, 5.0, 50.0),
+    ]
+    assert lines[1]["validation_top1"] == 0.5 and lines[1]["grad_cosine"] is None
+
+
+def test_the_bar_shows_images_per_second_what_is_left_and_both_losses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with contextlib.closing(Log(_job(tmp_path, steps_per_epoch=2, batch_size=50))) as log:
+        for _ in range(2):
+            time.sleep(0.11)  # the bar is redrawn ten times a second
+            log.step({"task_loss": 0.25, "kd_loss": 1.5, "skipped": 0.0})
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(
+        r"dot:  33%.* 100/300 \[\d\d:\d\d<\d\d:\d\d, .*images/s, epoch 1/3, task loss 0.2500, KD loss 1.5000", shown
+    )
