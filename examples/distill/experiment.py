@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from examples.distill import data, identity, jobs, methods, models, report
+from examples.distill import data, identity, jobs, methods, models, report, smoke_test
 from examples.distill.jobs import Shared
 from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
@@ -23,6 +23,9 @@ def run(arguments: Arguments) -> None:
     """Trains what is not trained yet in the working directory and reports on every method that is there."""
     preempted = preemption.watch()
     settings = validated(arguments.config)
+    if arguments.smoke_test:
+        smoke_test.run(settings, arguments.name, preempted)
+        return
     directory = epath.Path(arguments.workdir).expanduser().absolute()
     with workdir.claim(directory):
         there = identity.check(directory, settings)
