@@ -2,66 +2,174 @@
 
 Every method is fed `PerLoss(task, kd)`, the gradients of the two *unweighted* losses, and begins by weighting them:
 weighting a gradient is weighting its loss. So one train step serves all methods, and the losses that it reports mean
-the same in all of them.
+the same in all of them. `register` adds a method of your own.
 """
 
+import re
+import traceback
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.trainer.errors import UserError
+from examples.trainer.errors import UserError, one_line
 
-_PerLossOptimizer = optax.GradientTransformationExtraArgs
+_MAX_STEPS = 2**31 - 1  # Optax counts them in int32.
 
-
-def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Piecewise constant. A drop at 150 takes effect in epoch 151, counted from 1, as papers count."""
-    drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
-    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+# Okabe and Ito's colors, which the color-blind can tell apart; without the yellow, which is faint on white.
+_COLORS = ("#7f7f7f", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
-def ce(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule) -> _PerLossOptimizer:
+class Recipe(NamedTuple):
+    """What the optimizer of a method is made of."""
+
+    config: ConfigDict  # the section `optimizer` of a config
+    weights: dot_optax.PerLoss  # of the two losses
+    learning_rate: optax.Schedule  # from the number of updates so far, warm-up and drops included
+    steps_per_epoch: int
+
+
+class Style(NamedTuple):
+    """How table and picture show a method."""
+
+    label: str
+    color: str
+
+
+Make = Callable[[Recipe], optax.GradientTransformation]
+
+METHODS: dict[str, Make] = {}
+STYLES: dict[str, Style] = {}
+_LINEAR: set[str] = set()
+_PLACES: dict[str, tuple[str, int]] = {}  # where each was registered: (file, line)
+
+
+def register(
+    name: str, *, label: str | None = None, color: str | None = None, linear: bool = False
+) -> Callable[[Make], Make]:
+    """Makes a function known as the method `name`, which `--config.method=name` then trains.
+
+    The function is given a `Recipe` and returns an Optax transformation from `PerLoss(task, kd)`, the gradients of the
+    two unweighted losses, to one tree of updates. The first line of its docstring is shown by `--help`:
+
+        @methods.register("dot_clipped", label="DOT, clipped")
+        def dot_clipped(recipe: methods.Recipe) -> optax.GradientTransformation:
+            '''DOT with both gradients clipped to a norm of 1 together.'''
+            return optax.chain(
+                methods.weight_losses(recipe.weights),
+                dot_optax.joint(optax.clip_by_global_norm(1.0)),
+                dot_optax.dot(recipe.learning_rate, *methods.betas(recipe.config)),
+            )
+
+    Args:
+        name: letters, digits and underscores; the student is kept in `WORKDIR/name`.
+        label: what table and picture call it; default: the name.
+        color: of its lines, as Matplotlib names colors; default: the next of eight that the color-blind can tell apart.
+        linear: whether the updates are linear in the gradients, as those of momenta are and those of Adam or clipping
+            are not. Only then does `--config.parallel=shard_map`, which averages updates, compute the same.
+
+    Raises:
+        UserError: if the name, the label or the color cannot be used, or if there is a method of this name. The same
+            lines may run again.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name == "teacher":
+        raise UserError(
+            f"bad name {name!r} of a method: give at most 64 letters, digits and underscores, a letter first, and not"
+            " 'teacher'"
+        )
+    label = name if label is None else label
+    if not label.isprintable() or not label.strip():
+        raise UserError(f"bad label {label!r} of method {name!r}: give a line of text")
+    if color is not None:
+        from matplotlib.colors import is_color_like  # Takes long to import, and few need it.
+
+        if not is_color_like(color):
+            raise UserError(f"bad color {color!r} of method {name!r}: give one of Matplotlib's, such as '#cc79a7'")
+    caller = traceback.extract_stack(limit=2)[0]
+    place = (caller.filename, caller.lineno or 0)
+    if _PLACES.get(name, place) != place:
+        raise UserError(
+            "there is a method {!r} already, in {}, line {}; choose another name".format(name, *_PLACES[name])
+        )
+    index = list(STYLES).index(name) if name in STYLES else len(STYLES)
+
+    def add(make: Make) -> Make:
+        METHODS[name], STYLES[name] = make, Style(label, color or _COLORS[index % len(_COLORS)])
+        _PLACES[name] = place
+        (_LINEAR.add if linear else _LINEAR.discard)(name)
+        return make
+
+    return add
+
+
+@register("ce", label="CE", linear=True)
+def ce(recipe: Recipe) -> optax.GradientTransformation:
     """Cross-entropy alone, with weight 1. The teacher is trained like this."""
-    del weights  # They weigh two losses against each other.
-    return optax.chain(
-        dot_optax.per_loss(optax.identity(), optax.set_to_zero()),
-        dot_optax.sum_losses(),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(learning_rate, momentum=config.momentum),
-    )
+    only_task = dot_optax.per_loss(optax.identity(), optax.set_to_zero())
+    return optax.chain(only_task, dot_optax.sum_losses(), *_optimize_the_sum(recipe))
 
 
-def kd(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule) -> _PerLossOptimizer:
-    """Plain knowledge distillation: SGD with momentum on the weighted sum."""
-    return optax.chain(
-        _weight(weights),
-        dot_optax.sum_losses(),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(learning_rate, momentum=config.momentum),
-    )
+@register("kd", label="KD", linear=True)
+def kd(recipe: Recipe) -> optax.GradientTransformation:
+    """Plain knowledge distillation: SGD with momentum, or AdamW, on the weighted sum."""
+    return optax.chain(weight_losses(recipe.weights), dot_optax.sum_losses(), *_optimize_the_sum(recipe))
 
 
-def kd_gain_matched(
-    config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule
-) -> _PerLossOptimizer:
-    """Plain knowledge distillation with DOT's gains, but not its two momenta: it tells the two apart."""
-    matched = dot_optax.gain_matched_sgd(learning_rate, *betas(config), weight_decay=config.weight_decay)
-    return optax.chain(_weight(weights), matched)
+@register("kd_gain_matched", label="KD, gain-matched", linear=True)
+def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
+    """Plain knowledge distillation with DOT's gains, but not its two momenta: it tells the two apart.
+
+    Under steady gradients its updates become those of `dot`, with SGD and with AdamW. While `delta` warms up, the gains
+    are those that the momenta of each step would have in the long run; DOT's own follow them some 1 / (1 - beta) steps
+    later.
+    """
+    config, momenta = recipe.config, _scheduled_betas(recipe)
+    mask, gains = _decay_mask(config), _relative_gains(momenta)
+    if config.name == "adamw":
+        matched = optax.chain(
+            _scale_by_gain_matched_adam(gains, config.momentum, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.scale_by_learning_rate(recipe.learning_rate),
+        )
+    elif config.delta_warmup_epochs:
+        matched = optax.chain(
+            dot_optax.per_loss(optax.add_decayed_weights(config.weight_decay, mask), optax.identity()),
+            dot_optax.per_loss(*map(optax.scale_by_schedule, gains)),
+            dot_optax.sum_losses(),
+            optax.sgd(recipe.learning_rate, momentum=config.momentum),
+        )
+    else:
+        matched = dot_optax.gain_matched_sgd(
+            recipe.learning_rate, *momenta, weight_decay=config.weight_decay, mask=mask
+        )
+    return optax.chain(weight_losses(recipe.weights), matched)
 
 
-def dot(config: ConfigDict, weights: dot_optax.PerLoss, learning_rate: optax.ScalarOrSchedule) -> _PerLossOptimizer:
+@register("dot", label="DOT", linear=True)
+def dot(recipe: Recipe) -> optax.GradientTransformation:
     """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
-    return optax.chain(_weight(weights), dot_optax.dot(learning_rate, *betas(config), weight_decay=config.weight_decay))
+    config, momenta = recipe.config, _scheduled_betas(recipe)
+    decay = {"weight_decay": config.weight_decay, "mask": _decay_mask(config)}
+    if config.name == "adamw":
+        optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **decay)
+    else:
+        optimizer = dot_optax.dot(recipe.learning_rate, *momenta, **decay)
+    return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
-METHODS: dict[str, Callable[..., _PerLossOptimizer]] = {
-    "ce": ce,
-    "kd": kd,
-    "kd_gain_matched": kd_gain_matched,
-    "dot": dot,
-}
+def weight_losses(weights: dot_optax.PerLoss) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the gradient of each loss by its weight."""
+    return dot_optax.per_loss(optax.scale(weights.task), optax.scale(weights.kd))
+
+
+def summary(name: str) -> str:
+    """The first line of a method's docstring, which `--help` shows."""
+    return next(iter((METHODS[name].__doc__ or "").strip().splitlines()), "")
 
 
 def parse(method: str) -> list[str]:
@@ -75,18 +183,197 @@ def parse(method: str) -> list[str]:
     return names
 
 
+def check(config: ConfigDict) -> None:
+    """Raises if the methods and their optimizers cannot be used as a config has them."""
+    wanted = parse(config.method)
+    betas(config.optimizer)
+    trains_teacher = config.teacher.train and not config.teacher.checkpoint
+    for section, optimizer, epochs in (
+        ("optimizer", config.optimizer, config.epochs),
+        ("teacher.optimizer", config.teacher.optimizer, config.teacher.epochs),
+    ):
+        if optimizer.name not in ("sgd", "adamw"):
+            raise UserError(f"bad --config.{section}.name={optimizer.name!r}: give sgd or adamw")
+        if optimizer.schedule == "cosine" and optimizer.warmup_epochs >= epochs:
+            raise UserError(
+                f"bad --config.{section}.warmup_epochs={optimizer.warmup_epochs}: of {epochs} epochs at least the last"
+                f" must follow the warm-up; give {epochs - 1} or fewer"
+            )
+        used = section == "optimizer" or trains_teacher
+        if config.parallel == "shard_map" and used and optimizer.name == "adamw":
+            raise UserError(
+                f"--config.parallel=shard_map averages updates, which is right for momenta but not for Adam: give"
+                f" --config.parallel=jit, or --config.{section}.name=sgd"
+            )
+    unknown = [name for name in wanted if name not in _LINEAR]
+    if config.parallel == "shard_map" and unknown:
+        raise UserError(
+            f"--config.parallel=shard_map averages updates, which is right for methods that are linear in the gradients,"
+            f" and {unknown[0]!r} was not registered as one: give --config.parallel=jit"
+        )
+
+
 def betas(config: ConfigDict) -> dot_optax.PerLoss:
-    """DOT's two momenta; `config` is an `optimizer` part of a config."""
+    """DOT's two momenta, after any warm-up; `config` is the section `optimizer` of a config."""
     try:
-        return dot_optax.betas(config.momentum, config.delta)
+        momenta = dot_optax.betas(config.momentum, config.delta)
     except ValueError as error:
         raise UserError(f"bad --config.optimizer.delta={config.delta}: {error}") from error
+    if np.float32(momenta.kd) == 1 or np.float32(momenta.task) == 1:
+        raise UserError(
+            f"bad --config.optimizer.delta={config.delta}: with a momentum of {config.momentum} it makes one that is 1"
+            " in float32; give a smaller one"
+        )
+    return momenta
 
 
-def build(method: str, config: ConfigDict, weights: dot_optax.PerLoss, steps_per_epoch: int) -> _PerLossOptimizer:
-    """Returns the optimizer of `method`; `config` is an `optimizer` part of a config."""
-    return METHODS[method](config, weights, learning_rate_schedule(config, steps_per_epoch))
+def build(
+    method: str,
+    config: ConfigDict,
+    weights: dot_optax.PerLoss,
+    steps_per_epoch: int,
+    epochs: int | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optimizer of `method`.
+
+    Args:
+        method: its name.
+        config: the section `optimizer` of a config.
+        weights: of the two losses.
+        steps_per_epoch: in how many steps an epoch is trained.
+        epochs: how many are trained; a cosine schedule needs to know.
+    """
+    learning_rate = learning_rate_schedule(config, steps_per_epoch, epochs)
+    try:
+        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch))
+    except UserError:
+        raise
+    except Exception as error:  # The function may be a user's.
+        raise UserError(f"cannot build method {method!r}: {type(error).__name__}: {one_line(error, 200)}") from error
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise UserError(
+            f"cannot build method {method!r}: its function returned a {type(optimizer).__name__}, not an Optax"
+            " transformation"
+        )
+    return optimizer
 
 
-def _weight(weights: dot_optax.PerLoss) -> optax.GradientTransformationExtraArgs:
-    return dot_optax.per_loss(optax.scale(weights.task), optax.scale(weights.kd))
+def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int | None = None) -> optax.Schedule:
+    """Constant with drops, or a cosine down to 0 at the end of the last epoch; after a linear warm-up from 0.
+
+    A drop at 150 takes effect in epoch 151, counted from 1, as papers count; a warm-up does not move it.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if epochs is not None and epochs * steps_per_epoch > _MAX_STEPS:
+        raise UserError(
+            f"{epochs} epochs of {steps_per_epoch} steps are more than {_MAX_STEPS} steps: give fewer epochs"
+        )
+    if config.schedule == "cosine":
+        if epochs is None:
+            raise ValueError("a cosine schedule depends on the number of epochs: give `epochs`")
+        cosine = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
+        if not warmup:
+            return cosine
+        return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), cosine], [warmup])
+    drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
+    reached = {step: factor for step, factor in drops.items() if step <= _MAX_STEPS}
+    steps = optax.piecewise_constant_schedule(config.learning_rate, reached)
+    if not warmup:
+        return steps
+    return lambda count: steps(count) * jnp.minimum(1.0, count / warmup)
+
+
+def why_not_longer(config: ConfigDict) -> str | None:
+    """Why a finished run cannot be trained for more epochs; None if it can.
+
+    It can where the learning rates of its epochs do not depend on how many follow; `config` is the section `optimizer`.
+    """
+    if config.schedule == "steps":
+        return None
+    return (
+        f"its {config.schedule} schedule ended with the last epoch: with more epochs, every epoch would have had another"
+        " learning rate; choose another --workdir to train anew"
+    )
+
+
+def _optimize_the_sum(recipe: Recipe) -> tuple[optax.GradientTransformation, ...]:
+    """What follows `sum_losses`."""
+    config, mask = recipe.config, _decay_mask(recipe.config)
+    if config.name == "adamw":
+        return (
+            optax.adamw(
+                recipe.learning_rate,
+                config.momentum,
+                config.b2,
+                config.eps,
+                weight_decay=config.weight_decay,
+                mask=mask,
+            ),
+        )
+    return (
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.sgd(recipe.learning_rate, momentum=config.momentum),
+    )
+
+
+def _decay_mask(config: ConfigDict) -> Callable[[Any], Any] | None:
+    """Which parameters decay; None: all of them."""
+    kind = config.decay_mask or {"sgd": "all", "adamw": "kernels"}[config.name]
+    return _is_kernel if kind == "kernels" else None
+
+
+def _is_kernel(params: Any) -> Any:
+    """A mask of the weights that layers multiply with, which Flax calls kernels."""
+    return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params)
+
+
+def _scheduled_betas(recipe: Recipe) -> dot_optax.PerLoss:
+    """DOT's two momenta: numbers, or with a warm-up of `delta` schedules."""
+    config, momenta = recipe.config, betas(recipe.config)
+    if not config.delta_warmup_epochs:
+        return momenta
+    warmup = optax.linear_schedule(0.0, config.delta, config.delta_warmup_epochs * recipe.steps_per_epoch)
+    return dot_optax.betas(config.momentum, warmup)
+
+
+def _relative_gains(momenta: dot_optax.PerLoss) -> dot_optax.PerLoss:
+    """How much more than their mean the two momenta amplify the gradients of their losses, as schedules."""
+
+    def at(count: Any) -> dot_optax.PerLoss:
+        now = [beta(count) if callable(beta) else beta for beta in momenta]
+        return jax.tree.map(lambda gain: gain * (1 - sum(now) / 2), dot_optax.gains(*now))
+
+    return dot_optax.PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
+
+
+def _scale_by_gain_matched_adam(
+    gains: dot_optax.PerLoss, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    r"""Adam with one first moment, and the gains of `dot_optax.scale_by_dot_adam`: container in, tree out.
+
+    .. math::
+        m &\leftarrow b_1 m + (1 - b_1) (a_{task} g_{task} + a_{kd} g_{kd}), \qquad
+            a_i = \frac{1 - b_1}{1 - \beta_i} \\
+        \nu &\leftarrow b_2 \nu + (1 - b_2) (g_{task} + g_{kd})^2 \\
+        u &= \hat{m} \Big/ (\sqrt{\hat{\nu}} + \epsilon)
+
+    The second moment is that of the plain sum, as DOT has it. Adam on :math:`\sum_i a_i g_i` would divide by the size of
+    that sum: of the gains only their ratio would be left, and DOT would have the larger steps.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        a_task, a_kd = gains.task(state.count), gains.kd(state.count)
+        amplified = jax.tree.map(lambda task, kd: a_task * task + a_kd * kd, *grads)
+        mu = optax.tree.update_moment(amplified, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(jax.tree.map(jnp.add, *grads), state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)

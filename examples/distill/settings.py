@@ -1,7 +1,9 @@
 """A config whose values were judged: whatever can be, without the data and before anything is read or written."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 import dot_optax
@@ -36,19 +38,54 @@ def validated(config: ConfigDict) -> Settings:
     return Settings(config, fields, methods.parse(config.method), methods.betas(config.optimizer))
 
 
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and least <= value <= most
+
+
+def _fits_float32(value: float) -> bool:
+    """Whether it is neither lost nor infinite in float32, in which networks are trained."""
+    return value == 0 or float(_FLOAT32.tiny) <= abs(value) <= float(_FLOAT32.max)
+
+
+_FLOAT32 = np.finfo(np.float32)
+_MAX_EPOCHS = 1_000_000
+
+_POSITIVE = Rule(number(lambda value: value > 0 and _fits_float32(value)), f"{POSITIVE.expected} that float32 can hold")
+_NOT_NEGATIVE = Rule(
+    number(lambda value: value >= 0 and _fits_float32(value)), f"{NOT_NEGATIVE.expected} and that float32 can hold"
+)
+_MOMENTUM = Rule(
+    number(lambda value: 0 <= value < 1 and np.float32(value) < 1),
+    "a number of at least 0 and below 1, in float32 too",
+)
+_EPOCHS = Rule(_whole(1, _MAX_EPOCHS), f"a whole number of at least 1 and at most {_MAX_EPOCHS:,}")
+_WARMUP = Rule(_whole(0, _MAX_EPOCHS), f"a whole number that is not negative, of at most {_MAX_EPOCHS:,}")
+
 _RULES = settings.TRAINING | {
+    "seed": Rule(_whole(0, 2**32 - 1), "a whole number that is not negative, of at most 4,294,967,295"),
+    "epochs": _EPOCHS,
     "image_size": COUNT,
     "workers": WHOLE,
     "preprocessing": one_of(*PREPROCESSING),
     "hidden": COUNTS,
-    "drop_epochs": Rule(rising(COUNTS.holds), "whole numbers of at least 1, each larger than the one before"),
-    "drop_factor": POSITIVE,
-    "learning_rate": POSITIVE,
-    "temperature": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "task_weight": NOT_NEGATIVE,
-    "kd_weight": NOT_NEGATIVE,
-    "momentum": Rule(number(lambda value: 0 <= value < 1), "a number of at least 0 and below 1"),
-    "mean": Rule(each(number()), "finite numbers, one for each channel"),
-    "std": Rule(each(POSITIVE.holds), "finite numbers above 0, one for each channel"),
+    "schedule": one_of("steps", "cosine"),
+    "warmup_epochs": _WARMUP,
+    "delta_warmup_epochs": _WARMUP,
+    "drop_epochs": Rule(
+        rising(each(_EPOCHS.holds)),
+        f"whole numbers of at least 1 and at most {_MAX_EPOCHS:,}, each larger than the one before",
+    ),
+    "drop_factor": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "temperature": Rule(number(lambda value: 1e-3 <= value <= 1e4), "a finite number from 0.001 to 10,000"),
+    "weight_decay": _NOT_NEGATIVE,
+    "decay_mask": Rule(lambda value: value in ("", "all", "kernels"), "all, kernels, or nothing"),
+    "task_weight": _NOT_NEGATIVE,
+    "kd_weight": _NOT_NEGATIVE,
+    "momentum": _MOMENTUM,
+    "b2": _MOMENTUM,
+    "eps": _POSITIVE,
+    "delta": Rule(number(), "a finite number"),
+    "mean": Rule(each(number(_fits_float32)), "finite numbers, one for each channel"),
+    "std": Rule(each(_POSITIVE.holds), "finite numbers above 0, one for each channel"),
 }

@@ -1,27 +1,47 @@
-"""The optimizers of the four methods, and their learning rate."""
+"""The optimizers of the methods, their learning rate, and methods of one's own."""
+
+import runpy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import dot_optax
-from examples.distill import methods
+from examples.distill import methods, settings
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
 
-PARAMS = {"w": np.array([0.5, -1.0], np.float32)}
+PARAMS = {
+    "dense": {"kernel": np.array([[0.5, -1.0]], np.float32), "bias": np.array([2.0, 3.0], np.float32)},
+    "embedding": np.array([[1.5]], np.float32),
+}
+WEIGHTS = dot_optax.PerLoss(task=0.1, kd=0.9)
+STEPS_PER_EPOCH = 14
+
+
+def _config(**overrides):
+    config = get_config().optimizer
+    config.update(overrides)
+    return config
 
 
 def _optimizer(method, **overrides):
-    config = get_config()
-    config.optimizer.update(overrides)
-    return methods.build(method, config.optimizer, dot_optax.PerLoss(task=0.1, kd=0.9), steps_per_epoch=14)
+    return methods.build(method, _config(**overrides), WEIGHTS, STEPS_PER_EPOCH, epochs=100)
 
 
 def _grads(step):
     rng = np.random.default_rng(step)
-    return dot_optax.PerLoss(*({"w": rng.normal(size=2).astype(np.float32)} for _ in range(2)))
+
+    def draw(leaf):
+        return rng.normal(size=leaf.shape).astype(np.float32)
+
+    return dot_optax.PerLoss(jax.tree.map(draw, PARAMS), jax.tree.map(draw, PARAMS))
+
+
+def _steady(step):
+    return _grads(0)
 
 
 def _train(optimizer, steps, grads=_grads):
@@ -33,43 +53,199 @@ def _train(optimizer, steps, grads=_grads):
     return params, updates
 
 
+def _assert_close(a, b, rtol, atol=0.0):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+def _distance(a, b):
+    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 def test_a_drop_at_150_takes_effect_in_epoch_151():
-    config = get_config().optimizer
-    config.drop_epochs, config.drop_factor = (150, 180), 0.1
-    schedule = methods.learning_rate_schedule(config, steps_per_epoch=14)
+    schedule = methods.learning_rate_schedule(_config(drop_epochs=(150, 180), drop_factor=0.1), STEPS_PER_EPOCH)
     last_step_of_epoch_150, first_step_of_epoch_151 = 150 * 14 - 1, 150 * 14
     np.testing.assert_allclose(schedule(last_step_of_epoch_150), 0.01, rtol=1e-6)
     np.testing.assert_allclose(schedule(first_step_of_epoch_151), 0.001, rtol=1e-6)
     np.testing.assert_allclose(schedule(180 * 14), 0.0001, rtol=1e-6)
 
 
-def test_dot_without_delta_is_kd():
+def test_a_warm_up_rises_in_a_line_and_moves_no_drop():
+    schedule = methods.learning_rate_schedule(_config(warmup_epochs=2, drop_epochs=(5,)), STEPS_PER_EPOCH)
+    rates = [float(schedule(step)) for step in (0, 7, 14, 28, 5 * 14 - 1, 5 * 14)]
+    np.testing.assert_allclose(rates, [0.0, 0.0025, 0.005, 0.01, 0.01, 0.001], rtol=1e-6)
+
+
+def test_a_drop_that_no_counter_reaches_is_left_out():
+    schedule = methods.learning_rate_schedule(_config(drop_epochs=(1, 1_000_000)), steps_per_epoch=20_000)
+    np.testing.assert_allclose(schedule(2**31 - 1), 0.001, rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_a_cosine_ends_with_the_last_epoch(warmup):
+    config = _config(schedule="cosine", warmup_epochs=warmup, drop_epochs=(50,))
+    schedule = methods.learning_rate_schedule(config, STEPS_PER_EPOCH, epochs=100)
+    peak, end = warmup * STEPS_PER_EPOCH, 100 * STEPS_PER_EPOCH
+    rates = [float(schedule(step)) for step in (peak, (peak + end) // 2, end)]
+    np.testing.assert_allclose(rates, [0.01, 0.005, 0.0], rtol=1e-6, atol=1e-9)  # cos(pi / 2) in float32 is not 0
+    if warmup:
+        assert float(schedule(0)) == 0.0
+        np.testing.assert_allclose(schedule(peak // 2), 0.005, rtol=1e-6)
+
+
+def test_a_run_goes_on_to_more_epochs_where_its_learning_rates_stay():
+    def rates(epochs, **overrides):
+        schedule = methods.learning_rate_schedule(_config(**overrides), STEPS_PER_EPOCH, epochs)
+        return np.array([schedule(step) for step in range(3 * STEPS_PER_EPOCH)])
+
+    steps, cosine = {"drop_epochs": (2, 5), "warmup_epochs": 1}, {"schedule": "cosine", "warmup_epochs": 1}
+    np.testing.assert_array_equal(rates(3, **steps), rates(6, **steps))
+    assert methods.why_not_longer(_config(**steps)) is None
+    assert np.abs(rates(3, **cosine) - rates(6, **cosine)).max() > 1e-3
+    assert "another learning rate" in methods.why_not_longer(_config(**cosine))
+
+
+def test_more_steps_than_are_counted_are_refused():
+    with pytest.raises(UserError, match="1000000 epochs of 20000 steps are more than 2147483647 steps"):
+        methods.build("kd", _config(), WEIGHTS, 20_000, epochs=1_000_000)
+
+
+# The optimizers as they were before any of them could be chosen, with their states in the checkpoints of such runs.
+_CHAINS_OF_BEFORE = {
+    "ce": lambda rate: optax.chain(
+        dot_optax.per_loss(optax.identity(), optax.set_to_zero()),
+        dot_optax.sum_losses(),
+        optax.add_decayed_weights(5e-4),
+        optax.sgd(rate, momentum=0.9),
+    ),
+    "kd": lambda rate: optax.chain(
+        dot_optax.per_loss(optax.scale(0.1), optax.scale(0.9)),
+        dot_optax.sum_losses(),
+        optax.add_decayed_weights(5e-4),
+        optax.sgd(rate, momentum=0.9),
+    ),
+    "kd_gain_matched": lambda rate: optax.chain(
+        dot_optax.per_loss(optax.scale(0.1), optax.scale(0.9)),
+        dot_optax.gain_matched_sgd(rate, *dot_optax.betas(0.9, 0.075), weight_decay=5e-4),
+    ),
+    "dot": lambda rate: optax.chain(
+        dot_optax.per_loss(optax.scale(0.1), optax.scale(0.9)),
+        dot_optax.dot(rate, *dot_optax.betas(0.9, 0.075), weight_decay=5e-4),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", _CHAINS_OF_BEFORE)
+def test_checkpoints_of_before_are_still_of_the_same_optimizer(method):
+    before = _CHAINS_OF_BEFORE[method](optax.piecewise_constant_schedule(0.01, {}))
+    now = _optimizer(method)
+    assert jax.tree.structure(now.init(PARAMS)) == jax.tree.structure(before.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, _train(now, steps=5), _train(before, steps=5))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", ["dot", "kd_gain_matched"])
+def test_without_delta_all_methods_are_kd(method, name):
+    kd, _ = _train(_optimizer("kd", name=name), steps=30)
+    other, _ = _train(_optimizer(method, name=name, delta=0.0), steps=30)
+    _assert_close(other, kd, rtol=2e-5)  # 30 steps, each rounded to float32 in another order
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_with_delta_dot_is_neither_kd_nor_gain_matched(name):
+    dot, _ = _train(_optimizer("dot", name=name), steps=30)
+    for method in ("kd", "kd_gain_matched"):
+        other, _ = _train(_optimizer(method, name=name), steps=30)
+        assert _distance(dot, other) > 1e-2
+
+
+@pytest.mark.parametrize("overrides", [{}, {"delta_warmup_epochs": 2}, {"name": "adamw"}])
+def test_gain_matched_kd_has_the_gains_of_dot(overrides):
+    _, dot = _train(_optimizer("dot", weight_decay=0.0, **overrides), steps=400, grads=_steady)
+    _, matched = _train(_optimizer("kd_gain_matched", weight_decay=0.0, **overrides), steps=400, grads=_steady)
+    _, plain = _train(_optimizer("kd", weight_decay=0.0, **overrides), steps=400, grads=_steady)
+    _assert_close(matched, dot, rtol=1e-4)
+    assert _distance(matched, plain) > 1e-3
+
+
+def test_adamw_is_that_of_optax_on_the_weighted_sum():
+    config = _config(name="adamw", b2=0.99, eps=1e-3, weight_decay=0.1, decay_mask="all")
+    expected = optax.chain(
+        dot_optax.per_loss(optax.scale(0.1), optax.scale(0.9)),
+        dot_optax.sum_losses(),
+        optax.adamw(0.01, b1=0.9, b2=0.99, eps=1e-3, weight_decay=0.1),
+    )
+    kd = methods.build("kd", config, WEIGHTS, STEPS_PER_EPOCH)
+    _assert_close(_train(kd, steps=10), _train(expected, steps=10), rtol=1e-6)
+
+
+def test_gain_matched_adam_by_hand():
+    """Two steps in float64; b1 0.9 and delta 0.075, so that the gains are 0.1 / 0.175 and 0.1 / 0.025."""
+    config = _config(name="adamw", weight_decay=0.1, learning_rate=0.5)
+    params, state = PARAMS, None
+    optimizer = methods.build("kd_gain_matched", config, WEIGHTS, STEPS_PER_EPOCH)
+    state = optimizer.init(params)
+    theta, m, v = PARAMS["dense"]["kernel"].astype(float), 0.0, 0.0
+    for step in (1, 2):
+        grads = _grads(step)
+        task, kd = (weight * g["dense"]["kernel"].astype(float) for weight, g in zip(WEIGHTS, grads, strict=True))
+        m = 0.9 * m + 0.1 * (task * 0.1 / 0.175 + kd * 0.1 / 0.025)
+        v = 0.999 * v + 0.001 * (task + kd) ** 2
+        adam = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        theta = theta - 0.5 * (adam + 0.1 * theta)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    # 1 - 0.999 in float32 has an error of 3e-5, half of which is left in the root.
+    np.testing.assert_allclose(params["dense"]["kernel"], theta, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize(
+    ("name", "decay_mask", "only_kernels"),
+    [("sgd", "", False), ("sgd", "kernels", True), ("adamw", "", True), ("adamw", "all", False)],
+)
+def test_which_parameters_decay(method, name, decay_mask, only_kernels):
+    def zero(step):
+        return jax.tree.map(jnp.zeros_like, _grads(step))
+
+    optimizer = _optimizer(method, name=name, decay_mask=decay_mask, weight_decay=0.1)
+    _, updates = _train(optimizer, steps=1, grads=zero)
+    assert (updates["dense"]["kernel"] != 0).all()
+    others = (updates["dense"]["bias"], updates["embedding"])
+    assert all((update == 0 if only_kernels else update != 0).all() for update in others)
+
+
+def test_a_warm_up_of_delta_begins_as_kd():
+    overrides = {"delta_warmup_epochs": 10_000}
     kd, _ = _train(_optimizer("kd"), steps=30)
-    dot, _ = _train(_optimizer("dot", delta=0.0), steps=30)
-    np.testing.assert_allclose(dot["w"], kd["w"], rtol=1e-5)
+    for method in ("dot", "kd_gain_matched"):
+        warming, _ = _train(_optimizer(method, **overrides), steps=30)
+        _assert_close(warming, kd, rtol=1e-4, atol=1e-4)  # delta has risen by 30 / 140,000
+        full, _ = _train(_optimizer(method), steps=30)
+        assert _distance(full, kd) > 1e-2
 
 
-def test_dot_with_delta_is_not_kd():
-    kd, _ = _train(_optimizer("kd"), steps=30)
-    dot, _ = _train(_optimizer("dot"), steps=30)
-    assert np.abs(dot["w"] - kd["w"]).max() > 1e-2
+def test_gains_follow_a_warm_up_of_delta():
+    """After the first of two steps, half of delta: momenta of 0.8625 and 0.9375, so gains of 0.1 / 0.1375 and 0.1 / 0.0625."""
+    config = _config(delta_warmup_epochs=2, weight_decay=0.5)
+    optimizer = methods.build("kd_gain_matched", config, dot_optax.PerLoss(1.0, 1.0), steps_per_epoch=1)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    theta, v = PARAMS["embedding"].astype(float), 0.0
+    for step, gains in enumerate([(1.0, 1.0), (0.1 / 0.1375, 0.1 / 0.0625)]):
+        grads = _grads(step)
+        v = 0.9 * v + gains[0] * (grads.task["embedding"] + 0.5 * theta) + gains[1] * grads.kd["embedding"]
+        theta = theta - 0.01 * v
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["embedding"], theta, rtol=1e-5)
 
 
-def test_gain_matched_kd_has_the_gains_of_dot():
-    def steady(step):
-        return _grads(0)
-
-    _, dot = _train(_optimizer("dot", weight_decay=0.0), steps=600, grads=steady)
-    _, matched = _train(_optimizer("kd_gain_matched", weight_decay=0.0), steps=600, grads=steady)
-    np.testing.assert_allclose(matched["w"], dot["w"], rtol=1e-4)
-
-
-def test_ce_never_touches_the_distillation_gradient():
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_ce_never_touches_the_distillation_gradient(name):
     def poisoned(step):
-        return _grads(step)._replace(kd={"w": np.full(2, np.nan, np.float32)})
+        return _grads(step)._replace(kd=jax.tree.map(lambda g: np.full_like(g, np.nan), PARAMS))
 
-    params, _ = _train(_optimizer("ce"), steps=3, grads=poisoned)
-    assert np.isfinite(params["w"]).all()
+    params, _ = _train(_optimizer("ce", name=name), steps=3, grads=poisoned)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_methods_are_parsed_once_each_in_order():
@@ -80,3 +256,146 @@ def test_methods_are_parsed_once_each_in_order():
 def test_bad_methods_are_refused(method):
     with pytest.raises(UserError, match="ce, kd, kd_gain_matched, dot"):
         methods.parse(method)
+
+
+def test_what_is_checked_before_anything_is_built():
+    def refused(*changes):
+        config = get_config()
+        config.update_from_flattened_dict(dict(changes))
+        with pytest.raises(UserError) as error:
+            methods.check(config)
+        return str(error.value)
+
+    methods.check(get_config())
+    assert refused(("method", "dto")).startswith("bad --config.method='dto'")
+    assert "0.9 + 0.1" in refused(("optimizer.delta", 0.1))
+    assert "1 in float32" in refused(("optimizer.delta", 0.1 - 1e-9))
+    assert refused(("optimizer.name", "adam")) == "bad --config.optimizer.name='adam': give sgd or adamw"
+    assert "--config.teacher.optimizer.name='SGD'" in refused(("teacher.optimizer.name", "SGD"))
+    cosine = (("optimizer.schedule", "cosine"), ("optimizer.warmup_epochs", 240))
+    assert "--config.optimizer.warmup_epochs=240" in refused(*cosine) and "give 239 or fewer" in refused(*cosine)
+    shard_map = ("parallel", "shard_map")
+    assert "--config.optimizer.name=sgd" in refused(shard_map, ("optimizer.name", "adamw"))
+    assert "--config.teacher.optimizer.name=sgd" in refused(shard_map, ("teacher.optimizer.name", "adamw"))
+
+
+def test_shard_map_asks_nothing_of_a_teacher_that_is_there():
+    config = get_config()
+    config.parallel, config.teacher.optimizer.name, config.teacher.checkpoint = "shard_map", "adamw", "folder"
+    methods.check(config)
+
+
+_BAD_NUMBERS = [
+    ("seed", 2**32),
+    ("epochs", 1_000_001),
+    ("teacher.epochs", 0),
+    ("optimizer.learning_rate", 1e-39),
+    ("optimizer.learning_rate", 1e39),
+    ("optimizer.weight_decay", -1.0),
+    ("optimizer.weight_decay", 1e-40),
+    ("optimizer.momentum", 1 - 1e-9),
+    ("optimizer.b2", 1.0),
+    ("optimizer.eps", 0.0),
+    ("optimizer.schedule", "linear"),
+    ("optimizer.decay_mask", "kernel"),
+    ("optimizer.warmup_epochs", -1),
+    ("optimizer.delta_warmup_epochs", 1_000_001),
+    ("optimizer.delta", float("nan")),
+    ("optimizer.drop_epochs", (1_000_001,)),
+    ("optimizer.drop_epochs", (2, 1)),
+    ("distillation.temperature", 1e-30),
+    ("distillation.temperature", 1e30),
+    ("distillation.task_weight", 1e40),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), _BAD_NUMBERS)
+def test_numbers_that_no_training_can_use(field, value):
+    config = get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"^bad --config.{field}="):
+        settings.validated(config)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    for name in ("METHODS", "STYLES", "_LINEAR", "_PLACES"):
+        monkeypatch.setattr(methods, name, getattr(methods, name).copy())
+
+
+def _clipped(recipe):
+    """DOT with a clipped distillation gradient.
+
+    It is a test.
+    """
+    clip = dot_optax.per_loss(optax.identity(), optax.clip(0.1))
+    optimizer = dot_optax.dot(recipe.learning_rate, *methods.betas(recipe.config))
+    return optax.chain(methods.weight_losses(recipe.weights), clip, optimizer)
+
+
+def test_a_method_of_ones_own(registry):
+    assert methods.register("clipped")(_clipped) is _clipped
+    assert methods.parse("clipped,kd") == ["clipped", "kd"]
+    assert methods.summary("clipped") == "DOT with a clipped distillation gradient."
+    label, color = methods.STYLES["clipped"]
+    assert label == "clipped" and color not in [methods.STYLES[name].color for name in _CHAINS_OF_BEFORE]
+    params, _ = _train(_optimizer("clipped"), steps=3)
+    assert _distance(params, _train(_optimizer("dot", weight_decay=0.0), steps=3)[0]) > 1e-3
+    config = get_config()
+    config.method, config.parallel = "kd,clipped", "shard_map"
+    with pytest.raises(UserError, match="'clipped' was not registered as one"):
+        methods.check(config)
+    methods.register("linear", linear=True)(_clipped)
+    config.method = "kd,linear"
+    methods.check(config)
+
+
+def test_every_method_has_a_color_of_its_own(registry):
+    for name in ("a", "b", "c", "d"):
+        methods.register(name)(lambda recipe: optax.identity())
+    colors = [style.color for style in methods.STYLES.values()]
+    assert len(set(colors)) == len(colors) == 8
+
+
+def test_a_file_that_is_run_twice_registers_its_method_twice(registry, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from examples.distill import methods\n@methods.register('mine')\ndef mine(recipe): pass\n"
+    )
+    for _ in range(2):
+        runpy.run_path(str(tmp_path / "mine.py"))
+    assert methods.summary("mine") == ""
+    with pytest.raises(UserError, match=r"there is a method 'mine' already, in .*mine\.py, line 2;"):
+        methods.register("mine")(_clipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("teacher", {}, "bad name 'teacher'"),
+        ("a,b", {}, "bad name 'a,b'"),
+        ("../a", {}, "bad name '../a'"),
+        ("a" * 65, {}, "bad name"),
+        ("a", {"label": "two\nlines"}, "bad label"),
+        ("a", {"label": " "}, "bad label"),
+        ("a", {"color": "no color"}, "bad color 'no color' of method 'a'"),
+        ("dot", {}, "there is a method 'dot' already"),
+    ],
+)
+def test_what_cannot_be_registered(registry, name, options, message):
+    with pytest.raises(UserError, match=message):
+        methods.register(name, **options)(_clipped)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda recipe: None, "its function returned a NoneType, not an Optax transformation"),
+        (lambda: None, "TypeError: .* takes 0 positional arguments but 1 was given"),
+        (lambda recipe: recipe.config.missing, "AttributeError: .*missing"),
+    ],
+)
+def test_a_method_that_cannot_be_built(registry, make, message):
+    methods.register("broken")(make)
+    with pytest.raises(UserError, match=f"^cannot build method 'broken': {message}") as error:
+        _optimizer("broken")
+    assert "\n" not in str(error.value)

@@ -73,7 +73,10 @@ def test_hosts_that_were_started_differently(workspace, tmp_path):
             "give all of --coordinator, --num_processes and --process_id, or",
         ),
         (["--coordinator=x:1", "--process_id=2", "--num_processes=2"], "bad --process_id=2: it must be below"),
-        (["--distributed"], "where no cluster says which they are, give --coordinator, --num_processes and --process_id"),
+        (
+            ["--distributed"],
+            "where no cluster says which they are, give --coordinator, --num_processes and --process_id",
+        ),
     ],
 )
 def test_flags_of_hosts(flags, message):

@@ -7,7 +7,7 @@ def default() -> ConfigDict:
     """Every field of a config; `None` where the config itself must choose."""
     config = ConfigDict()
     config.seed = 0
-    config.method = "dot"  # one or more of ce, kd, kd_gain_matched, dot, separated by commas
+    config.method = "dot"  # one or more of ce, kd, kd_gain_matched, dot and what is registered, with commas between
     config.epochs = None
     config.batch_size = None  # over all devices; the images that fill no batch are left out of an epoch
     config.eval_batch_size = None
@@ -19,6 +19,7 @@ def default() -> ConfigDict:
     config.checkpoint_every_steps = None  # besides every epoch that validates better than all before, and the last
     config.keep_checkpoints = 2  # the latest, besides the best
     config.max_consecutive_skips = 10  # after so many steps in a row that were not finite, and skipped, training stops
+    config.report_note = ""  # what else a reader should know of this experiment; printed below the table
 
     config.dataset = ConfigDict()
     config.dataset.name = None  # of the TFDS builder
@@ -41,8 +42,7 @@ def default() -> ConfigDict:
     config.teacher.checkpoint = ""  # a folder made by import_teacher, or WORKDIR/METHOD of a run; or WORKDIR/teacher
     config.teacher.train = False  # train it in WORKDIR/teacher, with cross-entropy, if it is not there
     config.teacher.epochs = None
-    config.teacher.optimizer = ConfigDict()
-    _sgd(config.teacher.optimizer)
+    config.teacher.optimizer = _optimizer()
 
     config.student = ConfigDict()
     config.student.model = None
@@ -52,9 +52,9 @@ def default() -> ConfigDict:
     config.distillation.task_weight = None
     config.distillation.kd_weight = None
 
-    config.optimizer = ConfigDict()
-    _sgd(config.optimizer)
+    config.optimizer = _optimizer()
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
+    config.optimizer.delta_warmup_epochs = 0  # delta rises from 0 within these epochs, and each step
     return config
 
 
@@ -67,9 +67,19 @@ def set_networks(config: ConfigDict, teacher: str, student: str) -> ConfigDict:
     return config
 
 
-def _sgd(config: ConfigDict) -> None:
+def _optimizer() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "sgd"  # or adamw
     config.learning_rate = None
-    config.momentum = 0.9
-    config.weight_decay = None  # coupled L2, on every parameter
-    config.drop_epochs = ()  # after each of these epochs the learning rate is multiplied by ...
+    config.momentum = 0.9  # for adamw its first decay rate, b1
+    config.b2 = 0.999  # adamw: the decay rate of the second moment
+    config.eps = 1e-8  # adamw: added to the root of the second moment
+    config.weight_decay = None  # sgd: coupled L2; adamw: decoupled, multiplied by the learning rate
+    config.decay_mask = (
+        ""  # what decays: all or kernels (no biases, scales, embeddings); empty: all (sgd), kernels (adamw)
+    )
+    config.schedule = "steps"  # or cosine: down to 0 at the end of the last epoch
+    config.warmup_epochs = 0  # the learning rate rises from 0 within these epochs, and each step
+    config.drop_epochs = ()  # steps: after each of these epochs the learning rate is multiplied by ...
     config.drop_factor = 0.1  # ... this factor
+    return config
