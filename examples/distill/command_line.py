@@ -39,7 +39,7 @@ def _help() -> list[str]:
 
     return [
         "\nMethods, one or more for --config.method, separated by commas:",
-        *(f"  {method:<16} {str(make.__doc__).splitlines()[0]}" for method, make in methods.METHODS.items()),
+        *(f"  {method:<16} {methods.summary(method)}" for method in methods.METHODS),
     ]
 
 

@@ -9,9 +9,11 @@ import json
 
 from etils import epath
 
+from examples.distill.configs import default
 from examples.distill.settings import Settings
 from examples.trainer import checkpoint, loop, records, workdir
 from examples.trainer.errors import UserError
+from examples.trainer.settings import fields
 
 _FREE_FIELDS = (
     "method",
@@ -23,6 +25,7 @@ _FREE_FIELDS = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "max_consecutive_skips",
+    "report_note",
     "teacher.checkpoint",  # but its content does, see `check_teacher`
     "teacher.train",
     "dataset.data_dir",
@@ -40,10 +43,11 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
     if there is None:
         return {}
     here, saved = _identity(settings), saved_jobs(directory)
+    recorded = _plain(fields(default())) | there  # A field that came later has had its default's effect all along.
     differences = [
-        f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
+        f"{field} is {recorded.get(field)!r} there and {here.get(field)!r} here"
         for field in here
-        if there.get(field) != here.get(field) and any(_depends(job, field, saved) for job in saved)
+        if recorded.get(field) != here.get(field) and any(_depends(job, field, saved) for job in saved)
     ]
     if differences:
         raise UserError(
@@ -86,8 +90,11 @@ def saved_jobs(directory: epath.Path) -> list[str]:
 
 
 def _identity(settings: Settings) -> records.Record:
-    identity = {field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS}
-    return json.loads(json.dumps(identity))  # Tuples become lists, as they do in the file.
+    return _plain({field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS})
+
+
+def _plain(values: records.Record) -> records.Record:
+    return json.loads(json.dumps(values))  # Tuples become lists, as they do in the file.
 
 
 def _depends(job: str, field: str, saved: list[str]) -> bool:

@@ -50,7 +50,7 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
         shared,
         directory / method,
         model=config.student.model,
-        optimizer=_optimizer(method, config.optimizer, shared),
+        optimizer=_optimizer(method, config.optimizer, shared, config.epochs),
         epochs=config.epochs,
         remedy="lower --config.optimizer.learning_rate (or, for dot, --config.optimizer.delta)",
         teacher=teacher,
@@ -65,7 +65,7 @@ def teacher(shared: Shared, directory: epath.Path) -> Job:
         shared,
         directory / "teacher",
         model=config.model,
-        optimizer=_optimizer("ce", config.optimizer, shared),
+        optimizer=_optimizer("ce", config.optimizer, shared, config.epochs),
         epochs=config.epochs,
         remedy="lower --config.teacher.optimizer.learning_rate",
     )
@@ -90,10 +90,11 @@ def network_shapes(model: ConfigDict, shared: Shared) -> tuple[nnx.GraphDef, Any
     return nnx.eval_shape(lambda: network(model, shared))
 
 
-def _optimizer(method: str, config: ConfigDict, shared: Shared) -> optax.GradientTransformation:
+def _optimizer(method: str, config: ConfigDict, shared: Shared, epochs: int) -> optax.GradientTransformation:
     distillation = shared.config.distillation
     weights = dot_optax.PerLoss(task=distillation.task_weight, kd=distillation.kd_weight)
-    return methods.build(method, config, weights, data.steps_per_epoch(shared.dataset, shared.config.batch_size))
+    steps_per_epoch = data.steps_per_epoch(shared.dataset, shared.config.batch_size)
+    return methods.build(method, config, weights, steps_per_epoch, epochs)
 
 
 def _job(

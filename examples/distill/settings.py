@@ -34,6 +34,7 @@ def validated(config: ConfigDict) -> Settings:
         )
     for network in (config.teacher.model, config.student.model):
         models.check_name(network.name)
+    methods.check(config)
     # The report needs the momenta, whichever methods are trained.
     return Settings(config, fields, methods.parse(config.method), methods.betas(config.optimizer))
 
