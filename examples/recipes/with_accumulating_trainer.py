@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import CLASSES, FEATURES, HIDDEN, LEARNING_RATE, batches, losses
 
 
@@ -75,25 +75,25 @@ dot = dot_optax.dot(LEARNING_RATE)
 accumulating = dot_optax.wrap(functools.partial(optax.MultiSteps, every_k_schedule=2), dot)
 
 
-def given() -> Trainer:
-    """The first way."""
+def wrapped_before() -> Trainer:
+    """The first way: the constructor is given an optimizer that accumulates."""
     return PerLossTrainer(Student(nnx.Rngs(0)), accumulating, accumulate=None)
 
 
-def replaced() -> Trainer:
-    """The second way."""
+def wrapped_after() -> Trainer:
+    """The second way: the optimizer that the constructor made is replaced."""
     trainer = PerLossTrainer(Student(nnx.Rngs(0)), optax.sgd(0.0), accumulate=2)
     trainer.optimizer = nnx.Optimizer(trainer.model, accumulating, wrt=nnx.Param)
     return trainer
 
 
-def left_to_it() -> Trainer:
+def wrapped_by_the_trainer() -> Trainer:
     """What does not work: the error names the container."""
     return PerLossTrainer(Student(nnx.Rngs(0)), dot, accumulate=2)
 
 
 def arrays(model: Student) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     layers = {"1": model.body, "2": model.head}
     theta = {f"w{i}": layer.kernel[...] for i, layer in layers.items()}
     theta |= {f"b{i}": layer.bias[...] for i, layer in layers.items()}
@@ -102,15 +102,16 @@ def arrays(model: Student) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Trains in both ways, and compares with NumPy; then fails in the way that Optax fails."""
-    expected = by_hand.train(arrays(given().model), batches(20), every=2)
-    for way in (given, replaced):
+    expected = numpy_reference.train(arrays(wrapped_before().model), batches(20), every=2)
+    for way in (wrapped_before, wrapped_after):
         trainer = way()
         trainer.train(batches(20))
-        print(f"{way.__name__}: largest deviation from NumPy {by_hand.deviation(arrays(trainer.model), expected):.1e}")
+        off = numpy_reference.deviation(arrays(trainer.model), expected)
+        print(f"{way.__name__}: largest deviation from NumPy {off:.1e}")
     try:
-        left_to_it().train(batches(20))
+        wrapped_by_the_trainer().train(batches(20))
     except ValueError as error:
-        print("left_to_it:", str(error).splitlines()[0])
+        print("wrapped_by_the_trainer:", str(error).splitlines()[0])
 
 
 if __name__ == "__main__":

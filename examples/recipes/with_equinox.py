@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import CLASSES, FEATURES, HIDDEN, LEARNING_RATE, batches, losses
 
 optimizer = dot_optax.dot(LEARNING_RATE)
@@ -79,7 +79,7 @@ def train(steps: int, frozen: bool = False, devices: int = 1):
 
 
 def arrays(model: Student) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     return {
         "w1": model.body.weight.T,
         "b1": model.body.bias,
@@ -96,8 +96,8 @@ def main() -> None:
     start = arrays(make()[0])
     for name, frozen, devices in (("all layers", False, 1), ("a frozen layer", True, 1), ("4 devices", False, 4)):
         model, _, values = train(steps=20, frozen=frozen, devices=devices)
-        expected = by_hand.train(start, batches(20), frozen=("w1", "b1") if frozen else ())
-        off = by_hand.deviation(arrays(model), expected)
+        expected = numpy_reference.train(start, batches(20), frozen=("w1", "b1") if frozen else ())
+        off = numpy_reference.deviation(arrays(model), expected)
         print(f"{name}: task {values.task:.4f}, kd {values.kd:.4f}, largest deviation from NumPy {off:.1e}")
 
 

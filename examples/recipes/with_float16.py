@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import CLASSES, FEATURES, HIDDEN, LEARNING_RATE, batches, losses
 
 optimizer = dot_optax.dot(LEARNING_RATE)
@@ -79,7 +79,7 @@ def train_step(params, opt_state, scaling, *batch):
 
 
 def init():
-    """New float32 parameters, under the names of `by_hand`."""
+    """New float32 parameters, under the names of `numpy_reference`."""
     w1, w2 = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(FEATURES, HIDDEN), (HIDDEN, 5)]))
     return {"w1": w1, "b1": jnp.zeros(HIDDEN), "w2": w2, "b2": jnp.zeros(CLASSES)}
 
@@ -103,11 +103,10 @@ def zeros(weight: float, scale: float) -> int:
 
 def main() -> None:
     """Trains from two scales, and shows what vanishes without one."""
-    expected = by_hand.train(init(), batches(20))
+    expected = numpy_reference.train(init(), batches(20))
     params, scaling, skipped = train(20, initial_scale=2.0**10)
-    print(
-        f"scale 2^10: {skipped} steps skipped, largest deviation from NumPy {by_hand.deviation(params, expected):.1e}"
-    )
+    off = numpy_reference.deviation(params, expected)
+    print(f"scale 2^10: {skipped} steps skipped, largest deviation from NumPy {off:.1e}")
     _, scaling, skipped = train(20, initial_scale=2.0**20)
     print(f"scale 2^20: {skipped} steps skipped, the scale is now 2^{int(jnp.log2(scaling.scale))}")
     total = 2 * sum(p.size for p in jax.tree.leaves(init()))

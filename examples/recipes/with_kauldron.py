@@ -35,7 +35,7 @@ from kauldron import kd
 from kauldron.contrib.train import MultiTrainStep, multi_optimizer
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import (
     CLASSES,
     HIDDEN,
@@ -152,7 +152,7 @@ def dot_optax_step(model: Student, variables: dict) -> tuple[Callable, tuple]:
 
 
 def arrays(params: dict) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     theta = {f"w{i}": params[name]["kernel"] for i, name in ((1, "body"), (2, "head"))}
     theta |= {f"b{i}": params[name]["bias"] for i, name in ((1, "body"), (2, "head"))}
     return theta | params["norm"]
@@ -169,11 +169,11 @@ def main() -> None:
     """Trains with both, compares both with NumPy, and counts what each traces and compiles."""
     model, batch = Student(), batches(1)[0]
     variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), batch[0]))
-    expected = by_hand.train(arrays(variables["params"]), batches(20))
+    expected = numpy_reference.train(arrays(variables["params"]), batches(20))
     means = []
     for train in (with_kauldron, with_dot_optax):
         trained = train(model, jax.tree.map(jax.numpy.asarray, variables), steps=20)
-        off = by_hand.deviation(arrays(trained["params"]), expected)
+        off = numpy_reference.deviation(arrays(trained["params"]), expected)
         print(f"{train.__name__}: largest deviation from NumPy {off:.1e}")
         if off > 1e-5:
             raise SystemExit(f"{train.__name__} and NumPy differ")

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import BATCH, CLASSES, FEATURES, HIDDEN, LEARNING_RATE, batches, losses
 
 
@@ -87,7 +87,7 @@ def masks(steps: int, rate: float = 0.5) -> list[np.ndarray]:
 
 
 def arrays(model: Distiller) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     names = ("w1", "b1", "scale", "bias", "w2", "b2")
     return dict(zip(names, map(np.asarray, model.trainable_variables), strict=True))
 
@@ -95,9 +95,9 @@ def arrays(model: Distiller) -> dict[str, np.ndarray]:
 def main() -> None:
     """Trains, and compares with NumPy under the same Dropout masks."""
     model = make()
-    expected = by_hand.train(arrays(model), batches(20), kept=masks(20))
+    expected = numpy_reference.train(arrays(model), batches(20), kept=masks(20))
     history = fit(model, 20)
-    off = by_hand.deviation(arrays(model), expected)
+    off = numpy_reference.deviation(arrays(model), expected)
     print(f"task {history['task'][-1]:.4f}, kd {history['kd'][-1]:.4f}, largest deviation from NumPy {off:.1e}")
     print(f"optimizer variables: {len(model.optimizer.variables)}, iterations {int(model.optimizer.iterations)}")
 

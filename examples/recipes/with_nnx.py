@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import dot_optax.nnx
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import (
     BATCH,
     CLASSES,
@@ -92,7 +92,7 @@ def masks(steps: int) -> list[np.ndarray]:
 
 
 def arrays(model: Student) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     layers = {"1": model.body, "2": model.head}
     theta = {f"w{i}": layer.kernel[...] for i, layer in layers.items()}
     theta |= {f"b{i}": layer.bias[...] for i, layer in layers.items()}
@@ -101,9 +101,9 @@ def arrays(model: Student) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Trains, and compares with NumPy under the same masks."""
-    expected = by_hand.train(arrays(Student(nnx.Rngs(0))), batches(20), kept=masks(20))
+    expected = numpy_reference.train(arrays(Student(nnx.Rngs(0))), batches(20), kept=masks(20))
     model, metrics, rngs, _ = train(20)
-    print(f"20 steps, largest deviation from NumPy {by_hand.deviation(arrays(model), expected):.1e}")
+    print(f"20 steps, largest deviation from NumPy {numpy_reference.deviation(arrays(model), expected):.1e}")
     print(f"masks drawn: {rngs.dropout.count[...]}, examples in the metrics: {metrics.accuracy.count[...]}")
 
 

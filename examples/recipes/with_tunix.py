@@ -27,7 +27,7 @@ from tunix.distillation.distillation_trainer import DistillationTrainer, Trainin
 from tunix.distillation.strategies import LogitStrategy
 
 import dot_optax
-from examples.recipes import by_hand
+from examples.recipes import numpy_reference
 from examples.recipes.problem import CLASSES, FEATURES, HIDDEN, KD_WEIGHT, LEARNING_RATE, TEACHER, TEMPERATURE, batches
 
 
@@ -99,7 +99,7 @@ def make_trainer(folder: str | None, max_steps: int) -> PerLossTrainer:
 
 
 def arrays(model: Student) -> dict[str, np.ndarray]:
-    """The parameters under the names of `by_hand`."""
+    """The parameters under the names of `numpy_reference`."""
     layers = {"1": model.body, "2": model.head}
     theta = {f"w{i}": layer.kernel[...] for i, layer in layers.items()}
     theta |= {f"b{i}": layer.bias[...] for i, layer in layers.items()}
@@ -109,7 +109,7 @@ def arrays(model: Student) -> dict[str, np.ndarray]:
 def main() -> None:
     """Trains 10 updates of two batches, at once, and with a stop after 4; compares both with NumPy."""
     data = [TrainingInput(input_tokens=x, input_mask=labels) for x, labels, _ in batches(20)]
-    expected = by_hand.train(arrays(Student(nnx.Rngs(0))), batches(20), every=2)
+    expected = numpy_reference.train(arrays(Student(nnx.Rngs(0))), batches(20), every=2)
     trainer = make_trainer(None, max_steps=10)
     trainer.train(data)
     report("at once", trainer, expected)
@@ -123,7 +123,7 @@ def main() -> None:
 
 def report(name: str, trainer: PerLossTrainer, expected: dict[str, np.ndarray]) -> None:
     """Prints the deviation from NumPy, and stops if it is more than float32 rounding makes it."""
-    off = by_hand.deviation(arrays(trainer.model), expected)
+    off = numpy_reference.deviation(arrays(trainer.model), expected)
     print(f"{name}: {trainer.train_steps} updates, largest deviation from NumPy {off:.1e}")
     if off > 1e-5:
         raise SystemExit("Tunix and NumPy differ")

@@ -1,4 +1,4 @@
-"""Each recipe against `examples/recipes/by_hand.py`, which is DOT in NumPy in float64; and the page against the files.
+"""Each recipe against DOT in NumPy, `examples/recipes/numpy_reference.py`; and the page against the files.
 
 Tolerances: parameters and gradients are of order one and float32 rounds at 6e-8, which the momenta's gains (6 and 40)
 and a few steps amplify; what one wrong mask, statistic or momentum changes is above 1e-3.
@@ -18,7 +18,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 import dot_optax
 from examples.recipes import (
-    by_hand,
+    numpy_reference,
     one_forward_pass,
     with_accumulating_trainer,
     with_equinox,
@@ -33,11 +33,11 @@ FLOAT32 = 1e-5
 STEPS = 6
 
 
-# By hand
+# The reference
 
 
 def network(theta, x):
-    """The student of `by_hand` in JAX, to differentiate."""
+    """The student of `numpy_reference` in JAX, to differentiate."""
     h = x @ theta["w1"] + theta["b1"][None]
     if "scale" in theta:
         h = (h - h.mean(0, keepdims=True)) / jnp.sqrt(h.var(0, keepdims=True) + 1e-5)
@@ -46,24 +46,26 @@ def network(theta, x):
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_the_gradients_by_hand(batch_norm):
+def test_the_gradients_of_the_reference(batch_norm):
     theta = with_float16.init()
     theta["b1"] = jnp.linspace(-1.0, 1.0, 4)
     if batch_norm:
         theta |= {"scale": jnp.linspace(0.5, 1.5, 4), "bias": jnp.linspace(-0.5, 0.5, 4)}
     x, labels, teacher_logits = batches(1)[0]
-    expected = by_hand.gradients({k: np.asarray(p, np.float64) for k, p in theta.items()}, x, labels, teacher_logits)
+    expected = numpy_reference.gradients(
+        {k: np.asarray(p, np.float64) for k, p in theta.items()}, x, labels, teacher_logits
+    )
     for i, grads in enumerate(expected):
         of_jax = jax.jit(jax.grad(lambda t, i=i: losses(network(t, x), labels, teacher_logits)[i]))(theta)
-        assert by_hand.deviation(of_jax, grads) < FLOAT32
+        assert numpy_reference.deviation(of_jax, grads) < FLOAT32
 
 
-def test_training_by_hand_depends_on_both_momenta(monkeypatch):
+def test_the_reference_depends_on_both_momenta(monkeypatch):
     """Else the recipes would be compared with something that another optimizer satisfies too."""
     theta = with_float16.init()
-    expected = by_hand.train(theta, batches(STEPS))
-    monkeypatch.setattr(by_hand, "BETA_KD", by_hand.BETA_TASK)
-    assert by_hand.deviation(by_hand.train(theta, batches(STEPS)), expected) > 1e-2
+    expected = numpy_reference.train(theta, batches(STEPS))
+    monkeypatch.setattr(numpy_reference, "BETA_KD", numpy_reference.BETA_TASK)
+    assert numpy_reference.deviation(numpy_reference.train(theta, batches(STEPS)), expected) > 1e-2
 
 
 # Flax NNX
@@ -71,9 +73,9 @@ def test_training_by_hand_depends_on_both_momenta(monkeypatch):
 
 def test_nnx():
     start, before = with_nnx.Student(nnx.Rngs(0)), nnx.to_pure_dict(nnx.state(with_nnx.make_teacher()))
-    expected = by_hand.train(with_nnx.arrays(start), batches(STEPS), kept=with_nnx.masks(STEPS))
+    expected = numpy_reference.train(with_nnx.arrays(start), batches(STEPS), kept=with_nnx.masks(STEPS))
     model, metrics, rngs, teacher = with_nnx.train(STEPS)
-    assert by_hand.deviation(with_nnx.arrays(model), expected) < FLOAT32
+    assert numpy_reference.deviation(with_nnx.arrays(model), expected) < FLOAT32
     assert rngs.dropout.count[...] == STEPS
     assert metrics.accuracy.count[...] == STEPS * BATCH
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(teacher)), before)
@@ -82,8 +84,8 @@ def test_nnx():
 @pytest.mark.slow
 def test_the_masks_of_nnx_matter():
     start = with_nnx.arrays(with_nnx.Student(nnx.Rngs(0)))
-    expected = by_hand.train(start, batches(STEPS), kept=with_nnx.masks(STEPS))
-    assert by_hand.deviation(by_hand.train(start, batches(STEPS)), expected) > 1e-2
+    expected = numpy_reference.train(start, batches(STEPS), kept=with_nnx.masks(STEPS))
+    assert numpy_reference.deviation(numpy_reference.train(start, batches(STEPS)), expected) > 1e-2
 
 
 def test_the_teacher_of_nnx_gives_the_problem_s_logits_only_in_evaluation():
@@ -100,9 +102,9 @@ def test_the_teacher_of_nnx_gives_the_problem_s_logits_only_in_evaluation():
 @pytest.mark.parametrize(("frozen", "devices"), [(True, 1), (False, 4)])
 def test_equinox(frozen, devices):
     start, _ = with_equinox.make()
-    expected = by_hand.train(with_equinox.arrays(start), batches(STEPS), frozen=("w1", "b1") if frozen else ())
+    expected = numpy_reference.train(with_equinox.arrays(start), batches(STEPS), frozen=("w1", "b1") if frozen else ())
     model, _, values = with_equinox.train(STEPS, frozen, devices)
-    assert by_hand.deviation(with_equinox.arrays(model), expected) < FLOAT32
+    assert numpy_reference.deviation(with_equinox.arrays(model), expected) < FLOAT32
     assert len(values.kd.sharding.device_set) == devices
     if frozen:
         chex.assert_trees_all_equal(eqx.filter(model.body, eqx.is_array), eqx.filter(start.body, eqx.is_array))
@@ -125,7 +127,7 @@ def test_equinox_moves_the_statistics_once_a_step():
 def test_float16_with_loss_scaling_equals_float32():
     """To the rounding of float16, 5e-4, amplified as above; the gradients are not scaled in the reference."""
     params, scaling, skipped = with_float16.train(STEPS, initial_scale=2.0**10)
-    assert by_hand.deviation(params, by_hand.train(with_float16.init(), batches(STEPS))) < 5e-3
+    assert numpy_reference.deviation(params, numpy_reference.train(with_float16.init(), batches(STEPS))) < 5e-3
     assert (scaling.scale, scaling.finite_steps, skipped) == (2.0**10, STEPS, 0)
 
 
@@ -188,9 +190,9 @@ def rank_promotion():
 
 def test_keras(rank_promotion):
     model = with_keras.make()
-    expected = by_hand.train(with_keras.arrays(model), batches(STEPS), kept=with_keras.masks(STEPS))
+    expected = numpy_reference.train(with_keras.arrays(model), batches(STEPS), kept=with_keras.masks(STEPS))
     history = with_keras.fit(model, STEPS)
-    assert by_hand.deviation(with_keras.arrays(model), expected) < FLOAT32
+    assert numpy_reference.deviation(with_keras.arrays(model), expected) < FLOAT32
     assert set(history) == {"task", "kd"}
     assert int(model.optimizer.iterations) == STEPS
 
@@ -199,30 +201,30 @@ def test_keras(rank_promotion):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, as it writes the file
 def test_keras_keeps_the_momenta_between_epochs_and_files(rank_promotion, tmp_path):
     model, other = with_keras.make(0.0), with_keras.make(0.0)
-    expected = by_hand.train(with_keras.arrays(model), batches(STEPS) * 2)
+    expected = numpy_reference.train(with_keras.arrays(model), batches(STEPS) * 2)
     with_keras.fit(model, STEPS)
     model.save_weights(tmp_path / "model.weights.h5")
     other.optimizer.build(other.trainable_variables)
     other.load_weights(tmp_path / "model.weights.h5")
     for trained in (model, other):
         with_keras.fit(trained, STEPS)
-        assert by_hand.deviation(with_keras.arrays(trained), expected) < FLOAT32
+        assert numpy_reference.deviation(with_keras.arrays(trained), expected) < FLOAT32
 
 
 # Trainers with MultiSteps
 
 
-@pytest.mark.parametrize("way", [with_accumulating_trainer.given, with_accumulating_trainer.replaced])
+@pytest.mark.parametrize("way", [with_accumulating_trainer.wrapped_before, with_accumulating_trainer.wrapped_after])
 def test_a_trainer_that_accumulates(way):
     trainer = way()
-    expected = by_hand.train(with_accumulating_trainer.arrays(trainer.model), batches(STEPS), every=2)
+    expected = numpy_reference.train(with_accumulating_trainer.arrays(trainer.model), batches(STEPS), every=2)
     trainer.train(batches(STEPS))
-    assert by_hand.deviation(with_accumulating_trainer.arrays(trainer.model), expected) < FLOAT32
+    assert numpy_reference.deviation(with_accumulating_trainer.arrays(trainer.model), expected) < FLOAT32
 
 
-def test_a_trainer_that_accumulates_and_is_left_to_it():
+def test_a_trainer_that_wraps_dot_itself():
     with pytest.raises(ValueError, match="pytree structure error"):
-        with_accumulating_trainer.left_to_it().train(batches(2))
+        with_accumulating_trainer.wrapped_by_the_trainer().train(batches(2))
 
 
 # One forward pass
@@ -248,7 +250,7 @@ PAGE = (RECIPES / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## .*?`(\w+)\.py`\)?\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 
 
-NAMES = {path.stem for path in RECIPES.glob("*.py")} - {"__init__", "problem", "by_hand"}
+NAMES = {path.stem for path in RECIPES.glob("*.py")} - {"__init__", "problem", "numpy_reference"}
 
 
 def test_the_page_has_a_section_for_each_recipe():
