@@ -27,7 +27,7 @@ def random_steps(count):
     return [[optax.tree.random_like(key, PARAMS) for key in row] for row in keys]
 
 
-def by_hand(steps, betas, rate=0.1, weight_decay=0.0, task_reaches_head=True):
+def numpy_deepkd(steps, betas, rate=0.1, weight_decay=0.0, task_reaches_head=True):
     params = {k: np.float64(p) for k, p in PARAMS.items()}
     v = {}
     for grads in steps:
@@ -52,17 +52,17 @@ def test_the_published_momenta(variant, weight_decay):
     tx = dot_optax.deepkd(0.1, variant=variant, weight_decay=weight_decay, reached=reached)
     # Eight steps of a few float32 roundings of numbers of order ten.
     chex.assert_trees_all_close(
-        run(tx, steps), by_hand(steps, PUBLISHED[variant], weight_decay=weight_decay), rtol=0, atol=2e-5
+        run(tx, steps), numpy_deepkd(steps, PUBLISHED[variant], weight_decay=weight_decay), rtol=0, atol=2e-5
     )
 
 
 def test_the_paper_is_the_default_and_momenta_may_be_given():
     steps = random_steps(3)
     chex.assert_trees_all_equal(run(dot_optax.deepkd(0.1), steps), run(dot_optax.deepkd(0.1, variant="paper"), steps))
-    given = dot_optax.deepkd(0.1, beta_target=0.5, variant="code")
+    custom = dot_optax.deepkd(0.1, beta_target=0.5, variant="code")
     explicit = dot_optax.scale_by_momenta(DeepKDLosses(0.9 - 0.075, 0.5, 0.9 + 0.05))
     expected = run(optax.chain(explicit, optax.scale_by_learning_rate(0.1)), steps)
-    chex.assert_trees_all_equal(run(given, steps), expected)
+    chex.assert_trees_all_equal(run(custom, steps), expected)
 
 
 @pytest.mark.parametrize(

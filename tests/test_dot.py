@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import dot_optax
 from dot_optax import PerLoss
-from tests import golden
+from tests.reference import golden
 
 
 def momenta(state):
@@ -26,8 +26,8 @@ def momenta(state):
 
 def check_deviations(deviations):
     assert deviations
-    # 1e-12 in float64 is what is asked; `python -m tests.golden` prints at most 4e-15 for numbers of order one and
-    # 3e-14 for a loss of 206.
+    # 1e-12 in float64 is what is asked; `python -m tests.reference.golden` prints at most 4e-15 for numbers of order
+    # one and 3e-14 for a loss of 206.
     assert max(deviations.values()) <= 1e-12, deviations
 
 

@@ -53,7 +53,9 @@ def test_equal_betas_are_optax_adamw_over_a_thousand_steps(options, normalize):
     chex.assert_trees_all_close(trained(ours, grads_of, 1000), trained(theirs, grads_of, 1000), rtol=0, atol=tolerance)
 
 
-def by_hand(params, grads, betas, *, b2=0.999, eps=1e-8, eps_root=0.0, normalize=False, nesterov=False, reached=None):
+def numpy_adam(
+    params, grads, betas, *, b2=0.999, eps=1e-8, eps_root=0.0, normalize=False, nesterov=False, reached=None
+):
     """The updates of every step in float64: `grads` is a list of dicts of arrays, one for each loss, for each step."""
     mean = sum(betas) / len(betas)
     m, nu = {}, {k: 0.0 for k in params}
@@ -96,7 +98,7 @@ def test_unequal_betas_are_the_equations(betas, normalize, nesterov):
         )
         steps = [[jax.tree.map(np.float64, g) for g in random_grads(i, len(names))] for i in range(12)]
         state = tx.init(params)
-        expected = by_hand(
+        expected = numpy_adam(
             params,
             steps,
             values,

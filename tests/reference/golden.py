@@ -1,6 +1,6 @@
-"""Replays the trajectories of the published implementation in `data/` and measures how far we are from them.
+"""Replays the published implementation's trajectories, the `.npz` files here, and measures how far we are from them.
 
-    python -m tests.golden
+    python -m tests.reference.golden
 
 prints the largest absolute deviation from each file.  The arrays are in float64 and stacked over the steps; `meta/*`
 holds the hyperparameters.
@@ -20,7 +20,7 @@ FILES = ("dot_shared", "dot_roles", "mlp_kd_cifar", "losses")
 
 
 def load(name):
-    with np.load(pathlib.Path(__file__).parent / "data" / f"{name}.npz") as file:
+    with np.load(pathlib.Path(__file__).parent / f"{name}.npz") as file:
         return dict(file)
 
 

@@ -1,4 +1,4 @@
-"""Every row of the README's table of uses, run against the same thing written by hand."""
+"""Every row of the README's table of compositions, run against the same thing in NumPy."""
 
 import pathlib
 import re
@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from dot_optax import PerLoss
-from tests import by_hand, uses
+from tests import optax_compositions
+from tests.reference import numpy_optimizers
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 PARAMS = {"w": np.array([[0.5, -1.0, 2.0], [0.1, 0.3, -0.7]]), "b": np.array([1.0, -0.2, 0.4])}
@@ -27,60 +28,60 @@ def stream(params, nan=None):
     return grads
 
 
-def container(use, task, kd):
-    if "hint" in use.line:
+def container(row, task, kd):
+    if "hint" in row.line:
         return {"ce": task, "hint": task, "kd": kd}
-    if "deepkd" in use.line:
+    if "deepkd" in row.line:
         return (task, task, kd)
     return PerLoss(task, kd)
 
 
-def run(use, line, grads):
+def run(row, line, grads):
     """The parameters after every step, in float64."""
-    tx = eval(line, uses.NAMESPACE)
-    params = use.init(jax.tree.map(jnp.asarray, use.params or PARAMS))
+    tx = eval(line, optax_compositions.NAMESPACE)
+    params = row.init(jax.tree.map(jnp.asarray, row.params or PARAMS))
     state = tx.init(params)
     update = jax.jit(tx.update)
     for step, pair in enumerate(grads):
-        extra = use.extra[step] if use.extra else {}
-        packed = pair[0] if len(pair) == 1 else container(use, *pair)
+        extra = row.extra[step] if row.extra else {}
+        packed = pair[0] if len(pair) == 1 else container(row, *pair)
         updates, state = update(packed, state, params, **extra)
         params = optax.apply_updates(params, updates)
-        yield use.view(params)
+        yield row.view(params)
 
 
-CASES = [(use, nan) for use in uses.USES for nan in ((0, 1) if use.nan else (None,))]
+CASES = [(row, nan) for row in optax_compositions.COMPOSITIONS for nan in ((0, 1) if row.nan else (None,))]
 
 
 @pytest.mark.parametrize(
-    ("use", "nan"), CASES, ids=[f"{use.what}{'' if n is None else f', NaN {n}'}" for use, n in CASES]
+    ("row", "nan"), CASES, ids=[f"{row.what}{'' if n is None else f', NaN {n}'}" for row, n in CASES]
 )
-def test_it_does_what_the_hand_written_loop_does(use, nan):
+def test_it_does_what_numpy_does(row, nan):
     with jax.enable_x64(True):
-        theta = use.params or PARAMS
-        grads, step_by_hand = stream(theta, nan), use.by_hand()
-        for step, params in enumerate(run(use, use.line, grads)):
-            update = step_by_hand(theta, *grads[step], **(use.extra[step] if use.extra else {}))
-            theta = by_hand.each(np.add, theta, update)
+        theta = row.params or PARAMS
+        grads, reference = stream(theta, nan), row.reference()
+        for step, params in enumerate(run(row, row.line, grads)):
+            update = reference(theta, *grads[step], **(row.extra[step] if row.extra else {}))
+            theta = numpy_optimizers.each(np.add, theta, update)
             for k in theta:
-                np.testing.assert_allclose(params[k], theta[k], rtol=0, atol=use.tolerance, err_msg=f"step {step}, {k}")
+                np.testing.assert_allclose(params[k], theta[k], rtol=0, atol=row.tolerance, err_msg=f"step {step}, {k}")
 
 
-REFUSED = [use for use in uses.USES if use.instead_of]
+REFUSED = [row for row in optax_compositions.COMPOSITIONS if row.instead_of]
 
 
 @pytest.mark.parametrize("pack", [PerLoss, lambda task, kd: (task, kd), lambda task, kd: {"task": task, "kd": kd}])
-@pytest.mark.parametrize("use", REFUSED, ids=[use.what for use in REFUSED])
-def test_what_one_might_write_first_raises(use, pack):
+@pytest.mark.parametrize("row", REFUSED, ids=[row.what for row in REFUSED])
+def test_what_one_might_write_first_raises(row, pack):
     grads = [(pack(*pair),) for pair in stream(PARAMS)]
     with pytest.raises((ValueError, TypeError)) as error:
-        list(run(use, use.instead_of, grads))
+        list(run(row, row.instead_of, grads))
     if pack is PerLoss:
         assert "PerLoss" in str(error.value) or "static_args" in str(error.value)
 
 
 def test_the_error_that_the_readme_shows():
-    dot, params = uses.NAMESPACE["dot"], {"w": jnp.ones(2)}
+    dot, params = optax_compositions.NAMESPACE["dot"], {"w": jnp.ones(2)}
     tx = optax.MultiSteps(dot(0.1), every_k_schedule=2)
     with pytest.raises(ValueError) as error:
         tx.update(PerLoss(params, params), tx.init(params), params)
@@ -90,15 +91,15 @@ def test_the_error_that_the_readme_shows():
         assert line in raised
 
 
-@pytest.mark.parametrize("use", uses.ELSEWHERE, ids=[use.what for use in uses.ELSEWHERE])
-def test_the_other_rows_name_tests_that_exist(use):
-    module, name = use.test.rsplit(".", 1)
+@pytest.mark.parametrize("row", optax_compositions.SNIPPETS, ids=[row.what for row in optax_compositions.SNIPPETS])
+def test_the_other_rows_name_tests_that_exist(row):
+    module, name = row.test.rsplit(".", 1)
     path = pathlib.Path(__file__).parent / f"{module.replace('.', '/')}.py"
     assert f"def {name}(" in path.read_text()
 
 
 def test_tree_get_and_set():
-    dot = uses.NAMESPACE["dot"]
+    dot = optax_compositions.NAMESPACE["dot"]
     params = {"w": jnp.ones(2)}
     tx = dot(0.1)
     _, state = tx.update((params, params), tx.init(params), params)
@@ -111,4 +112,4 @@ def test_tree_get_and_set():
 
 
 def test_the_readme_has_the_table():
-    assert uses.table() in README, "python -m tests.uses prints the table for the README"
+    assert optax_compositions.table() in README, "python -m tests.optax_compositions prints the table for the README"

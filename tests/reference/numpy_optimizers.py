@@ -1,7 +1,7 @@
 """DOT, and what Optax does before, after and around it, written by hand in NumPy.
 
-Each function makes a step `(theta, task, kd, **extra) -> update` over dicts of arrays; `uses.py` says to which line of
-Optax it belongs.
+Each function makes a step `(theta, task, kd, **extra) -> update` over dicts of arrays; `tests/optax_compositions.py`
+says to which line of Optax it belongs.
 """
 
 import functools
