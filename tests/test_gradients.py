@@ -1,6 +1,5 @@
 """`value_and_grads` against `jax.grad` of each loss, inside every transformation."""
 
-import functools
 import subprocess
 import sys
 
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl.testing import parameterized
 
 import dot_optax
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 
 def network(key):
@@ -37,24 +36,6 @@ def two_grads(loss_fn, params, *args):
     return PerLoss(*(jax.grad(lambda p, i=i: loss_fn(p, *args)[i])(params) for i in range(2)))
 
 
-class ValueAndGradsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters("plain", "remat", "scan", "custom_vjp")
-    def test_equals_one_jax_grad_per_loss(self, kind):
-        fn = {
-            "plain": loss_fn,
-            "remat": jax.checkpoint(loss_fn),
-            "scan": scanned_loss_fn,
-            "custom_vjp": custom_vjp_loss_fn,
-        }[kind]
-        values, grads = self.variant(dot_optax.value_and_grads(fn))(PARAMS, X, Y)
-        expected = self.variant(functools.partial(two_grads, fn))(PARAMS, X, Y)
-        assert isinstance(values, PerLoss) and isinstance(grads, PerLoss)
-        # The same operations on numbers of order one in float32, perhaps fused differently.
-        chex.assert_trees_all_close(values, fn(PARAMS, X, Y), rtol=1e-5)
-        chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
-
-
 def scanned_loss_fn(params, x, y):
     def body(total, example):
         return jax.tree.map(jnp.add, total, loss_fn(params, example[0][None], example[1][None])), None
@@ -72,6 +53,33 @@ scaled_tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (3.0 * g,))
 
 def custom_vjp_loss_fn(params, x, y):
     return loss_fn(jax.tree.map(scaled_tanh, params), x, y)
+
+
+KINDS = {
+    "plain": loss_fn,
+    "remat": jax.checkpoint(loss_fn),
+    "scan": scanned_loss_fn,
+    "custom_vjp": custom_vjp_loss_fn,
+}
+
+
+def check_against_one_grad_per_loss(fn, gradient):
+    values, grads = gradient(PARAMS, X, Y)
+    expected_values, expected = jax.jit(lambda *args: (fn(*args), two_grads(fn, *args)))(PARAMS, X, Y)
+    assert isinstance(values, PerLoss) and isinstance(grads, PerLoss)
+    # The same operations on numbers of order one in float32, perhaps fused differently.
+    chex.assert_trees_all_close(values, expected_values, rtol=1e-5)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_one_jax_grad_per_loss(kind):
+    check_against_one_grad_per_loss(KINDS[kind], jax.jit(dot_optax.value_and_grads(KINDS[kind])))
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS, "plain"))
+def test_equals_one_jax_grad_per_loss_without_jit(kind):
+    check_against_one_grad_per_loss(KINDS[kind], dot_optax.value_and_grads(KINDS[kind]))
 
 
 def test_two_jax_grads_in_one_jit_cost_the_same():

@@ -1,5 +1,7 @@
 """The distillation losses at the edges of the number formats; `test_dot.py` has the published values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def test_is_finite_for_extreme_logits(dtype, temperature):
 
     value = losses.kd_loss(student, teacher, temperature)
     assert value.dtype == dtype
-    for grad in jax.grad(total, argnums=(0, 1))(student, teacher):
+    for grad in jax.jit(jax.grad(total, argnums=(0, 1)))(student, teacher):
         assert grad.dtype == dtype
         assert jnp.isfinite(grad).all()
     if dtype != jnp.float16:  # 16 * 2e4 / 4 is beyond float16's largest number, 65504
@@ -51,11 +53,11 @@ def test_axis_and_where_select_the_classes():
     def masked(s):
         return losses.kd_loss(s, teacher, 2.0, where=where).sum()
 
-    grad = jax.grad(masked)(student)
+    grad = jax.jit(jax.grad(masked))(student)
     np.testing.assert_array_equal(grad[:, 3:], 0.0)
     np.testing.assert_allclose(
         grad[:, :3],
-        jax.grad(lambda s: losses.kd_loss(s, teacher[:, :3], 2.0).sum())(student[:, :3]),
+        jax.jit(jax.grad(lambda s: losses.kd_loss(s, teacher[:, :3], 2.0).sum()))(student[:, :3]),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -99,6 +101,7 @@ def in_float64(student, teacher, temperature):
     return (temperature**2 * kl)[..., 0], temperature * (p - q), temperature * q * (ratio - kl)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def with_gradients(student, teacher, temperature):
     def total(student, teacher):
         values = losses.kd_loss(student, teacher, temperature)
@@ -174,9 +177,10 @@ def test_second_derivatives_and_those_in_the_temperature():
     student, teacher = jnp.array([1.0, 2.0, 0.5, 0.3]), jnp.array([0.0, 1.0, 3.0, -1.0])
     for logits in (teacher, teacher.at[3].set(-jnp.inf)):
         p = np.exp(np.float64(student) / 2) / np.exp(np.float64(student) / 2).sum()
-        hessian = jax.hessian(losses.kd_loss)(student, logits, 2.0)
+        hessian = jax.jit(jax.hessian(losses.kd_loss))(student, logits, 2.0)
         np.testing.assert_allclose(hessian, np.diag(p) - np.outer(p, p), rtol=0, atol=1e-6)
-        for order, function in ((1, jax.grad(losses.kd_loss, 2)), (2, jax.grad(jax.grad(losses.kd_loss, 2), 2))):
+        first = jax.grad(losses.kd_loss, 2)
+        for order, function in ((1, jax.jit(first)), (2, jax.jit(jax.grad(first, 2)))):
             step, plain = 1e-2, lambda t, logits=logits: in_float64(student[None], logits[None], t)[0][0]
             expected = (
                 (plain(2 + step) - plain(2 - step)) / (2 * step)
@@ -189,8 +193,9 @@ def test_second_derivatives_and_those_in_the_temperature():
 
 def test_the_gradient_in_the_temperature_does_not_see_excluded_classes():
     student, teacher, where = jnp.array([1.0, 2.0, 0.5]), jnp.array([0.0, 1.0, 3.0]), jnp.array([True, True, False])
-    masked = jax.grad(lambda t: losses.kd_loss(student, teacher, t, where=where))(2.0)
-    np.testing.assert_allclose(masked, jax.grad(losses.kd_loss, 2)(student[:2], teacher[:2], 2.0), rtol=1e-5)
+    masked = jax.jit(jax.grad(lambda t: losses.kd_loss(student, teacher, t, where=where)))(2.0)
+    expected = jax.jit(jax.grad(losses.kd_loss, 2))(student[:2], teacher[:2], 2.0)
+    np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [3.0, 100.0])

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import dot_optax
 import dot_optax.nnx
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 Y = jnp.arange(8) % 2
@@ -75,7 +76,9 @@ def plain(params, x, key):
     return h @ params["head"]["kernel"] + params["head"]["bias"][None], h_mean
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "transform", [pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow), pytest.param(nnx.jit, id="jit")]
+)
 def test_two_calls_against_gradients_by_hand(transform):
     """BatchNorm's statistics move once a call, and one mask of Dropout serves both losses."""
     model = Student(nnx.Rngs(0))
@@ -397,7 +400,7 @@ def assert_trained(model, history, name, **kwargs):
     assert moved > 1e-2  # else there would be nothing to compare
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "dot"))
 def test_nnx_jit_and_nnx_optimizer(name):
     model, optimizer = make(OPTIMIZERS[name]())
     step = nnx.jit(train_step)
@@ -419,7 +422,7 @@ def test_nnx_scan_over_steps(name):
     assert optimizer.step[...] == STEPS
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", slow_but([2, 4], 4))
 def test_shard_map(devices):
     """The batch is divided among the devices; BatchNorm averages over them, and so do the losses.
 

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 import dot_optax
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 BETAS = st.floats(0.0, 0.99)
 # Up to four steps of some ten float64 roundings of numbers below 1e4.
@@ -118,7 +119,7 @@ def test_a_thousand_steps_in_bfloat16(params_dtype, accumulator_dtype):
     assert difference <= (stall if params_dtype == jnp.bfloat16 else 2**-12)
 
 
-@pytest.mark.parametrize("beta", [0.825, 0.975, 0.999])
+@pytest.mark.parametrize("beta", slow_but([0.825, 0.975, 0.999], 0.975))
 def test_a_hundred_thousand_steps_in_float32(beta):
     """A rounding error of a buffer fades with its momentum, so that it never grows beyond gain x 2**-24 of its size."""
 
