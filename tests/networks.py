@@ -25,6 +25,8 @@ def random(name, **options):
         if path[-1].key == "kernel":
             std = math.sqrt(2 / (math.prod(leaf.shape[:-2]) * leaf.shape[-1]))
             return rng.normal(scale=std, size=leaf.shape).astype(leaf.dtype)
+        if path[-1].key == "position":
+            return rng.normal(scale=0.02, size=leaf.shape).astype(leaf.dtype)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
 
     return graphdef, *jax.tree.map_with_path(fill, (params, rest))

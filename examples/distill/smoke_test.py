@@ -37,7 +37,11 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     numbers = whole.image_shape[0] * whole.image_shape[1] * whole.image_shape[2]
     most = max(_NUMBERS // numbers // devices, 1) * devices
     batch_size, eval_batch_size = min(config.batch_size, most), min(config.eval_batch_size, most)
-    images = {"train": _STEPS * batch_size, "validation": _BATCHES * eval_batch_size, "test": _BATCHES * eval_batch_size}
+    images = {
+        "train": _STEPS * batch_size,
+        "validation": _BATCHES * eval_batch_size,
+        "test": _BATCHES * eval_batch_size,
+    }
     dataset = whole._replace(**{split: getattr(whole, split)[:count] for split, count in images.items()})
     config.batch_size, config.eval_batch_size = batch_size, eval_batch_size
     shared = Shared(config, dataset, layout, preempted)
@@ -51,7 +55,9 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
         seconds = {job.name: _seconds(job, shared, whole) for job in tried}
     for job, value in seconds.items():
         print(f"{job:>15}: about {duration(value)}")
-    print(f"It works. Here the run would take about {duration(sum(seconds.values()))}, and the time to read its images.")
+    print(
+        f"It works. Here the run would take about {duration(sum(seconds.values()))}, and the time to read its images."
+    )
 
 
 def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:

@@ -2,35 +2,119 @@
 
 `build` makes a Flax NNX module and `split` takes it apart: a static `graphdef`, the `params` that the optimizer
 trains, and `rest`, everything else the model carries along (BatchNorm statistics, random state). Both trees are nested
-dicts of arrays, so checkpoints can be read without the model's code. `apply` runs them.
+dicts of arrays, so checkpoints can be read without the model's code. `apply` runs them. `register` adds a model.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+import traceback
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from examples.distill.models import cifar_resnet, mlp, mobilenet, resnet, shufflenetv2, vgg
-from examples.trainer.errors import UserError
+from examples.distill.models import (
+    cifar_resnet,
+    cnn,
+    mlp,
+    mobilenet,
+    resnet,
+    shufflenetv1,
+    shufflenetv2,
+    vgg,
+    vit,
+    wide_resnet,
+)
+from examples.trainer.errors import UserError, one_line
 
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp.MLP,
+    "fashion_cnn": cnn.CNN,
+    "vit": vit.ViT,
+    "resnet8": cifar_resnet.resnet8,
+    "resnet14": cifar_resnet.resnet14,
+    "resnet20": cifar_resnet.resnet20,
+    "resnet32": cifar_resnet.resnet32,
+    "resnet44": cifar_resnet.resnet44,
+    "resnet56": cifar_resnet.resnet56,
+    "resnet110": cifar_resnet.resnet110,
     "resnet8x4": cifar_resnet.resnet8x4,
     "resnet32x4": cifar_resnet.resnet32x4,
+    "wrn_16_1": wide_resnet.wrn_16_1,
+    "wrn_16_2": wide_resnet.wrn_16_2,
+    "wrn_40_1": wide_resnet.wrn_40_1,
+    "wrn_40_2": wide_resnet.wrn_40_2,
     "vgg8": vgg.vgg8,
+    "vgg11": vgg.vgg11,
     "vgg13": vgg.vgg13,
+    "vgg16": vgg.vgg16,
+    "vgg19": vgg.vgg19,
+    "mobilenetv2_half": mobilenet.mobilenetv2_half,
+    "shufflenetv1": shufflenetv1.ShuffleNetV1,
     "shufflenetv2": shufflenetv2.ShuffleNetV2,
+    "resnet50_small": resnet.resnet50_small,
     "resnet18_small": resnet.resnet18_small,
-    "mobilenetv2": mobilenet.MobileNetV2,
+    "mobilenetv2": mobilenet.mobilenetv2,
     "resnet18": resnet.resnet18,
     "resnet34": resnet.resnet34,
     "resnet50": resnet.resnet50,
     "mobilenetv1": mobilenet.MobileNetV1,
 }
+
+# Where the models of `register` were registered: (file, line).
+_registered: dict[str, tuple[str, int]] = {}
+
+_Network = TypeVar("_Network", bound=Callable[..., nnx.Module])
+
+
+def register(name: str) -> Callable[[_Network], _Network]:
+    """Adds a network under `name`, which configs then give as `model.name`. A decorator of a class or of a function:
+
+        @models.register("my_cnn")
+        class MyCNN(nnx.Module):
+            def __init__(self, num_classes, *, width=32, rngs):
+                self.conv = nnx.Conv(3, width, (3, 3), strides=2, rngs=rngs)
+                self.norm = nnx.BatchNorm(width, rngs=rngs)
+                self.classifier = nnx.Linear(width, num_classes, rngs=rngs)
+
+            def __call__(self, images):
+                return self.classifier(nnx.relu(self.norm(self.conv(images))).mean((1, 2)))
+
+    What is registered returns an NNX module when called with
+
+        num_classes     the number of logits
+        rngs            `nnx.Rngs`, for the initial parameters
+        **options       the other fields of `model` in the config, such as `width`
+
+    and, if it has a parameter of that name, with
+
+        input_shape     (height, width, channels) of an image
+        dtype           what to compute in: `config.dtype` as a NumPy dtype. Without this parameter it is float32.
+
+    The module is a function of images (batch, height, width, channels), normalized, in float32, and returns logits
+    (batch, num_classes) in float32. What it trains are its `nnx.Param`, in float32; whatever other variables it has are
+    kept from step to step. `nnx.BatchNorm` and `nnx.Dropout` are told when they train; for other layers, see
+    `nnx.Module.train`.
+
+    Raises:
+        UserError: if there is a model of this name. The same lines may run again.
+    """
+    if not isinstance(name, str):
+        raise UserError('a model is registered by a name: @models.register("NAME")')
+    caller = traceback.extract_stack(limit=2)[0]
+    place = (caller.filename, caller.lineno)
+    if name in _MODELS and _registered.get(name) != place:
+        by = " in {}, line {}".format(*_registered[name]) if name in _registered else ""
+        raise UserError(f"there is a model {name!r} already{by}; choose another name")
+
+    def add(network: _Network) -> _Network:
+        _MODELS[name], _registered[name] = network, place
+        return network
+
+    return add
 
 
 def build(
@@ -45,10 +129,10 @@ def build(
 ) -> nnx.Module:
     """Returns the model `name`, a function of images (batch, height, width, channels) that gives logits.
 
-    With `with_features=True` it gives (logits, list of intermediate features).
+    Those of this package give (logits, list of intermediate features) with `with_features=True`.
 
     Args:
-        name: one of those above.
+        name: one of those above, or of `register`.
         num_classes: number of logits.
         input_shape: (height, width, channels) of an image; of these, convolutional networks fix the channels only.
         dtype: what to compute in, such as "bfloat16"; default: that of images and parameters. Parameters, BatchNorm
@@ -59,10 +143,20 @@ def build(
     """
     check_name(name)
     dtype = _float_dtype(dtype)
+    network = _MODELS[name]
+    taken = _parameters(network)
+    if "input_shape" in taken:
+        options["input_shape"] = input_shape
+    if "dtype" in taken:
+        options["dtype"] = dtype
+    elif dtype not in (None, jnp.float32):
+        raise UserError(f"model {name!r} computes in float32 only: it has no parameter `dtype`")
     try:
-        model = _MODELS[name](num_classes, input_shape=input_shape, dtype=dtype, rngs=rngs, **options)
-    except TypeError as error:
-        raise UserError(f"cannot build model {name!r}: {error}") from error
+        model = network(num_classes, rngs=rngs, **options)
+    except Exception as error:  # whatever a network of the user's raises
+        raise UserError(f"cannot build model {name!r}: {_describe(error)}") from error
+    if not isinstance(model, nnx.Module) or not jax.tree.leaves(nnx.state(model, nnx.Param)):
+        raise UserError(f"model {name!r} is no NNX module with parameters (`nnx.Param`), but a {type(model).__name__}")
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = axis_name
@@ -91,17 +185,35 @@ def apply(
 def check_name(name: str) -> None:
     """Raises if there is no model of this name."""
     if name not in _MODELS:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(_MODELS))}")
+        raise UserError(f"unknown model {name!r}; known: {', '.join(_MODELS)}")
 
 
-def check_input(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...], name: str) -> None:
-    """Raises if images of this shape are too small for a network: if a feature map has no pixel left."""
+def check_input(
+    network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...], name: str, num_classes: int
+) -> None:
+    """Raises if a network cannot take images of this shape, or does not give float32 logits of `num_classes` classes."""
     graphdef, params, rest = network
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    run = functools.partial(apply, graphdef, train=False, with_features=True)
-    (_, features), _ = jax.eval_shape(run, params, rest, image)
-    if any(0 in feature.shape for feature in features):
-        raise UserError(f"images of {image_shape[0]} x {image_shape[1]} pixels are too small for {name}")
+    batch = 2
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    size = f"images of {' x '.join(map(str, image_shape[:2]))} pixels"
+    trace = jax.make_jaxpr(functools.partial(apply, graphdef, train=True), return_shape=True)
+    try:
+        jaxpr, (logits, _) = trace(params, rest, images)
+    except Exception as error:  # whatever a network of the user's raises
+        raise UserError(f"model {name!r} cannot take {size}: {_describe(error)}") from error
+    shapes = [output.aval.shape for equation in jaxpr.eqns for output in equation.outvars]
+    if any(shape[:1] == (batch,) and 0 in shape for shape in shapes):
+        raise UserError(f"{size} are too small for {name}")
+    wanted = jax.ShapeDtypeStruct((batch, num_classes), jnp.float32)
+    if logits != wanted:
+        raise UserError(f"model {name!r} gives {logits} for {batch} images; it must give logits like {wanted}")
+
+
+def _parameters(network: Callable[..., nnx.Module]) -> Collection[str]:
+    while isinstance(network, functools.partial):
+        network = network.func
+    # The metaclass of NNX hides the signature of a class.
+    return inspect.signature(network.__init__ if isinstance(network, type) else network).parameters
 
 
 def _float_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
@@ -111,3 +223,8 @@ def _float_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
     except TypeError:
         pass
     raise UserError(f"bad dtype {dtype!r} of a model: give a floating-point type, for example 'bfloat16'")
+
+
+def _describe(error: Exception) -> str:
+    kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+    return kind + one_line(error, 200)

@@ -1,6 +1,6 @@
 """ResNet (He et al., CVPR 2016), as torchvision defines it: the 3x3 convolution of a bottleneck carries the stride.
 
-`resnet18_small` is ResNet-18 for Tiny-ImageNet's 64 pixels: a 3x3 stem of stride 1 and no max pooling.
+`resnet18_small` and `resnet50_small` are those for images of 32 or 64 pixels: a 3x3 stem of stride 1 and no max pooling.
 """
 
 import functools
@@ -109,3 +109,4 @@ resnet18 = functools.partial(ResNet, block=BasicBlock, stage_sizes=(2, 2, 2, 2))
 resnet34 = functools.partial(ResNet, block=BasicBlock, stage_sizes=(3, 4, 6, 3))
 resnet50 = functools.partial(ResNet, block=Bottleneck, stage_sizes=(3, 4, 6, 3))
 resnet18_small = functools.partial(resnet18, small_images=True)
+resnet50_small = functools.partial(resnet50, small_images=True)

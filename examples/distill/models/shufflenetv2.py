@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from examples.distill.models.layers import ConvNet, ConvNorm
+from examples.distill.models.layers import ConvNet, ConvNorm, shuffle
 
 _STEM_FEATURES = 24
 _STAGES = ((116, 4), (232, 8), (464, 4))  # features, units
@@ -22,7 +22,7 @@ class Unit(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kept, changed = jnp.split(x, 2, axis=-1)
-        return _shuffle(jnp.concatenate([kept, self.branch(changed)], axis=-1))
+        return shuffle(jnp.concatenate([kept, self.branch(changed)], axis=-1), groups=2)
 
 
 class DownUnit(nnx.Module):
@@ -36,7 +36,7 @@ class DownUnit(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.pointwise(self.depthwise(x)))
-        return _shuffle(jnp.concatenate([y, self.branch(x)], axis=-1))
+        return shuffle(jnp.concatenate([y, self.branch(x)], axis=-1), groups=2)
 
 
 class ShuffleNetV2(ConvNet):
@@ -79,9 +79,3 @@ class _Branch(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.conv1(x))
         return nnx.relu(self.conv2(self.depthwise(x)))
-
-
-def _shuffle(x: jax.Array) -> jax.Array:
-    """Interleaves the two halves of the channels: a0 a1 ... b0 b1 ... becomes a0 b0 a1 b1 ..."""
-    *batch, channels = x.shape
-    return x.reshape(*batch, 2, channels // 2).swapaxes(-1, -2).reshape(x.shape)

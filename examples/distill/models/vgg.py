@@ -22,18 +22,18 @@ class VGG(ConvNet):
         num_classes: int,
         *,
         input_shape: tuple[int, ...],
-        convs_per_stage: int,
+        convs: tuple[int, ...],  # of each stage
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.stages = nnx.List()
         width = input_shape[-1]
-        for features in _FEATURES:
-            convs = nnx.List()
-            for _ in range(convs_per_stage):
-                convs.append(ConvNorm(width, features, use_bias=True, dtype=dtype, rngs=rngs))
+        for features, size in zip(_FEATURES, convs, strict=True):
+            stage = nnx.List()
+            for _ in range(size):
+                stage.append(ConvNorm(width, features, use_bias=True, dtype=dtype, rngs=rngs))
                 width = features
-            self.stages.append(convs)
+            self.stages.append(stage)
         self.classifier = nnx.Linear(width, num_classes, rngs=rngs)
 
     def feature_maps(self, images: jax.Array) -> list[jax.Array]:
@@ -49,5 +49,8 @@ class VGG(ConvNet):
         return maps
 
 
-vgg8 = functools.partial(VGG, convs_per_stage=1)
-vgg13 = functools.partial(VGG, convs_per_stage=2)
+vgg8 = functools.partial(VGG, convs=(1, 1, 1, 1, 1))
+vgg11 = functools.partial(VGG, convs=(1, 1, 2, 2, 2))
+vgg13 = functools.partial(VGG, convs=(2, 2, 2, 2, 2))
+vgg16 = functools.partial(VGG, convs=(2, 2, 3, 3, 3))
+vgg19 = functools.partial(VGG, convs=(2, 2, 4, 4, 4))
