@@ -49,7 +49,9 @@ def _train(
     teacher_path = _find_teacher(missing, settings, directory)
     shared = Shared(config, data.load(config.dataset), parallel.make_layout(config), preempted)
     for model in (config.teacher.model, config.student.model):
-        models.check_input(jobs.network_shapes(model, shared), shared.dataset.image_shape, model.name)
+        models.check_input(
+            jobs.network_shapes(model, shared), shared.dataset.image_shape, model.name, shared.dataset.num_classes
+        )
     teacher_job = jobs.teacher(shared, directory)
     for method in missing:  # A value that cannot be used should not wait for the teacher, nor leave a trace.
         jobs.student(method, shared, directory, teacher=None)
