@@ -1,7 +1,6 @@
-"""From a TFDS dataset to batches on the device: prepare, read, decode, augment, shuffle, batch, transfer.
+"""From stored images to batches on the device: augment, shuffle, batch, transfer, all of it by Grain.
 
-TFDS keeps the examples in ArrayRecord files, which can be read at random, and Grain does the rest; TensorFlow is not
-needed. A batch is a dict of arrays: `image` uint8 [batch, height, width, channels], as the network sees it but not yet
+Where the images come from, and how to bring one's own (`register`), stands in `sources.py`. A batch is a dict of arrays: `image` uint8 [batch, height, width, channels], as the network sees it but not yet
 normalized, and `label` int32 [batch]; evaluation batches also have `valid` bool [batch], which is False for the images
 that only fill up the batches.
 
@@ -13,29 +12,26 @@ are augmented, depends on the seed and on nothing else: not on the number of hos
 import contextlib
 import functools
 import gc
-import importlib.util
-import io
 import math
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import cloudpickle
 import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 from grain.experimental import ElasticIterator
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-import examples.distill.datasets  # noqa: F401  (registers the builders)
-from examples.distill import images, synthetic
+from examples.distill import images, sources, synthetic
+from examples.distill.sources import register as register
 from examples.trainer.errors import UserError, one_line
 
 Batch = dict[str, jax.Array]
@@ -60,41 +56,42 @@ class Dataset(NamedTuple):
 
 def load(config: ConfigDict) -> Dataset:
     """Opens the dataset that `config` (the `dataset` part of a config) describes, preparing it if need be."""
-    builder = _builder(config)
-    image_shape = (config.image_size, config.image_size, builder.info.features["image"].shape[-1])
-    num_classes = builder.info.features["label"].num_classes
+    _check(config)
+    if not config.synthetic:
+        sources.check_data_dir(config.data_dir)
+    num_classes = sources.num_classes(config)
+    image_shape = (config.image_size, config.image_size, len(config.mean))
     if config.synthetic:
-        sizes = synthetic.split_sizes(config.split_sizes)
-        preprocessing = images.PREPROCESSING["none"]
+        source = synthetic.source(config.split_sizes, image_shape, num_classes)
     else:
-        _check_image_size(builder, config)
-        if not builder.is_prepared() and jax.process_index() == 0:
-            _prepare(builder, config)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the dataset is prepared")
-            builder = _builder(config)
-        sizes = builder.info.splits
-        _check_complete(sizes, config, builder)
-        preprocessing = images.PREPROCESSING[config.preprocessing]
+        source = sources.open_dataset(config)
+        _check_complete(source, config)
+    parts = {name: _parts(source.sizes, name, config[name]) for name in ("train", "validation", "test")}
+    at_hand = config.in_memory or source.in_memory
+    read = functools.cache(source.read)
 
     @functools.cache  # A split that is named twice is read once.
-    def examples(split: str) -> grain.MapDataset:
-        if config.synthetic:
-            return synthetic.examples(sizes[split].num_examples, image_shape, num_classes)
-        return _read(builder, split, config.in_memory)
+    def examples(split: tuple[tuple[str, range], ...]) -> grain.MapDataset:
+        found = [read(name)[range_.start : range_.stop] for name, range_ in split]
+        joined = found[0] if len(found) == 1 else grain.MapDataset.concatenate(found)
+        if source.in_memory or not config.in_memory:
+            return joined
+        _check_memory(len(joined) * math.prod(image_shape), f"{len(joined)} images", "--config.dataset.in_memory=False")
+        # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read
+        # them takes 0.15 s one by one, and 0.41 s by `list(joined)`, which uses threads.
+        return grain.MapDataset.source([joined[i] for i in range(len(joined))])
 
-    names = ("train", "validation", "test")
-    for name in names:
-        _check_split(sizes, config, name)
-    at_hand = config.synthetic or config.in_memory
-    return Dataset(
-        **{name: examples(config[name]) for name in names},
+    dataset = Dataset(
+        **{name: examples(split) for name, split in parts.items()},
         num_classes=num_classes,
         image_shape=image_shape,
-        preprocessing=preprocessing,
+        preprocessing=images.PREPROCESSING["none" if config.synthetic else config.preprocessing],
         threads=0 if at_hand else _THREADS,
         workers=0 if at_hand else min(config.workers, _CORES),
     )
+    if dataset.workers:
+        _check_workers(dataset, source.title)
+    return dataset
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -103,6 +100,15 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     if steps == 0:
         raise UserError(f"batch size {batch_size} is larger than the training split ({len(dataset.train)} images)")
     return steps
+
+
+def eval_batch_size(dataset: Dataset, batch_size: int, devices: int) -> int:
+    """The batch size for evaluation that `devices` devices can share: rounded up, what is too much is padding.
+
+    It is never larger than the largest split needs, so that all splits are evaluated in batches of one shape.
+    """
+    needed = max(len(split) for split in (dataset.train, dataset.validation, dataset.test))
+    return -(-min(batch_size, needed) // devices) * devices
 
 
 @contextlib.contextmanager
@@ -120,9 +126,9 @@ def train_batches(
     dict, which Orbax saves beside the model: how many images were consumed, over all hosts. Its threads and processes
     end with the `with` block.
     """
-    augmented = _Augmented(dataset.preprocessing.augment, dataset.image_shape[0])
+    augmented = _Augmented(dataset.preprocessing.augment, dataset.image_shape)
     host = host or _this_host()
-    _check_divides(batch_size, host, "batch_size")
+    _check_batch(batch_size, host, dataset.image_shape, "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
     examples = dataset.train.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
     threads = 1 if dataset.workers else dataset.threads
@@ -147,16 +153,17 @@ def eval_batches(
     host: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[Batch]:
     """Every example of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
-    view, size = dataset.preprocessing.view, dataset.image_shape[0]
+    view, shape = dataset.preprocessing.view, dataset.image_shape
     host = host or _this_host()
-    _check_divides(batch_size, host, "eval_batch_size")
+    _check_batch(batch_size, host, shape, "eval_batch_size")
     local_batch = batch_size // host.shard_count
     first, step, count = host.shard_index, host.shard_count, len(examples)
 
     def example(slot: int) -> dict[str, Any]:
         index = first + slot * step
         found = examples[index if index < count else 0]
-        return {"image": view(found["image"], size), "label": found["label"], "valid": np.bool_(index < count)}
+        image = _checked(view(found["image"], shape[0]), shape)
+        return {"image": image, "label": found["label"], "valid": np.bool_(index < count)}
 
     slots = grain.MapDataset.range(math.ceil(count / batch_size) * local_batch)
     # By threads, also where training has worker processes, which would take longer to start than most splits to read.
@@ -186,11 +193,11 @@ def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
 class _Augmented:
     """Augments the image of an example. It is pickled only to worker processes, where it begins their work."""
 
-    def __init__(self, augment: Callable[..., np.ndarray], size: int) -> None:
-        self._augment, self._size = augment, size
+    def __init__(self, augment: images.Augment, shape: tuple[int, int, int]) -> None:
+        self._augment, self._shape = augment, shape
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        return example | {"image": self._augment(example["image"], self._size, rng)}
+        return example | {"image": _checked(self._augment(example["image"], self._shape[0], rng), self._shape)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -224,112 +231,77 @@ def _this_host() -> grain.sharding.ShardOptions:
     return grain.sharding.ShardOptions(shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
-def _check_divides(batch_size: int, host: grain.sharding.ShardOptions, field: str) -> None:
-    if batch_size % host.shard_count:
-        raise UserError(f"bad --config.{field}={batch_size}: it must be a multiple of the {host.shard_count} hosts")
-
-
-def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
+def _check(config: ConfigDict) -> None:
+    if config.preprocessing not in images.PREPROCESSING:
+        raise UserError(
+            f"unknown --config.dataset.preprocessing={config.preprocessing!r}; known: {', '.join(images.PREPROCESSING)}"
+        )
     try:
-        builder = tfds.builder(config.name, data_dir=config.data_dir or None, file_format="array_record")
-        features = builder.info.features
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"unknown --config.dataset.name={config.name!r}: this example and TFDS have no such builder"
-        ) from None
-    except Exception as error:  # TFDS raises whatever it stumbles over in what lies on disk.
-        reason = one_line(error)
-        if "File format is already set" in reason:
-            reason = "it was prepared in another file format; prepare it again, with --file_format=array_record"
-        raise UserError(
-            f"cannot open dataset {config.name!r} ({reason}); see examples/distill/README.md, or choose another folder"
-            " with --config.dataset.data_dir"
-        ) from error
-    if not {"image", "label"} <= set(features):
-        raise UserError(f"bad --config.dataset.name={config.name!r}: it is not a dataset of images with labels")
-    channels = features["image"].shape[-1]
+        images.check_pixels(config.image_size, config.image_size)
+    except OSError as error:
+        raise UserError(f"bad --config.dataset.image_size={config.image_size}: {error}") from error
     for field in ("mean", "std"):
-        if len(config[field]) != channels:
+        if len(config[field]) not in (1, 3) or len(config[field]) != len(config.mean):
             raise UserError(
-                f"bad --config.dataset.{field}={config[field]!r}: give one number for each channel; the images of"
-                f" {config.name!r} have {channels}"
+                f"bad --config.dataset.{field}={config[field]!r}: give one number for each channel, of which there are"
+                " one or three"
             )
-    return builder
 
 
-def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
-    is_ours = type(builder).__module__.startswith("examples.")  # and so needs no TensorFlow
-    if not config.prepare:
-        how = "--config.dataset.prepare=True or with tfds build" if is_ours else "tfds build"
-        raise UserError(
-            f"dataset {config.name!r} is not prepared in {builder.data_dir}; prepare it with {how}, see"
-            " examples/distill/README.md, or point --config.dataset.data_dir to the folder that has it"
-        )
-    if not is_ours and importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs TensorFlow; prepare it with tfds"
-            " build in an environment that has it, see examples/distill/README.md"
-        )
-    print(f"Preparing dataset {config.name!r} in {builder.data_dir}")
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()  # Its bars are redrawn a hundred times, which a log file cannot show.
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it does not know.
-            builder.download_and_prepare()
-    except (AssertionError, OSError, ValueError) as error:
-        # An AssertionError: TFDS asserts that files are there which it cannot download.
-        raise UserError(
-            f"cannot prepare dataset {config.name!r} in {builder.data_dir} ({one_line(error)}); choose another folder"
-            " with --config.dataset.data_dir, or see examples/distill/README.md"
-        ) from error
-
-
-def _check_image_size(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
-    stored = builder.info.features["image"].shape[:2]
-    if stored == (config.image_size, config.image_size) or images.PREPROCESSING[config.preprocessing].resizes:
-        return
-    pixels = "sizes of their own" if None in stored else f"{stored[0]} x {stored[1]} pixels"
-    raise UserError(
-        f"bad --config.dataset.image_size={config.image_size}: the images of {config.name!r} are stored with {pixels},"
-        f" and --config.dataset.preprocessing={config.preprocessing} keeps that"
-    )
-
-
-def _check_complete(splits: tfds.core.SplitDict, config: ConfigDict, builder: tfds.core.DatasetBuilder) -> None:
+def _check_complete(source: sources.Source, config: ConfigDict) -> None:
     for name, expected in config.split_sizes.items():
-        found = splits[name].num_examples if name in splits else 0
+        found = source.sizes[name].num_examples if name in source.sizes else 0
         if found != expected:
             raise UserError(
-                f"the dataset in {builder.data_dir} has {found} images in its split {name!r} instead of {expected};"
-                f" prepare it again from complete files, or say --config.dataset.split_sizes.{name}={found} if it is meant"
-                " to be another one"
+                f"{source.title} has {found} images in its split {name!r} instead of {expected}; prepare it again from"
+                f" complete files, or say --config.dataset.split_sizes.{name}={found} if it is meant to be another one"
             )
 
 
-def _check_split(splits: tfds.core.SplitDict, config: ConfigDict, name: str) -> None:
+def _parts(sizes: Mapping[str, Any], field: str, split: str) -> tuple[tuple[str, range], ...]:
+    """What a split such as `train[:90%]+test` consists of: names of stored splits and indices in them."""
     try:
-        if splits[config[name]].num_examples <= 0:
+        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
+        slices = [(each.splitname, slice(each.from_, each.to)) for each in instructions]
+        parts = [(name, range(sizes[name].num_examples)[slice_]) for name, slice_ in slices]
+        if not sum(len(indices) for _, indices in parts):
             raise ValueError("it has no images")
-    except ValueError as error:
-        raise UserError(f"bad --config.dataset.{name}={config[name]!r}: {error}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"bad --config.dataset.{field}={split!r}: {one_line(error)}") from error
+    return tuple((name, indices) for name, indices in parts if indices)
 
 
-def _read(builder: tfds.core.DatasetBuilder, split: str, in_memory: bool) -> grain.MapDataset:
-    channels, data_dir = builder.info.features["image"].shape[-1], str(builder.data_dir)
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+def _check_workers(dataset: Dataset, title: str) -> None:
+    try:
+        cloudpickle.dumps((dataset.train, dataset.preprocessing.augment))
+    except Exception as error:  # whatever objects of a user's raise
+        raise UserError(
+            f"{title} cannot be copied to worker processes ({one_line(error)}); make it an object that pickle can copy, or"
+            " say --config.dataset.workers=0"
+        ) from error
 
-    def read(index: int) -> dict[str, Any]:
-        try:
-            stored = source[index]
-            image = images.decode(stored["image"], channels)
-        except (OSError, RuntimeError) as error:  # RuntimeErrors come from ArrayRecord.
-            raise UserError(
-                f"the dataset in {data_dir} is damaged (image {index} of {split!r}: {one_line(error)}); delete that"
-                " folder and prepare the dataset again"
-            ) from error
-        return {"image": image, "label": np.int32(stored["label"])}
 
-    examples = grain.MapDataset.range(len(source)).map(read)
-    # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read them
-    # takes 0.15 s one by one, and 0.41 s by `list(examples)`, which uses threads.
-    return grain.MapDataset.source([examples[i] for i in range(len(examples))]) if in_memory else examples
+def _check_batch(batch_size: int, host: grain.sharding.ShardOptions, shape: tuple[int, int, int], field: str) -> None:
+    if batch_size % host.shard_count:
+        raise UserError(f"bad --config.{field}={batch_size}: it must be a multiple of the {host.shard_count} hosts")
+    # The batch itself and those ahead of it.
+    count = batch_size // host.shard_count * (1 + _BATCHES_AHEAD)
+    _check_memory(count * math.prod(shape), f"batches of {batch_size} images", f"a smaller --config.{field}")
+
+
+def _check_memory(size: int, what: str, remedy: str) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(
+            f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory; give {remedy}"
+        )
+
+
+def _checked(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """Raises if what a preprocessing made of an image is not what the network takes."""
+    if getattr(image, "dtype", None) != np.uint8 or image.shape != shape:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(
+            f"the preprocessing of --config.dataset.preprocessing gave {found} instead of uint8 {list(shape)}"
+        )
+    return image

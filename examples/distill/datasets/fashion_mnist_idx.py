@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from etils import epath
 
-from examples.distill.errors import UserError
+from examples.trainer.errors import UserError
 
 _DEBIAN = "/usr/share/datasets/fashion-mnist"
 _SPLITS = {"train": "train", "test": "t10k"}  # and how the names of their files begin
