@@ -31,7 +31,8 @@ def run(arguments: Arguments) -> None:
         there = identity.check(directory, settings)
         if jax.process_index() == 0:
             print(f"Working directory: {directory}")
-        missing = [method for method in settings.methods if not loop.is_finished(directory / method)]
+        epochs = settings.config.epochs
+        missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != epochs]
         if jax.process_count() > 1:
             _check_hosts_agree(settings, directory, missing)
         if missing:

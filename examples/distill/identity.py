@@ -9,6 +9,7 @@ import json
 
 from etils import epath
 
+from examples.distill import methods
 from examples.distill.configs import default
 from examples.distill.settings import Settings
 from examples.trainer import checkpoint, loop, records, workdir
@@ -44,17 +45,30 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
         return {}
     here, saved = _identity(settings), saved_jobs(directory)
     recorded = _plain(fields(default())) | there  # A field that came later has had its default's effect all along.
-    differences = [
-        f"{field} is {recorded.get(field)!r} there and {here.get(field)!r} here"
+    changed = [
+        field
         for field in here
-        if recorded.get(field) != here.get(field) and any(_depends(job, field, saved) for job in saved)
+        if recorded.get(field) != here[field] and any(_depends(job, field, saved) for job in saved)
     ]
-    if differences:
+    if changed == ["epochs"]:
+        _check_can_go_on(directory, recorded["epochs"], settings)
+    elif changed:
+        differences = [f"{field} is {recorded.get(field)!r} there and {here[field]!r} here" for field in changed]
         raise UserError(
             f"--workdir={directory} belongs to another config: {', '.join(differences)}; choose another --workdir, or"
             " delete that folder"
         )
     return there
+
+
+def _check_can_go_on(directory: epath.Path, before: int, settings: Settings) -> None:
+    """Raises if what was trained for so many epochs cannot be trained for as many as the config says."""
+    epochs = settings.config.epochs
+    reason = methods.why_not_longer(settings.config.optimizer)
+    if epochs < before:
+        reason = "a longer run cannot be made a shorter one; choose another --workdir"
+    if reason:
+        raise UserError(f"--workdir={directory} is of a run of {before} epochs and cannot go on to {epochs}: {reason}")
 
 
 def check_teacher(directory: epath.Path, there: records.Record, path: epath.Path, checksum: int) -> None:

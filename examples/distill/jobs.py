@@ -141,7 +141,7 @@ def _evaluate(name: str, problem: steps.Problem, teacher_variables: Variables | 
     """Returns `evaluate(variables, split)`, which gives means over a split, and how many images it has."""
     eval_step = steps.make_eval_step(problem)
     mesh = shared.layout.mesh
-    batch_size = -(-shared.config.eval_batch_size // mesh.size) * mesh.size  # Whatever is too much is padding.
+    batch_size = data.eval_batch_size(shared.dataset, shared.config.eval_batch_size, mesh.size)
     put = functools.partial(parallel.divide, mesh)
 
     def evaluate(variables: Variables, split: str) -> Record:

@@ -49,6 +49,16 @@ def is_finished(directory: epath.Path) -> bool:
     return (directory / "result.json").exists()
 
 
+def finished_epochs(directory: epath.Path) -> int:
+    """For how many epochs the job of this folder was trained to the end; 0 if it is not finished."""
+    if not is_finished(directory):
+        return 0
+    result = records.read_json(directory / "result.json")
+    if "epochs" in result:
+        return result["epochs"] or 0
+    return records.count_lines(directory / "metrics.jsonl")  # It was once not said.
+
+
 def fit(job: Job, settings: Settings) -> None:
     """Trains to the last epoch and writes the result."""
     try:
@@ -70,6 +80,7 @@ def write_result(job: Job, variables: Variables, progress: checkpoint.Progress |
             means[split] = job.evaluate(variables, name)
     result = {
         "method": job.name,
+        "epochs": progress and job.epochs,
         "seconds": progress and progress.seconds,
         "best": best and {"step": best.step, job.metrics.best: best.value},
         **{name: means[split] for name, split in job.splits.items()},

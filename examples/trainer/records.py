@@ -47,6 +47,11 @@ def read_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list
     return [_decode(line, keys, path) for line in lines[:count]]
 
 
+def count_lines(path: epath.Path) -> int:
+    """How many records a log has."""
+    return len(_read(path).splitlines())
+
+
 def keep_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list[Record]:
     """Keeps the first `count` records of a log, and returns them; with `count=0` it begins a new one."""
     kept = read_lines(path, count, keys) if count else []
