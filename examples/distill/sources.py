@@ -28,6 +28,7 @@ from examples.trainer.errors import UserError, one_line
 
 Function = Callable[[epath.Path | None], Mapping[str, Any]]
 
+_HERE = os.path.dirname(__file__)
 _LIBRARIES = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
@@ -209,9 +210,9 @@ def _open_registered(config: ConfigDict) -> Source:
     def read(name: str) -> grain.MapDataset:
         if isinstance(sources[name], _Arrays):
             return grain.MapDataset.source(sources[name])
-        found = _examples(sources[name], sizes[name].num_examples, name, f"{title}: {{}}", expected)
-        _ = found[0]  # What is wrong with all of them is said before anything is trained.
-        return found
+        examples = _Examples(sources[name], name, f"{title}: {{}}", expected)
+        _ = examples(0)  # What is wrong with all of them is said before anything is trained.
+        return grain.MapDataset.range(sizes[name].num_examples).map(examples)
 
     with _explained(title):
         sizes = {name: Size(len(source)) for name, source in sources.items()}
@@ -234,23 +235,24 @@ def _source(split: Any, expected: _Expected) -> Any:
     return _Arrays(pixels, labels.astype(np.int32))
 
 
-def _examples(
-    source: Any,
-    count: int,
-    split: str,
-    complaint: str,
-    expected: _Expected,
-    decode: Callable[[Any], Any] = lambda example: example,
-) -> grain.MapDataset:
-    def read(index: int) -> dict[str, Any]:
+class _Examples:
+    """The examples of a split, each decoded and checked. A class, since a closure would be part of the user's traceback."""
+
+    def __init__(self, source: Any, split: str, complaint: str, expected: _Expected, channels: int = 0) -> None:
+        self._source, self._split, self._complaint, self._expected = source, split, complaint, expected
+        self._channels = channels  # of encoded images; 0 where they are arrays
+
+    def __call__(self, index: int) -> dict[str, Any]:
         try:
-            return expected.checked(decode(source[index]))
+            example = self._source[index]
+            if self._channels:
+                example = {"image": images.decode(example["image"], self._channels), "label": example["label"]}
+            return self._expected.checked(example)
         except UserError:
             raise
         except Exception as error:  # ArrayRecord, Pillow and users raise what they like.
-            raise UserError(complaint.format(f"image {index} of {split!r}: {_reason(error)}")) from error
-
-    return grain.MapDataset.range(count).map(read)
+            reason = f"image {index} of {self._split!r}: {_reason(error)}"
+            raise UserError(self._complaint.format(reason)) from error
 
 
 def _open_tfds(config: ConfigDict) -> Source:
@@ -271,15 +273,13 @@ def _open_tfds(config: ConfigDict) -> Source:
     sizes, folder = builder.info.splits, str(builder.data_dir)
     complaint = f"the dataset in {folder} is damaged ({{}}); delete that folder and prepare the dataset again"
 
-    def decoded(stored: dict[str, Any]) -> dict[str, Any]:
-        return {"image": images.decode(stored["image"], expected.channels), "label": stored["label"]}
-
     def read(name: str) -> grain.MapDataset:
         try:
             source = builder.as_data_source(split=name, decoders={"image": tfds.decode.SkipDecoding()})
         except Exception as error:  # TFDS raises whatever it stumbles over in what lies on disk.
             raise UserError(complaint.format(one_line(error))) from error
-        return _examples(source, sizes[name].num_examples, name, complaint, expected, decoded)
+        examples = _Examples(source, name, complaint, expected, channels=expected.channels)
+        return grain.MapDataset.range(sizes[name].num_examples).map(examples)
 
     return Source(f"the dataset in {folder}", sizes, read, in_memory=False)
 
@@ -397,7 +397,10 @@ def _explained(what: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What was raised, and in which line of the user's file."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, os.path.dirname(__file__), "<"))]
+    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, _HERE, "<frozen"))]
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    where = f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
-    return f"{kind}{one_line(error)}{where}"
+    if not own:
+        return f"{kind}{one_line(error)}"
+    name = os.path.basename(own[-1].filename)
+    file = "" if name.startswith("<") else f"{name}, "  # A function that was copied to a worker process has lost it.
+    return f"{kind}{one_line(error)} ({file}line {own[-1].lineno})"

@@ -53,10 +53,11 @@ def _read(path: epath.Path, dimensions: int) -> np.ndarray:
         raise _bad(path.parent, f"no {name}.gz, nor {name}") from None
     except (OSError, EOFError, zlib.error) as error:  # All but the first say that the file is damaged.
         raise _bad(path.parent, f"cannot read {name}: {error}") from error
-    if content[:4] != bytes([0, 0, _UINT8, dimensions]):
+    header = 4 + 4 * dimensions
+    if content[:4] != bytes([0, 0, _UINT8, dimensions]) or len(content) < header:
         raise _bad(path.parent, f"{name} is no IDX file of unsigned bytes in {dimensions} dimensions")
-    shape = np.frombuffer(content[4 : 4 + 4 * dimensions].ljust(4 * dimensions, b"\0"), ">u4").tolist()
-    values = np.frombuffer(content[4 + 4 * dimensions :], np.uint8)
+    shape = np.frombuffer(content[4:header], ">u4").tolist()
+    values = np.frombuffer(content[header:], np.uint8)
     if values.size != math.prod(shape):
         raise _bad(path.parent, f"{name} has {values.size} values instead of {' x '.join(map(str, shape))}")
     return values.reshape(shape)
