@@ -143,14 +143,14 @@ def killed_with_workers(workspace):
 _ONLY_BEST = "--config.checkpoint_every_steps=1000000"
 
 
-def _terminate(workdir, start):
-    """Sends SIGTERM to the last of the processes that `start()` starts. Returns how long it took them to end."""
+def _terminate(workdir, start, number=signal.SIGTERM):
+    """Sends a signal to the last of the processes that `start()` starts. Returns how long it took them to end."""
     for _ in range(6):  # Now and then it comes after an epoch, where there is a checkpoint anyway, or after the last.
         shutil.rmtree(workdir / "dot", ignore_errors=True)
         runs = start()
         runs[0].wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
         time.sleep(0.1)
-        runs[-1].send(signal.SIGTERM)
+        runs[-1].send(number)
         (code, seconds), *others = [run.wait() for run in runs]
         if (workdir / "dot" / "result.json").exists():
             continue
@@ -164,18 +164,18 @@ def _terminate(workdir, start):
     raise AssertionError("nothing was saved within an epoch")
 
 
-def preempted(workspace):
-    workdir = workspace.with_teacher("preempted", workspace.long)
-    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, _ONLY_BEST)])
+def preempted(workspace, number):
+    workdir = workspace.with_teacher(f"preempted_{number}", workspace.long)
+    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, _ONLY_BEST)], number)
     assert seconds < 20
     workspace.finish(workdir, *LONG)
     _assert_same_bits(workdir, workspace.long)
     return f"saved and exited with 0 after {seconds:.1f} s; the next start ended with the bits of the undisturbed run"
 
 
-def preempted_on_one_of_two_hosts(workspace):
-    workdir = workspace.with_teacher("preempted_hosts", workspace.long)
-    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, _ONLY_BEST))
+def preempted_on_one_of_two_hosts(workspace, number):
+    workdir = workspace.with_teacher(f"preempted_hosts_{number}", workspace.long)
+    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, _ONLY_BEST), number)
     assert seconds < 20
     workspace.finish(workdir, *LONG)
     _assert_close(workdir, workspace.long)
@@ -304,6 +304,28 @@ def disk_full_of_logs(workspace):
     return "ended with an error that names the file; with room again the run had the bits of the undisturbed one"
 
 
+def unwritable_output(workspace, redirection):
+    """While NaN batches make it warn."""
+    workdir = workspace.with_teacher(f"output {len(redirection)}", workspace.short)
+    config, environment = _bad_batches(workspace, "{6}")
+    run = workspace.start(workdir, config, *SHORT, environment=environment, redirection=redirection)
+    code, _ = run.wait()
+    assert (code, run.output(), run.errors()) == (0, "", "")
+    assert _log(workdir / "dot")[0]["skipped_steps"] == 1
+    assert (workdir / "losses.png").stat().st_size > 10_000
+    return "trained to the end and drew the picture; what could not be shown was dropped"
+
+
+def ascii_terminal(workspace):
+    workdir = workspace.with_teacher("ascii", workspace.short)
+    run = workspace.start(workdir, *SHORT, environment={"PYTHONIOENCODING": "ascii"})
+    code, _ = run.wait()
+    assert code == 0, run.errors()
+    assert " +- 0.0" in run.output() and run.output().isascii()
+    assert (workdir / "losses.png").stat().st_size > 10_000
+    return "the table has +- for the sign that it cannot show"
+
+
 def nan_batches(workspace):
     workdir = workspace.with_teacher("nan", workspace.short)
     config, environment = _bad_batches(workspace, "{6, 21, 22, 84}")
@@ -339,15 +361,22 @@ def only_nan_batches(workspace):
 FAULTS = {
     "`kill -9` at random moments": killed_at_random_moments,
     "`kill -9` of a run with worker processes": killed_with_workers,
-    "SIGTERM": preempted,
+    "SIGTERM": functools.partial(preempted, number=signal.SIGTERM),
+    "SIGHUP, as when a terminal closes": functools.partial(preempted, number=signal.SIGHUP),
+    "SIGUSR1": functools.partial(preempted, number=signal.SIGUSR1),
     "SIGTERM to its worker processes as well": preempted_with_workers,
-    "SIGTERM on one of two hosts": preempted_on_one_of_two_hosts,
+    "SIGTERM on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGTERM),
+    "SIGUSR1 on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGUSR1),
     "`kill -9` of the second of two hosts": functools.partial(one_of_two_hosts_killed, victim=1),
     "`kill -9` of the first of two hosts": functools.partial(one_of_two_hosts_killed, victim=0),
     "checkpoints with a file cut in half, a bit flipped in a momentum, a part missing, a number changed": damaged,
     "no room for checkpoints, for a while": disk_full_for_a_while,
     "no room for checkpoints": disk_full_of_checkpoints,
     "no room for anything": disk_full_of_logs,
+    "stdout and stderr closed": functools.partial(unwritable_output, redirection=">&- 2>&-"),
+    "stdout and stderr on a full disk": functools.partial(unwritable_output, redirection=">/dev/full 2>&1"),
+    "stdout and stderr a pipe without a reader": functools.partial(unwritable_output, redirection="> >(true) 2>&1"),
+    "a terminal that knows ASCII alone": ascii_terminal,
     "batches whose loss is NaN": nan_batches,
     "only such batches": only_nan_batches,
 }

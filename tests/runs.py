@@ -31,9 +31,10 @@ LONG = (
 class Run:
     """The command, running in a process of its own."""
 
-    def __init__(self, arguments, environment):
+    def __init__(self, arguments, environment, redirection=""):
+        command = [sys.executable, "-m", "examples.distill", *arguments]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "examples.distill", *arguments],
+            ["bash", "-c", f'exec "$@" {redirection}', "bash", *command] if redirection else command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
@@ -125,7 +126,7 @@ class Workspace:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def start(self, workdir, *flags, devices=1, environment=None):
+    def start(self, workdir, *flags, devices=1, environment=None, redirection=""):
         arguments = [
             f"--workdir={workdir}",
             f"--config.dataset.data_dir={self.folder}",
@@ -133,7 +134,7 @@ class Workspace:
             *flags,
         ]
         devices = {"JAX_NUM_CPU_DEVICES": str(devices)}
-        return Run(arguments, self._environment | devices | (environment or {}))
+        return Run(arguments, self._environment | devices | (environment or {}), redirection)
 
     def start_two_hosts(self, workdir, *flags, each=((), ())):
         """Starts two processes with two devices each."""

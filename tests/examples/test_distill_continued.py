@@ -10,31 +10,31 @@ import pytest
 from examples.trainer import checkpoint
 
 
+@pytest.fixture
+def run(finished, tmp_path):
+    """The working directory of a finished run, to be changed."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
 def _lines(job):
     return [json.loads(line) | {"seconds": None} for line in (job / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_more_epochs_end_with_the_bits_of_a_longer_run(finished, distill, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    assert distill(tmp_path / "run", "--config.method=kd", "--config.epochs=8") == 0
+def test_more_epochs_end_with_the_bits_of_a_longer_run(run, distill, tmp_path, capsys):
+    # Results of before did not say for how many epochs.
+    result = json.loads((run / "kd" / "result.json").read_text())
+    (run / "kd" / "result.json").write_text(json.dumps({k: v for k, v in result.items() if k != "epochs"}))
+    flags = ("--config.method=kd", "--config.epochs=8")
+    assert distill(run, *flags) == 0
     table = capsys.readouterr().out
-    assert "8 epochs" in table and "DOT is finished for 6 epochs" in table
-    shutil.copytree(finished / "teacher", tmp_path / "whole" / "teacher")
-    assert distill(tmp_path / "whole", "--config.method=kd", "--config.epochs=8") == 0
-    run, whole = (checkpoint.load_variables(tmp_path / name / "kd") for name in ("run", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, run, whole)
-    assert _lines(tmp_path / "run" / "kd") == _lines(tmp_path / "whole" / "kd")
-    result = json.loads((tmp_path / "run" / "kd" / "result.json").read_text())
-    assert result["epochs"] == 8
-
-
-def test_results_that_do_not_say_their_epochs_are_continued_too(finished, distill, monkeypatch):
-    path = finished / "kd" / "result.json"
-    result = json.loads(path.read_text())
-    del result["epochs"]
-    path.write_text(json.dumps(result))
-    assert distill(finished, "--config.method=kd", "--config.epochs=7") == 0
-    assert [line["epoch"] for line in _lines(finished / "kd")] == [1, 2, 3, 4, 5, 6, 7]
+    assert "8 epochs" in table and "DOT was trained for 6 epochs" in table
+    shutil.copytree(run / "teacher", tmp_path / "whole" / "teacher")
+    assert distill(tmp_path / "whole", *flags) == 0
+    continued, whole = (checkpoint.load_variables(folder / "kd") for folder in (run, tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, continued, whole)
+    assert _lines(run / "kd") == _lines(tmp_path / "whole" / "kd")
+    assert json.loads((run / "kd" / "result.json").read_text())["epochs"] == 8
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_results_that_do_not_say_their_epochs_are_continued_too(finished, distil
         (["--config.teacher.epochs=3"], "teacher.epochs is 2 there and 3 here"),
     ],
 )
-def test_what_cannot_go_on(flags, reason, finished, distill, capsys):
-    assert distill(finished, *flags) == 1
+def test_what_cannot_go_on(flags, reason, run, distill, capsys):
+    assert distill(run, *flags) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert reason in line
 
@@ -80,9 +80,9 @@ def test_a_teacher_that_was_replaced_is_refused(finished, distill, tmp_path, cap
     assert not (tmp_path / "run" / "dot").exists()
 
 
-def test_a_teacher_in_the_working_directory_that_was_replaced_is_refused(finished, distill, capsys):
-    _change(finished / "teacher")
-    assert distill(finished, "--config.method=ce") == 1
+def test_a_teacher_in_the_working_directory_that_was_replaced_is_refused(run, distill, capsys):
+    _change(run / "teacher")
+    assert distill(run, "--config.method=ce") == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "is not the one that" in line
 
