@@ -15,6 +15,7 @@ from absl.testing import parameterized
 
 import dot_optax
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 SHAPES = {"w": (2, 3), "b": (3,), "scale": ()}
 PARAMS = {k: 1.0 + jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) / 7 for k, shape in SHAPES.items()}
@@ -104,12 +105,18 @@ OPTIMIZERS = {
     "three losses, Adam": Entry(three_losses_adam, losses=("ce", "hint", "kd"), accumulator_dtype="mu_dtype"),
 }
 
+
+def optimizers(quick):
+    """All of them; those that are not among the `quick` are marked as slow."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in OPTIMIZERS}
+    return [pytest.param(entry, id=name, marks=marks[name]) for name, entry in OPTIMIZERS.items()]
+
+
 # One of each kind; the others take as long again.
 QUICK = ("dot, L2, Nesterov", "scale_by_momenta", "dot_adamw")
-CASES = [
-    pytest.param(entry, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, entry in OPTIMIZERS.items()
-]
-for_every_optimizer = pytest.mark.parametrize("entry", CASES)
+for_every_optimizer = pytest.mark.parametrize("entry", optimizers(QUICK))
+# For tests that compile for seconds.
+for_every_optimizer_one_quick = pytest.mark.parametrize("entry", optimizers(QUICK[:1]))
 
 
 def steps(tx, entry, params, count=3, update=None):
@@ -227,7 +234,7 @@ def test_inject_hyperparams_gives_the_same_numbers(entry):
 
 
 @for_every_optimizer
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float16, jnp.float32], jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_updates_have_the_dtype_of_the_parameters(entry, dtype, scheduled):
     params = optax.tree.cast(PARAMS, dtype)
@@ -253,18 +260,18 @@ def test_gradient_accumulation(entry):
     chex.assert_trees_all_close(updates, expected, **ROUNDING)
 
 
-@for_every_optimizer
+@for_every_optimizer_one_quick
 def test_old_and_new_state_can_be_mixed(entry):
     tx = entry.make(optax.linear_schedule(0.1, 0.0, 10))
 
     @jax.jit
-    def maybe(condition, state):
-        _, new_state = tx.update(entry.grads(PARAMS), state, PARAMS)
+    def maybe(condition, state, grads):
+        _, new_state = tx.update(grads, state, PARAMS)
         return jax.lax.cond(condition, lambda: state, lambda: new_state)
 
-    state = tx.init(PARAMS)
-    chex.assert_trees_all_equal(maybe(True, state), state)
-    chex.assert_trees_all_close(maybe(False, state), tx.update(entry.grads(PARAMS), state, PARAMS)[1], **ROUNDING)
+    state, grads = tx.init(PARAMS), entry.grads(PARAMS)
+    chex.assert_trees_all_equal(maybe(True, state, grads), state)
+    chex.assert_trees_all_close(maybe(False, state, grads), tx.update(grads, state, PARAMS)[1], **ROUNDING)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
 
 
@@ -375,10 +382,11 @@ def test_every_kind_of_tree(entry, params):
     assert all(u.any() for u in jax.tree.leaves(updates))
 
 
-@for_every_optimizer
+@for_every_optimizer_one_quick
 def test_vmap_over_seeds_and_over_learning_rates(entry):
     rates = jnp.array([0.1, 0.2])
 
+    @jax.jit
     def run(seed, rate):
         params = jax.tree.map(lambda p: p * (1.0 + seed), PARAMS)
         return steps(entry.make(rate), entry, params)[0]
@@ -390,32 +398,31 @@ def test_vmap_over_seeds_and_over_learning_rates(entry):
             chex.assert_trees_all_close(one, run(float(i), rates[j]), **ROUNDING)
 
 
-@for_every_optimizer
+@for_every_optimizer_one_quick
 def test_scan_over_steps_with_donated_state(entry):
     tx = entry.make(0.1)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train(params, state, seeds):
-        def step(carry, seed):
+    def train(params, state, all_grads):
+        def step(carry, grads):
             params, state = carry
-            keys = jax.random.split(jax.random.key(seed), len(entry.losses))
-            grads = entry.container(*(optax.tree.random_like(key, params) for key in keys))
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), updates
 
-        (params, state), updates = jax.lax.scan(step, (params, state), seeds)
+        (params, state), updates = jax.lax.scan(step, (params, state), all_grads)
         return params, state, jax.tree.map(lambda u: u[-1], updates)
 
     params = jax.tree.map(jnp.copy, PARAMS)
     state = tx.init(params)
     donated = jax.tree.leaves((params, state))
-    _, new_state, updates = jax.block_until_ready(train(params, state, jnp.arange(3)))
+    all_grads = jax.tree.map(lambda *g: jnp.stack(g), *(entry.grads(PARAMS, seed) for seed in range(3)))
+    _, new_state, updates = jax.block_until_ready(train(params, state, all_grads))
     assert all(x.is_deleted() for x in donated)
     expected, expected_state = steps(tx, entry, PARAMS)
     chex.assert_trees_all_close((updates, new_state), (expected, expected_state), **ROUNDING)
 
 
-@for_every_optimizer
+@for_every_optimizer_one_quick
 def test_orbax_saves_and_restores_bit_for_bit(entry, tmp_path):
     tx = entry.make(optax.linear_schedule(0.1, 0.0, 10))
     update = jax.jit(tx.update)

@@ -72,7 +72,7 @@ def check_against_one_grad_per_loss(fn, gradient):
     chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "plain", "scan"))
 def test_equals_one_jax_grad_per_loss(kind):
     check_against_one_grad_per_loss(KINDS[kind], jax.jit(dot_optax.value_and_grads(KINDS[kind])))
 

@@ -11,6 +11,7 @@ import pytest
 
 import dot_optax
 from dot_optax import PerLoss
+from tests.tiers import slow_but
 
 PARAMS = {"body": jnp.ones((2, 3)), "pair": jnp.ones(3), "head": jnp.ones(2), "idle": jnp.ones(1)}
 BETAS = {"kd": 0.95, "ce": 0.8, "hint": 0.5}
@@ -168,7 +169,7 @@ def test_nothing_overflows_or_vanishes_before_the_learning_rate():
     assert ends[0] != ends[1]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float16, jnp.float32], jnp.bfloat16))
 @pytest.mark.parametrize(
     "make",
     [

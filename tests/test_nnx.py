@@ -85,15 +85,17 @@ def test_two_calls_against_gradients_by_hand(transform):
     params, key = nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.dropout.rngs.key[...]
     moved = np.zeros(4)
     gradient = transform(lambda model, *batch: dot_optax.nnx.value_and_grads(loss_fn)(model, *batch))
+    references = {
+        name: jax.jit(
+            jax.value_and_grad(lambda p, key, name=name: getattr(losses(plain(p, X, key)[0], Y, TEACHER_LOGITS), name))
+        )
+        for name in PerLoss._fields
+    }
     for call in range(2):
         values, grads = gradient(model, X, Y, TEACHER_LOGITS)
         mask_key = jax.random.fold_in(key, call)
         for name in PerLoss._fields:
-            value, expected = jax.jit(
-                jax.value_and_grad(
-                    lambda p, name=name, key=mask_key: getattr(losses(plain(p, X, key)[0], Y, TEACHER_LOGITS), name)
-                )
-            )(params)
+            value, expected = references[name](params, mask_key)
             close(getattr(values, name), value)
             close(pure(getattr(grads, name)), pure(expected))
         moved = 0.99 * moved + 0.01 * np.asarray(plain(params, X, mask_key)[1])

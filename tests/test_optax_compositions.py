@@ -50,12 +50,20 @@ def run(row, line, grads):
         yield row.view(params)
 
 
-CASES = [(row, nan) for row in optax_compositions.COMPOSITIONS for nan in ((0, 1) if row.nan else (None,))]
+# A row that varies the one above ("... of some parameters"), and a NaN in the second loss, are slow.
+CASES = [
+    pytest.param(
+        row,
+        nan,
+        id=f"{row.what}{'' if nan is None else f', NaN {nan}'}",
+        marks=pytest.mark.slow if row.what.startswith("...") or nan == 1 else (),
+    )
+    for row in optax_compositions.COMPOSITIONS
+    for nan in ((0, 1) if row.nan else (None,))
+]
 
 
-@pytest.mark.parametrize(
-    ("row", "nan"), CASES, ids=[f"{row.what}{'' if n is None else f', NaN {n}'}" for row, n in CASES]
-)
+@pytest.mark.parametrize(("row", "nan"), CASES)
 def test_it_does_what_numpy_does(row, nan):
     with jax.enable_x64(True):
         theta = row.params or PARAMS

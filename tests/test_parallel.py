@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dot_optax
+from tests.tiers import slow_but
 
 DEVICES = 4
 MESH = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
@@ -84,7 +85,7 @@ def _assert_same(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), actual, expected)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "dot, L2, Nesterov"))
 def test_shard_map_ends_where_one_device_ends(name):
     optimizer = optax.chain(OPTIMIZERS[name](), dot_optax.average_over("data"))
     step, params, state = _in_shard_map(optimizer), _params(), _stacked(optimizer.init(_params()))
