@@ -1,34 +1,41 @@
-"""What a finished experiment shows: a table, what it does and does not prove, and a picture of both losses."""
+"""What a finished experiment shows: a picture of both losses, a table, and what they do and do not prove."""
 
+import contextlib
+import io
 import math
+import secrets
+import sys
 from typing import Any
 
+import numpy as np
 from etils import epath
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 import dot_optax
 from examples.distill import methods
 from examples.distill.settings import Settings
 from examples.trainer import loop, records
 
-_LABELS = {"ce": "CE", "kd": "KD", "kd_gain_matched": "KD, gain-matched", "dot": "DOT"}
-_COLORS = {
-    "ce": "#7f7f7f",
-    "kd": "#0072b2",
-    "kd_gain_matched": "#009e73",
-    "dot": "#d55e00",
-}  # Safe for the color blind.
-
 _TEST_FIGURES = ("test.top1", "test.top5", "test.count")
+_PANELS = (
+    ("Task loss", "epoch", "cross-entropy"),
+    ("Distillation loss", "epoch", "T² KL(teacher ‖ student)"),
+    ("Loss plane", "task loss", "distillation loss"),
+)  # title, and what the axes show
+_MOST_TICKS = 6
+_EVALUATED = {"marker": "D", "markersize": 7, "markeredgecolor": "black", "linestyle": "", "zorder": 4}
+_LAST_EPOCH = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 3}
 
 Results = dict[str, dict[str, Any]]
+Curves = dict[str, list[dict[str, Any]]]
 
 
 def write(settings: Settings, name: str, directory: epath.Path) -> None:
-    """Prints the table of every finished method in `directory` and draws `losses.png` there."""
+    """Draws `losses.png` in `directory`, and prints the table of every method that is finished there."""
     config = settings.config
     finished = [method for method in methods.METHODS if loop.is_finished(directory / method)]
     results = {
@@ -39,23 +46,34 @@ def write(settings: Settings, name: str, directory: epath.Path) -> None:
         method: records.read_lines(directory / method / "metrics.jsonl", config.epochs, ("task_loss", "kd_loss"))
         for method in finished
     }
-    print(f"\n{name}, seed {config.seed}, {config.epochs} epochs; {_teacher(directory / 'teacher')}\n")
-    print(table(results))
-    print("\n" + "\n".join(notes(settings, results)) + "\n")
-    plot(curves, directory / "losses.png")
-    print(f"Picture: {directory / 'losses.png'}")
-    print(f"Metrics: {directory}/METHOD/metrics.jsonl; students: {directory}/METHOD/checkpoints")
+    _replace(directory / "losses.png", picture(curves, results))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    plus_minus = encodable("±", encoding).replace("?", "+-")
+    lines = [
+        f"\n{name}, seed {config.seed}, {config.epochs} epochs; {_teacher(directory / 'teacher', plus_minus)}\n",
+        table(results, plus_minus),
+        "",
+        *notes(settings, results, plus_minus),
+        f"\nPicture: {directory / 'losses.png'}",
+        f"Metrics: {directory}/METHOD/metrics.jsonl; students: {directory}/METHOD/checkpoints",
+    ]
+    print(encodable("\n".join(lines), encoding))
 
 
-def table(results: Results) -> str:
+def encodable(text: str, encoding: str) -> str:
+    """The text with a question mark for each character that a terminal of this encoding cannot show."""
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def table(results: Results, plus_minus: str = "±") -> str:
     """One column for each method. The losses are those of the final student over the whole training split."""
     rows = [
-        ("", *(_LABELS[method] for method in results)),
-        ("train task loss", *(_loss(r["train"], "task_loss") for r in results.values())),
-        ("train KD loss", *(_loss(r["train"], "kd_loss") for r in results.values())),
-        ("test top-1", *(_accuracy(r["test"], "top1") for r in results.values())),
-        ("test top-5", *(_accuracy(r["test"], "top5") for r in results.values())),
-        ("seconds", *(f"{r['seconds']:.1f}" for r in results.values())),
+        ("", *(methods.STYLES[method].label for method in results)),
+        ("train task loss", *(_figure(r["train"], "task_loss", ".4f") for r in results.values())),
+        ("train KD loss", *(_figure(r["train"], "kd_loss", ".4f") for r in results.values())),
+        ("test top-1", *(_accuracy(r["test"], "top1", plus_minus) for r in results.values())),
+        ("test top-5", *(_accuracy(r["test"], "top5", plus_minus) for r in results.values())),
+        ("seconds", *(_figure(r, "seconds", ".1f") for r in results.values())),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -64,77 +82,155 @@ def table(results: Results) -> str:
     )
 
 
-def notes(settings: Settings, results: Results) -> list[str]:
+def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[str]:
     """What a reader should know before believing the table."""
-    one_seed = "One seed. The ± is the standard error that comes from the size of the test split; seeds differ as well."
-    if set(results) == {"ce"}:
-        return [one_seed]
-    momentum = settings.config.optimizer.momentum
+    lines = [
+        f"One seed. The {plus_minus} is the standard error that comes from the size of the test split; seeds differ as"
+        " well."
+    ]
+    if "dot" in results:
+        lines += _what_dot_changes(settings)
+    if len(results) > 1:
+        lines.append(
+            "Every method has the same learning rate here, as in the paper; before you believe a difference, compare"
+            " each method at the learning rate that is best for it."
+        )
+    note = settings.config.report_note
+    return [*lines, note] if note else lines
+
+
+def _what_dot_changes(settings: Settings) -> list[str]:
+    optimizer = settings.config.optimizer
     dot = dot_optax.gains(*settings.betas)
-    plain, _ = dot_optax.gains(momentum, momentum)
+    plain, _ = dot_optax.gains(optimizer.momentum, optimizer.momentum)
+    task, kd = dot.task / plain, dot.kd / plain
+    if optimizer.name == "adamw":
+        return [
+            f"DOT's two momenta multiply a steady task gradient by {task:.3g} and a KD gradient by {kd:.3g}, where"
+            " AdamW multiplies both by 1.",
+            "--config.method=kd_gain_matched gives plain KD the same gains: only what DOT does better than that is due to"
+            " its two momenta.",
+        ]
     return [
-        one_seed,
         f"DOT's two momenta multiply a steady task gradient by {dot.task:.3g} and a KD gradient by {dot.kd:.3g}, where plain"
         f" momentum multiplies both by {plain:.3g}.",
-        f"--config.method=kd_gain_matched gives plain KD the same gains (task weight and L2 x {dot.task / plain:.3g}, KD"
-        f" weight x {dot.kd / plain:.3g}): only what DOT does better than that is due to its two momenta.",
-        "Every method has the same learning rate here, as in the paper; with one tuned for each method the difference"
-        " closes on digits: python -m benchmarks.digits_learning_rates",
+        f"--config.method=kd_gain_matched gives plain KD the same gains (task weight and L2 x {task:.3g}, KD weight x"
+        f" {kd:.3g}): only what DOT does better than that is due to its two momenta.",
     ]
 
 
-def plot(curves: dict[str, list[dict[str, Any]]], path: epath.Path) -> None:
-    """Draws both losses over the epochs, and the loss plane with a path for each method."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+def picture(curves: Curves, results: Results) -> bytes:
+    """Draws both losses over the epochs, and the loss plane with a path for each method; returns a PNG.
+
+    The lines are what a student had while it trained: means over the batches of an epoch, normalized, where there is
+    BatchNorm, by the statistics of each batch. The diamonds are the losses of the table: the final student, evaluated
+    on the whole training split, with running statistics. The two can rank methods differently.
+    """
+    distilled = [method for method, lines in curves.items() if lines[-1]["kd_loss"] is not None]  # had a teacher
+    figure = Figure(figsize=(12 if distilled else 5, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
-    over_epochs_task, over_epochs_kd, plane = figure.subplots(1, 3)
+    panels = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
+    for axes, (title, x_label, y_label) in zip(panels, _PANELS, strict=False):
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log")
+        axes.grid(True, alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
     for method, lines in curves.items():
+        label, color = methods.STYLES[method]
         epochs = range(1, len(lines) + 1)
-        task, kd = ([line[key] for line in lines] for key in ("task_loss", "kd_loss"))
-        style = {"color": _COLORS[method], "label": _LABELS[method], "linewidth": 1.2}
-        over_epochs_task.plot(epochs, task, **style)
-        if None in kd:  # trained without a teacher
-            continue
-        over_epochs_kd.plot(epochs, kd, **style)
-        plane.plot(task, kd, **style)
-        plane.plot(task[-1], kd[-1], "o", color=_COLORS[method], markersize=8, markeredgecolor="white", zorder=3)
-        first = {"xy": (task[0], kd[0]), "xytext": (-6, 0), "textcoords": "offset points"}
-    for axes, title, x_label, y_label in (
-        (over_epochs_task, "Task loss", "epoch", "cross-entropy"),
-        (over_epochs_kd, "Distillation loss", "epoch", "T² KL(teacher ‖ student)"),
-        (plane, "Loss plane", "task loss", "distillation loss"),
-    ):
-        _decorate(axes, title, x_label, y_label)
-    plane.set_xscale("log")
-    if plane.lines:
-        plane.annotate("first epoch", **first, ha="right", fontsize="small")
-    for axes in (over_epochs_task, over_epochs_kd):
-        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True))
-    over_epochs_task.legend(frameon=False)
+        task, kd = ([_positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
+        final_task, final_kd = (_positive(results[method]["train"].get(key)) for key in ("task_loss", "kd_loss"))
+        paths = [(epochs, task, epochs[-1], final_task)]
+        if method in distilled:
+            paths += [(epochs, kd, epochs[-1], final_kd), (task, kd, final_task, final_kd)]
+        for axes, (x, y, final_x, final_y) in zip(panels, paths, strict=False):
+            axes.plot(x, y, color=color, linewidth=1.2, label=label.replace("$", r"\$"))
+            axes.plot(x[-1], y[-1], color=color, **_LAST_EPOCH)
+            axes.plot(final_x, final_y, color=color, **_EVALUATED)
+    for axes in panels[:2]:
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True, min_n_ticks=1))
+    for axes in panels[2:]:
+        axes.set_xscale("log")
+        _set_ticks(axes.xaxis)
+    for axes in panels:
+        _set_ticks(axes.yaxis)
+    handles = [
+        *panels[0].get_legend_handles_labels()[0],
+        Line2D([], [], color="gray", label="last epoch, while training", **_LAST_EPOCH),
+        Line2D([], [], color="gray", label="final student, evaluated: the table", **_EVALUATED),
+    ]
+    columns = 5 if distilled else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
+    return png.getvalue()
+
+
+def _set_ticks(axis: Axis) -> None:
+    """Gives a logarithmic axis a few ticks with plain numbers, however small or large its range is."""
+    ticks = log_ticks(*axis.get_view_interval())
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticklabels(_labels(ticks))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most six ticks: powers of ten; else multiples of these; else, within a small range, evenly spaced ones."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / _MOST_TICKS)]
+    return [tick for tick in MaxNLocator(4).tick_values(low, high).tolist() if low <= tick <= high]
+
+
+def _labels(ticks: list[float]) -> list[str]:
+    """The ticks with as few digits as tell them apart."""
+    spacing = min(np.diff(ticks), default=math.inf)
+    for digits in range(1, 17):
+        labels = [_plain(tick, digits) for tick in ticks]
+        if all(abs(float(label) - tick) < spacing / 100 for label, tick in zip(labels, ticks, strict=True)):
+            break
+    return labels
+
+
+def _plain(number: float, digits: int) -> str:
+    if 1e-4 <= number < 1e5:
+        return np.format_float_positional(number, digits, fractional=False, trim="-")
+    return f"{number:.{digits}g}"
+
+
+def _replace(path: epath.Path, data: bytes) -> None:
+    """Replaces a file at one stroke; a link in its place is replaced too, not followed."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with records.writing(path):
-        figure.savefig(path, dpi=150)
+        try:
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
 
 
-def _decorate(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_yscale("log")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _teacher(job: epath.Path) -> str:
+def _teacher(job: epath.Path, plus_minus: str) -> str:
     if not loop.is_finished(job):
         return "no teacher"
-    return f"teacher: test top-1 {_accuracy(records.read_json(job / 'result.json', _TEST_FIGURES)['test'], 'top1')}"
+    result = records.read_json(job / "result.json", _TEST_FIGURES)
+    return f"teacher: test top-1 {_accuracy(result['test'], 'top1', plus_minus)}"
 
 
-def _loss(means: dict[str, Any], name: str) -> str:
-    return f"{means[name]:.4f}" if name in means else "-"
+def _positive(value: float | None) -> float:
+    """The value, or NaN for what a logarithmic axis cannot show."""
+    return value if value is not None and value > 0 else math.nan
 
 
-def _accuracy(means: dict[str, Any], name: str) -> str:
+def _figure(means: dict[str, Any], name: str, form: str) -> str:
+    value = means.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def _accuracy(means: dict[str, Any], name: str, plus_minus: str) -> str:
     """An accuracy with its binomial standard error."""
     accuracy, count = means[name], means["count"]
-    return f"{accuracy:.4f} ± {math.sqrt(accuracy * (1 - accuracy) / count):.4f}"
+    return f"{accuracy:.4f} {plus_minus} {math.sqrt(accuracy * (1 - accuracy) / count):.4f}"
