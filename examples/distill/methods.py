@@ -362,8 +362,8 @@ def _scale_by_gain_matched_adam(
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)  # The train step wants both memories.
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         del params

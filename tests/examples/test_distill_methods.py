@@ -214,6 +214,14 @@ def test_which_parameters_decay(method, name, decay_mask, only_kernels):
     assert all((update == 0 if only_kernels else update != 0).all() for update in others)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"name": "adamw"}, {"delta_warmup_epochs": 2}])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_no_two_parts_of_a_state_share_memory(method, overrides):
+    """The train step donates all of it, and XLA takes no buffer twice."""
+    leaves = jax.tree.leaves(_optimizer(method, **overrides).init(jax.tree.map(jnp.asarray, PARAMS)))
+    assert len({id(leaf) for leaf in leaves}) == len(leaves)
+
+
 def test_a_warm_up_of_delta_begins_as_kd():
     overrides = {"delta_warmup_epochs": 10_000}
     kd, _ = _train(_optimizer("kd"), steps=30)

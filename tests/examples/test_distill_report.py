@@ -55,11 +55,11 @@ def directory(tmp_path):
 def test_the_table():
     assert report.table(_results(["ce", "dot"])).splitlines() == [
         "                               CE               DOT",
-        "train task loss           0.0100            0.0200",
-        "train KD loss                  -            0.1000",
-        "test top-1       0.9000 ± 0.0141   0.9000 ± 0.0141",
-        "test top-5       1.0000 ± 0.0000   1.0000 ± 0.0000",
-        "seconds                     12.3              12.3",
+        "train task loss            0.0100            0.0200",
+        "train KD loss                   -            0.1000",
+        "test top-1        0.9000 ± 0.0141   0.9000 ± 0.0141",
+        "test top-5        1.0000 ± 0.0000   1.0000 ± 0.0000",
+        "seconds                      12.3              12.3",
     ]
 
 
