@@ -149,6 +149,45 @@ def test_the_learning_rate_drops_in_the_epochs_of_the_paper(name):
         np.testing.assert_allclose(schedule(steps * drop), rate, rtol=1e-6)
 
 
+_FASHION_MNIST = {
+    "method": "kd,kd_gain_matched,dot",
+    "dataset.name": "fashion_mnist_idx",
+    "dataset.image_size": 28,
+    "dataset.mean": (72.94,),
+    "dataset.std": (90.02,),
+    "dataset.preprocessing": "fashion_mnist",
+    "dataset.train": "train[:55000]",
+    "dataset.validation": "train[55000:]",
+    "dataset.test": "test",
+    "dataset.data_dir": "",
+    "teacher.train": True,
+    "teacher.optimizer.name": "sgd",
+    "optimizer.schedule": "cosine",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("fashion_mnist_cnn", {"optimizer.name": "sgd", "student.model.widths": (8, 16)}),
+        ("fashion_mnist_vit", {"optimizer.name": "adamw", "optimizer.delta_warmup_epochs": 1}),
+    ],
+)
+def test_fashion_mnist_needs_nothing_but_its_folder(name, own):
+    config, values, *_ = settings.validated(_config(name))
+    expected = _FASHION_MNIST | own
+    assert {field: values[field] for field in expected} == expected
+    assert (
+        "--config.dataset.data_dir=/usr/share/datasets/fashion-mnist"
+        in (_DISTILL / "configs" / f"{name}.py").read_text()
+    )
+    steps = 55_000 // config.batch_size
+    for optimizer, epochs in ((config.optimizer, config.epochs), (config.teacher.optimizer, config.teacher.epochs)):
+        schedule = methods.learning_rate_schedule(optimizer, steps, epochs)
+        np.testing.assert_allclose(schedule(steps), optimizer.learning_rate, rtol=1e-6)  # after the warm-up
+        np.testing.assert_allclose(schedule(epochs * steps), 0, atol=1e-9)
+
+
 def test_recipes_and_configs_state_the_published_accuracies():
     recipes = (_DISTILL / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*→.*)$", recipes, flags=re.MULTILINE))

@@ -1,0 +1,26 @@
+"""Fashion-MNIST: a small convolutional network teaches a small vision transformer, with AdamW.
+
+    python -m examples.distill --config=fashion_mnist_vit --config.dataset.data_dir=/usr/share/datasets/fashion-mnist
+
+The folder holds the four IDX files; this is where Debian's package `dataset-fashion-mnist` puts them. DOT is
+`dot_optax.dot_adamw` here, whose gains are 0.571 for the task gradient and 4 for the KD gradient, where AdamW has 1 and 1.
+"""
+
+from ml_collections import ConfigDict
+
+from examples.distill.configs._fashion_mnist import fashion_mnist
+
+
+def get_config() -> ConfigDict:
+    """One learning rate for every method; delta rises while the learning rate does."""
+    config = fashion_mnist()
+    config.epochs = 6
+    config.student.model = ConfigDict({"name": "vit", "depth": 4, "width": 64, "heads": 4, "patch_size": 7})
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1
+    config.optimizer.delta = 0.075
+    config.optimizer.delta_warmup_epochs = 1
+    return config
