@@ -7,6 +7,7 @@ import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 
 from examples.distill import data, images
@@ -199,3 +200,48 @@ def test_synthetic_data_have_the_shapes_and_sizes_of_the_dataset(config):
     assert batch["image"].shape == (32, 8, 8, 1)
     assert batch["image"].dtype == np.uint8
     assert set(np.asarray(batch["label"]).tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("size", [0, -5, 2**31, 10**30, 2.5, None, "many"])
+def test_sizes_of_synthetic_splits_that_make_no_sense(size, config):
+    config.synthetic = True
+    config.split_sizes = ConfigDict({"train": size}, type_safe=False)
+    with pytest.raises(UserError, match=r"bad --config\.dataset\.split_sizes\.train="):
+        data.load(config)
+
+
+def test_synthetic_data_without_sizes(config):
+    config.update(synthetic=True, split_sizes=ConfigDict())
+    config.split_sizes = ConfigDict()
+    with pytest.raises(UserError, match=r"synthetic data need --config\.dataset\.split_sizes"):
+        data.load(config)
+
+
+def test_large_synthetic_images_take_little_memory(config):
+    config.update(synthetic=True, image_size=8000)
+    dataset = data.load(config)
+    assert dataset.train[3]["image"].shape == (8000, 8000, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "size"),
+    [(450, 1, 450), (450, 4, 452), (3_000_000, 1, 900), (3_000_000, 7, 903), (900, 8, 904), (1, 4, 4), (901, 1, 900)],
+)
+def test_evaluation_needs_no_larger_batch_than_the_largest_split(batch_size, devices, size, dataset):
+    assert data.eval_batch_size(dataset, batch_size, devices) == size
+
+
+def test_a_larger_batch_changes_nothing(dataset):
+    small, large = (_valid(data.eval_batches(dataset, dataset.test, size)) for size in (900, 2000))
+    assert _identities(small) == _identities(large)
+
+
+def test_batches_that_no_memory_holds(dataset):
+    with pytest.raises(UserError, match=r"images take \S+ GB, .* give a smaller --config\.eval_batch_size"):
+        next(data.eval_batches(dataset, dataset.test, 10**13))
+
+
+def test_images_that_no_memory_holds(config, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10,000 bytes, and 900 images of 64
+    with pytest.raises(UserError, match=r"900 images take 0\.0 GB, .* give --config\.dataset\.in_memory=False"):
+        data.load(config)

@@ -3,6 +3,8 @@
 import io
 import itertools
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -69,17 +71,72 @@ def test_what_is_no_image_is_an_os_error(encoded):
         images.decode(encoded, 3)
 
 
-def test_pad_crop_flip_takes_every_window_and_its_mirror_image():
+def _empty_png(width, height):
+    """A PNG file without pixels; Pillow finds out its size, and asks no more."""
+
+    def chunk(content):
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT")
+
+
+def _as_large_as(encoded, width, height):
+    """Writes another size into the header of a JPEG file."""
+    start = encoded.index(b"\xff\xc0") + 5
+    return encoded[:start] + struct.pack(">HH", height, width) + encoded[start + 4 :]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        _empty_png(14_000, 14_000),  # Pillow's DecompressionBombError
+        _empty_png(10_000, 10_000),  # its DecompressionBombWarning
+        _as_large_as(_encode(_pixels(75, 100), format="jpeg"), 10_000, 10_000),
+    ],
+)
+def test_images_that_are_too_large_are_an_os_error(encoded):
+    with pytest.raises(OSError, match=r"limit of \d+ pixels"):
+        images.decode(encoded, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_an_os_error(dtype):
+    file = io.BytesIO()
+    Image.fromarray(np.ones((8, 8), dtype)).save(file, format="tiff")
+    with pytest.raises(OSError, match="more than 8 bits per channel"):
+        images.decode(file.getvalue(), 1)
+
+
+@pytest.mark.parametrize("format", ["png", "ppm", "ico"])
+def test_whatever_pillow_raises_is_an_os_error(format):
+    rng = np.random.default_rng(0)
+    intact = _encode(_pixels(32, 32), format=format)
+    causes = set()
+    for _ in range(100):
+        damaged = bytearray(intact)
+        for position in rng.integers(min(len(damaged), 100), size=3):
+            damaged[position] = rng.integers(256)
+        try:
+            images.decode(bytes(damaged[: rng.integers(len(damaged) // 2, len(damaged))]), 3)
+        except OSError as error:
+            causes.add(type(error.__cause__))
+    assert causes - {type(None)}  # Some of what was raised is no OSError of Pillow's.
+
+
+@pytest.mark.parametrize(("augment", "pad"), [("cifar", 4), ("fashion_mnist", 2)])
+def test_pad_crop_flip_takes_every_window_and_its_mirror_image(augment, pad):
     image = np.arange(1, 8 * 8 * 3 + 1, dtype=np.uint8).reshape(8, 8, 3)
-    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
     windows = {}
-    for top, left in itertools.product(range(9), range(9)):
+    count = (2 * pad + 1) ** 2
+    for top, left in itertools.product(range(2 * pad + 1), repeat=2):
         window = padded[top : top + 8, left : left + 8]
         windows |= {window.tobytes(): (top, left, False), window[:, ::-1].tobytes(): (top, left, True)}
-    assert len(windows) == 2 * 81
+    assert len(windows) == 2 * count
     rng = np.random.default_rng(0)
-    seen = [windows[images.pad_crop_flip(image, 8, rng).tobytes()] for _ in range(3000)]
-    assert len(set(seen)) == 2 * 81  # one is missed with a probability of 162 exp(-3000 / 162) = 1e-6
+    seen = [windows[images.PREPROCESSING[augment].augment(image, 8, rng).tobytes()] for _ in range(3000)]
+    assert len(set(seen)) == 2 * count  # one of 162 is missed with a probability of 162 exp(-3000 / 162) = 1e-6
     assert abs(sum(flipped for _, _, flipped in seen) / 3000 - 0.5) < 4 * math.sqrt(0.25 / 3000)
 
 
@@ -185,5 +242,5 @@ def test_evaluation_takes_the_centre_of_a_resized_image(height, width, resized, 
 
 def test_the_paper_views_small_images_as_they_are():
     image = _pixels(64, 64)
-    for name in ("none", "cifar", "tiny_imagenet"):
+    for name in ("none", "cifar", "fashion_mnist", "tiny_imagenet"):
         assert images.PREPROCESSING[name].view(image, 64) is image
