@@ -37,7 +37,8 @@ Curves = dict[str, list[dict[str, Any]]]
 def write(settings: Settings, name: str, directory: epath.Path) -> None:
     """Draws `losses.png` in `directory`, and prints the table of every method that is finished there."""
     config = settings.config
-    finished = [method for method in methods.METHODS if loop.is_finished(directory / method)]
+    trained = {method: loop.finished_epochs(directory / method) for method in methods.METHODS}
+    finished = [method for method, epochs in trained.items() if epochs == config.epochs]
     results = {
         method: records.read_json(directory / method / "result.json", ("seconds", "train.task_loss", *_TEST_FIGURES))
         for method in finished
@@ -54,6 +55,11 @@ def write(settings: Settings, name: str, directory: epath.Path) -> None:
         table(results, plus_minus),
         "",
         *notes(settings, results, plus_minus),
+        *(
+            f"{methods.STYLES[method].label} was trained for {epochs} epochs: --config.method={method} goes on with it."
+            for method, epochs in trained.items()
+            if epochs not in (0, config.epochs)
+        ),
         f"\nPicture: {directory / 'losses.png'}",
         f"Metrics: {directory}/METHOD/metrics.jsonl; students: {directory}/METHOD/checkpoints",
     ]

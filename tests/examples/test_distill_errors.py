@@ -25,6 +25,8 @@ CONFIGS = [
     "cifar100_r32x4_shufflev2",
     "cifar100_vgg13_vgg8",
     "digits",
+    "fashion_mnist_cnn",
+    "fashion_mnist_vit",
     "imagenet_r34_r18",
     "imagenet_r50_mobilenetv1",
     "tiny_imagenet_r18_mobilenetv2",
@@ -86,7 +88,7 @@ CONFIGS = [
         (["--config.dataset.workers=-1"], "error: bad --config.dataset.workers=-1: give a whole number that is not"),
         (
             ["--config.dataset.preprocessing=crop"],
-            "preprocessing='crop': give one of none, cifar, tiny_imagenet, imagenet",
+            "error: unknown --config.dataset.preprocessing='crop'; known: none, cifar, tiny_imagenet, imagenet",
         ),
         (
             ["--config.dataset.image_size=16"],
