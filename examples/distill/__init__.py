@@ -1,25 +1,22 @@
 """Knowledge distillation with and without DOT, from the dataset to the picture: `python -m examples.distill`.
 
     README.md       the recipes of the paper's experiments
+    your_own_experiment.md  how to bring your own data, network and method
     configs/        one experiment per file; start reading here
-    __main__.py     the process and its interruption
-    command_line.py which config, which overrides, errors as one line
-    settings.py     the fields of a config and the values that they may have
+    command_line.py the program; what it shares with others is in examples/trainer
+    settings.py     the values that the fields of a config may have
     experiment.py   teacher, then a student for every method, then the report
+    jobs.py         the teacher and the students, as the trainer takes them
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
-    steps.py        the train step and the evaluation step
-    parallel.py     how devices share the work of a step: jit, pmap or shard_map
-    train.py        the loop over steps: metrics, checkpoints, resuming
-    preemption.py   SIGTERM
-    log.py          progress bar, metrics.jsonl, TensorBoard
-    data.py         TFDS and Grain; datasets/ holds the TFDS builders
+    steps.py        what a train step and an evaluation step compute
+    sources.py      where images come from: TFDS, arrays, Grain; datasets/ holds those of this example
+    data.py         from there to batches on the devices
     images.py       decoding and augmentation, one image at a time
     synthetic.py    random images in the place of a dataset
     models/         Flax NNX modules, used as pure functions
-    checkpoint.py   Orbax
-    workdir.py      which config and which run a working directory belongs to
-    records.py      JSON files
+    identity.py     which config and which teacher a working directory belongs to
     report.py       table and picture
+    smoke_test.py   a config tried out without its data
     import_teacher.py   a command of its own: makes a teacher of a PyTorch state dict
 
 A working directory holds `config.json`, `losses.png`, and one folder for the teacher and for each method, with

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from examples.distill import methods, models
-from examples.distill.images import PREPROCESSING
 from examples.trainer import settings
 from examples.trainer.errors import UserError
 from examples.trainer.settings import COUNT, COUNTS, NOT_NEGATIVE, POSITIVE, WHOLE, Rule, each, number, one_of, rising
@@ -67,7 +66,6 @@ _RULES = settings.TRAINING | {
     "epochs": _EPOCHS,
     "image_size": COUNT,
     "workers": WHOLE,
-    "preprocessing": one_of(*PREPROCESSING),
     "hidden": COUNTS,
     "schedule": one_of("steps", "cosine"),
     "warmup_epochs": _WARMUP,

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import stat
 import sys
 import sysconfig
 import traceback
@@ -116,9 +117,9 @@ def check_data_dir(data_dir: str) -> None:
         return
     folder, reason = os.path.expanduser(data_dir), None
     try:
-        if not os.path.isdir(folder) and os.stat(folder):
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
             reason = "it is not a folder"
-        elif os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        elif not os.access(folder, os.R_OK | os.X_OK):
             reason = "it may not be read"
     except FileNotFoundError:
         return

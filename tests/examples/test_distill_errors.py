@@ -48,7 +48,7 @@ CONFIGS = [
         (["--config.zzz", "1"], "error: the config has no field 'zzz'; known: "),
         (
             ["--config.optimizer=3"],
-            "error: --config.optimizer is a section of the config; its fields: optimizer.delta, ",
+            "error: --config.optimizer is a section of the config; its fields: optimizer.b2, ",
         ),
         (["--confg=digits"], "confg"),
         (["digits"], "error: unexpected argument 'digits'"),

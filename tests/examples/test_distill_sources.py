@@ -19,6 +19,7 @@ from PIL import Image
 from examples.distill import data, images, sources
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
+from tests.tiers import slow_but
 
 _PIXELS = np.random.default_rng(0).integers(256, size=(40, 8, 8, 1), dtype=np.uint8)
 _LABELS = np.arange(40) % 3
@@ -581,13 +582,14 @@ with data.train_batches(dataset, 20, 0, 1) as batches:
 """
 
 
-def test_three_runs_prepare_the_dataset_of_a_users_builder_at_once(tmp_path):
+@pytest.mark.parametrize("count", slow_but([1, 3], 1))
+def test_runs_prepare_the_dataset_of_a_users_builder_at_once(count, tmp_path):
     (tmp_path / "user.py").write_text(textwrap.dedent(_BUILDER_FILE))
     command = [sys.executable, "-c", _LOAD, str(tmp_path / "user.py"), str(tmp_path / "data")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(3)]
-        assert [run.stdout.readline() for run in runs] == ["begin\n"] * 3
+        runs = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(count)]
+        assert [run.stdout.readline() for run in runs] == ["begin\n"] * count
         for run in runs:
             run.stdin.write("\n")
             run.stdin.flush()

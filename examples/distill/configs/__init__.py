@@ -22,17 +22,17 @@ def default() -> ConfigDict:
     config.report_note = ""  # what else a reader should know of this experiment; printed below the table
 
     config.dataset = ConfigDict()
-    config.dataset.name = None  # of the TFDS builder
+    config.dataset.name = None  # of a registered dataset (see sources.py) or a TFDS builder
     config.dataset.train = "train"  # splits, in the syntax of TFDS
     config.dataset.validation = None  # followed during training
     config.dataset.test = None  # evaluated once, after training
     config.dataset.image_size = None  # pixels on a side of what the networks see
-    config.dataset.preprocessing = None  # none, cifar, tiny_imagenet or imagenet: see images.py
+    config.dataset.preprocessing = None  # none, cifar, fashion_mnist, tiny_imagenet, imagenet, or a registered one
     config.dataset.mean = None  # per channel, in units of the stored pixels
     config.dataset.std = None
     config.dataset.in_memory = False  # decode once and keep; for data that fit
     config.dataset.workers = 0  # processes that decode and augment, at most one per core; 0: threads of this process
-    config.dataset.data_dir = ""  # empty: TFDS's default, ~/tensorflow_datasets
+    config.dataset.data_dir = ""  # the folder of the data; empty: for TFDS ~/tensorflow_datasets
     config.dataset.prepare = False  # build the dataset if it is not there yet, downloading it if need be
     config.dataset.synthetic = False  # random images of the same shapes, for benchmarks: nothing is read or decoded
     config.dataset.split_sizes = ConfigDict()  # images of each TFDS split, when complete; synthetic data have as many
@@ -75,9 +75,7 @@ def _optimizer() -> ConfigDict:
     config.b2 = 0.999  # adamw: the decay rate of the second moment
     config.eps = 1e-8  # adamw: added to the root of the second moment
     config.weight_decay = None  # sgd: coupled L2; adamw: decoupled, multiplied by the learning rate
-    config.decay_mask = (
-        ""  # what decays: all or kernels (no biases, scales, embeddings); empty: all (sgd), kernels (adamw)
-    )
+    config.decay_mask = ""  # what decays: all, or kernels alone; empty: all for sgd, kernels for adamw
     config.schedule = "steps"  # or cosine: down to 0 at the end of the last epoch
     config.warmup_epochs = 0  # the learning rate rises from 0 within these epochs, and each step
     config.drop_epochs = ()  # steps: after each of these epochs the learning rate is multiplied by ...

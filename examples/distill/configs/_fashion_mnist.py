@@ -25,7 +25,7 @@ def fashion_mnist() -> ConfigDict:
 
     config.teacher.model = ConfigDict({"name": "fashion_cnn", "widths": (32, 64)})
     config.teacher.train = True
-    config.teacher.epochs = 6
+    config.teacher.epochs = 5
     config.teacher.optimizer.learning_rate = 0.05
     config.teacher.optimizer.weight_decay = 5e-4
     config.teacher.optimizer.schedule = "cosine"

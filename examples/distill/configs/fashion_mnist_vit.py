@@ -14,7 +14,7 @@ from examples.distill.configs._fashion_mnist import fashion_mnist
 def get_config() -> ConfigDict:
     """One learning rate for every method; delta rises while the learning rate does."""
     config = fashion_mnist()
-    config.epochs = 6
+    config.epochs = 4
     config.student.model = ConfigDict({"name": "vit", "depth": 4, "width": 64, "heads": 4, "patch_size": 7})
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
