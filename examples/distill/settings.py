@@ -8,9 +8,23 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from examples.distill import methods, models
+from examples.distill.configs import default
 from examples.trainer import settings
 from examples.trainer.errors import UserError
-from examples.trainer.settings import COUNT, COUNTS, NOT_NEGATIVE, POSITIVE, WHOLE, Rule, each, number, one_of, rising
+from examples.trainer.settings import (
+    COUNT,
+    COUNTS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TEXT,
+    WHOLE,
+    YES_OR_NO,
+    Rule,
+    each,
+    number,
+    one_of,
+    rising,
+)
 
 
 class Settings(NamedTuple):
@@ -26,6 +40,8 @@ def validated(config: ConfigDict) -> Settings:
     """Returns the settings of a config; raises if a value makes no sense, with the flag that sets it."""
     fields = settings.fields(config)
     settings.check(fields, _RULES)
+    known = [*settings.fields(default()), "teacher.model.name", "student.model.name"]
+    settings.check_names(fields, known, free=("dataset.split_sizes", "optimizer"))
     if config.distillation.task_weight == config.distillation.kd_weight == 0:
         raise UserError(
             "bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0, so that there is"
@@ -61,7 +77,24 @@ _MOMENTUM = Rule(
 _EPOCHS = Rule(_whole(1, _MAX_EPOCHS), f"a whole number of at least 1 and at most {_MAX_EPOCHS:,}")
 _WARMUP = Rule(_whole(0, _MAX_EPOCHS), f"a whole number that is not negative, of at most {_MAX_EPOCHS:,}")
 
+_SPLIT = Rule(TEXT.holds, "a split, in the syntax of TFDS")
+_MODEL = Rule(lambda value: False, "a ConfigDict with the name of a model and its options")
 _RULES = settings.TRAINING | {
+    "method": Rule(TEXT.holds, "names of methods, separated by commas"),
+    "report_note": TEXT,
+    "dataset.name": TEXT,
+    "dataset.train": _SPLIT,
+    "dataset.validation": _SPLIT,
+    "dataset.test": _SPLIT,
+    "preprocessing": TEXT,
+    "in_memory": YES_OR_NO,
+    "prepare": YES_OR_NO,
+    "synthetic": YES_OR_NO,
+    "data_dir": TEXT,
+    "teacher.model": _MODEL,
+    "teacher.checkpoint": TEXT,
+    "teacher.train": YES_OR_NO,
+    "student.model": _MODEL,
     "seed": Rule(_whole(0, 2**32 - 1), "a whole number that is not negative, of at most 4,294,967,295"),
     "epochs": _EPOCHS,
     "image_size": COUNT,

@@ -1,8 +1,9 @@
 """The fields of a config: their names on the command line, and the values that they may have."""
 
+import difflib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -26,17 +27,37 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def check_names(values: Mapping[str, Any], known: Collection[str], free: Sequence[str] = ()) -> None:
+    """Raises if a config lacks a field or has one that would go unnoticed, as a file of a user's can.
+
+    Args:
+        values: the fields of a config.
+        known: the names of those that it must have; of `model`, a section may be there in its place.
+        free: the sections that may have further fields, unless these look like a known one.
+    """
+    for name in known:
+        if name not in values and not any(field.startswith(f"{name}.") for field in values):
+            raise UserError(f"the config lacks the field {name!r}; begin with configs.default()")
+    for field in values:
+        if field in known or any(field.startswith(f"{name}.") for name in known):
+            continue
+        close = difflib.get_close_matches(field, known, n=1, cutoff=0.85)
+        if close or not any(field.startswith(f"{section}.") for section in free):
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise UserError(f"the config has no field {field!r}; {hint}")
+
+
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Raises if a value makes no sense, with the flag that sets it.
 
     Args:
         values: the fields of a config.
-        rules: by the last part of a field's name: it means the same in every section.
+        rules: by a field's name, or by the last part of it: most mean the same in every section.
     """
     for field, value in values.items():
         if value is None:
             raise UserError(f"--config.{field} is not set, and this config gives no default")
-        rule = rules.get(field.rpartition(".")[2])
+        rule = rules.get(field) or rules.get(field.rpartition(".")[2])
         if rule and not rule.holds(value):
             raise UserError(f"bad --config.{field}={value!r}: give {rule.expected}")
 
@@ -61,6 +82,8 @@ def one_of(*names: str) -> Rule:
     return Rule(lambda value: value in names, f"one of {', '.join(names)}")
 
 
+TEXT = Rule(lambda value: isinstance(value, str), "a text")
+YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
 WHOLE = Rule(whole(0), "a whole number that is not negative")
 COUNT = Rule(whole(1), "a whole number of at least 1")
 COUNTS = Rule(each(whole(1)), "whole numbers of at least 1, separated by commas")
@@ -77,5 +100,7 @@ TRAINING = {
     "max_consecutive_skips": COUNT,
     "parallel": one_of("jit", "pmap", "shard_map"),
     "devices": WHOLE,
+    "shard_params": YES_OR_NO,
+    "gradient_metrics": YES_OR_NO,
     "dtype": one_of("float32", "bfloat16"),
 }
