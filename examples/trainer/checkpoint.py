@@ -284,12 +284,19 @@ def _read(folder: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:
     ):
         items = {}
         for name, item in like.items():
-            item = arrays.metadata(folder / name).item_metadata.tree if item is None else item
+            item = _number_lists(arrays.metadata(folder / name).item_metadata.tree) if item is None else item
             # To NumPy: the devices that saved it need not be there.
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), item)
             items[name] = arrays.restore(folder / name, target)
         _check(records.restore(folder / "progress"), items)
     return items
+
+
+def _number_lists(tree: Any) -> Any:
+    """Makes numbers of the indices of lists, which Orbax returns as strings: "10" would come before "2"."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {int(key) if key.isdecimal() else key: _number_lists(value) for key, value in tree.items()}
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -783,6 +783,13 @@ def test_a_run_uses_an_imported_teacher_and_does_not_train_it(distill, tmp_path,
     assert "Nothing left to train" in capsys.readouterr().out
 
 
+def test_the_order_of_more_than_ten_layers_is_kept(tmp_path):
+    params = {"layers": {i: {"kernel": np.full(3, i, np.float32)} for i in range(12)}}
+    checkpoint.save_variables(tmp_path, params, {})
+    loaded, _ = checkpoint.load_variables(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
 def test_home_folders(tensors, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     safetensors.numpy.save_file(tensors, tmp_path / "teacher.safetensors")
