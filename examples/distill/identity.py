@@ -50,7 +50,7 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
         for field in here
         if recorded.get(field) != here[field] and any(_depends(job, field, saved) for job in saved)
     ]
-    if changed == ["epochs"]:
+    if changed == ["epochs"] and isinstance(recorded["epochs"], int):
         _check_can_go_on(directory, recorded["epochs"], settings)
     elif changed:
         differences = [f"{field} is {recorded.get(field)!r} there and {here[field]!r} here" for field in changed]

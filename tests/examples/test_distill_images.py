@@ -108,7 +108,7 @@ def test_more_than_8_bits_are_an_os_error(dtype):
         images.decode(file.getvalue(), 1)
 
 
-@pytest.mark.parametrize("format", ["png", "ppm", "ico"])
+@pytest.mark.parametrize("format", ["ppm", "ico"])
 def test_whatever_pillow_raises_is_an_os_error(format):
     rng = np.random.default_rng(0)
     intact = _encode(_pixels(32, 32), format=format)

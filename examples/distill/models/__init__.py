@@ -166,7 +166,7 @@ def build(
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     """Returns (graphdef, params, rest)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    return graphdef, nnx.to_pure_dict(params), jax.tree.map(_without_key_type, nnx.to_pure_dict(rest))
 
 
 def apply(
@@ -180,6 +180,14 @@ def apply(
     model.train() if train else model.eval()
     outputs = model(images, **options)
     return outputs, split(model)[2]
+
+
+def _without_key_type(leaf: Any) -> Any:
+    """The numbers of a random key, such as Dropout's, with which it is a key as well; they can be saved."""
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    numbers = functools.partial(jax.eval_shape, jax.random.key_data)
+    return numbers(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.random.key_data(leaf)
 
 
 def check_name(name: str) -> None:
