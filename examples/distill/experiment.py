@@ -15,7 +15,7 @@ from examples.distill import data, identity, jobs, methods, models, report, smok
 from examples.distill.jobs import Shared
 from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
-from examples.trainer import checkpoint, loop, parallel, preemption, workdir
+from examples.trainer import checkpoint, loop, parallel, paths, preemption, workdir
 from examples.trainer.command_line import Arguments
 from examples.trainer.errors import UserError
 
@@ -27,7 +27,7 @@ def run(arguments: Arguments) -> None:
     if arguments.smoke_test:
         smoke_test.run(settings, arguments.name, preempted)
         return
-    directory = epath.Path(arguments.workdir).expanduser().absolute()
+    directory = paths.resolve(arguments.workdir, "--workdir")
     with workdir.claim(directory):
         there = identity.check(directory, settings)
         if jax.process_index() == 0:
@@ -97,7 +97,7 @@ def _find_teacher(missing: list[str], settings: Settings, directory: epath.Path)
     teacher = settings.config.teacher
     wanted = f"a {teacher.model.name} (import one with python -m examples.distill.import_teacher, or train one)"
     if teacher.checkpoint:
-        folder = epath.Path(teacher.checkpoint).expanduser().absolute()
+        folder = paths.resolve(teacher.checkpoint, "--config.teacher.checkpoint")
         if not checkpoint.has_network(folder):
             inside = [path.parent for path in folder.glob("*/checkpoints") if checkpoint.has_network(path.parent)]
             hint = f"did you mean {inside[0]}?" if inside else f"give the folder of {wanted}"

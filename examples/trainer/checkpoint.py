@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,9 +27,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from examples.trainer import paths
 from examples.trainer.errors import UserError, one_line
 from examples.trainer.log import warn
-from examples.trainer.records import writing
+from examples.trainer.records import reading, writing
 from examples.trainer.step import TrainState
 
 _REMEDY = "; restore that folder, or delete it"
@@ -183,8 +183,8 @@ class Checkpoints:
         for step, error in damaged.items():
             with writing(folder):
                 folder.mkdir(exist_ok=True)
-                shutil.rmtree(folder / str(step), ignore_errors=True)
-                (self._directory / str(step)).rename(folder / str(step))
+                (folder / str(step)).rmtree(missing_ok=True)
+                paths.move(self._directory / str(step), folder / str(step))
             warn(f"{error}; it is now in {folder}, and training goes on from step {intact}")
 
     def _settle(self, *, go_on: bool = True) -> None:
@@ -198,8 +198,12 @@ class Checkpoints:
         """Removes what a failed save left, and reports it."""
         found = re.search(r": ([^:]+) \[os_error_code=", str(error))  # the end of what TensorStore says
         reason = found[1] if found else one_line(error, 200)
-        shutil.rmtree(self._directory / f"{self._saving}.orbax-checkpoint-tmp", ignore_errors=True)
-        self._manager.reload()
+        with reading(self._directory):
+            self._manager.reload()
+        if self._saving not in self._manager.all_steps():
+            for name in (f"{self._saving}.orbax-checkpoint-tmp", str(self._saving)):  # The other one is for buckets.
+                with contextlib.suppress(Exception):
+                    (self._directory / name).rmtree()
         step = self._manager.latest_step()
         message = f"cannot save the checkpoint {self._directory / str(self._saving)} ({reason})"
         kept = "no other was saved" if step is None else f"the latest is that of step {step}"
@@ -226,13 +230,15 @@ class _Manager(ocp.CheckpointManager):
 
 def check_path(folder: epath.Path) -> None:
     """Raises if Orbax can write to the folder, but would not find there what it wrote."""
-    if re.search(r"\[.*\]", str(folder.absolute())):
+    if re.search(r"\[.*\]", str(paths.resolve(folder))):
         raise UserError(f"no checkpoints can be in {folder}: Orbax takes [ ] in a path for a pattern; use other names")
 
 
 def saved_steps(job_dir: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints that were saved to the end, in order."""
-    return sorted(ocp.utils.checkpoint_steps(_directory(job_dir)))
+    folder = _directory(job_dir)
+    with reading(folder):
+        return sorted(ocp.utils.checkpoint_steps(folder))
 
 
 def save_variables(job_dir: epath.Path, params: Any, rest: Any) -> None:
@@ -243,12 +249,14 @@ def save_variables(job_dir: epath.Path, params: Any, rest: Any) -> None:
 
 def is_imported(job_dir: epath.Path) -> bool:
     """Whether the network comes from `save_variables`: training saves after a step, hence never at step 0."""
-    return (_directory(job_dir) / "0").is_dir()
+    return 0 in saved_steps(job_dir)
 
 
 def has_network(job_dir: epath.Path) -> bool:
     """Whether the folder holds a network to be used: imported, or trained to the end."""
-    return is_imported(job_dir) or (bool(saved_steps(job_dir)) and (job_dir / "result.json").exists())
+    steps = saved_steps(job_dir)
+    with reading(job_dir):
+        return 0 in steps or (bool(steps) and (job_dir / "result.json").exists())
 
 
 def load_variables(job_dir: epath.Path, step: int | None = None) -> tuple[Any, Any]:
@@ -373,4 +381,4 @@ def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -
 
 
 def _directory(job_dir: epath.Path) -> epath.Path:
-    return (epath.Path(job_dir) / "checkpoints").absolute()  # Orbax takes absolute paths only.
+    return paths.resolve(job_dir) / "checkpoints"  # Orbax takes absolute paths only.

@@ -132,7 +132,7 @@ class Log:
     def close(self) -> None:
         self._bar.close()
         if self._events:
-            with contextlib.suppress(OSError):  # Every epoch was written when it ended.
+            with contextlib.suppress(Exception):  # Every epoch was written when it ended.
                 self._events.close()
 
     def _means(self) -> dict[str, float]:

@@ -46,7 +46,8 @@ def settings(config: ConfigDict, layout: Layout, preempted: Callable[[], bool]) 
 
 def is_finished(directory: epath.Path) -> bool:
     """Whether the job of this folder needs no more training."""
-    return (directory / "result.json").exists()
+    with records.reading(directory):
+        return (directory / "result.json").exists()
 
 
 def finished_epochs(directory: epath.Path) -> int:

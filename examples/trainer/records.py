@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from examples.trainer.errors import UserError
+from examples.trainer import paths
+from examples.trainer.errors import UserError, one_line
 
 Record = dict[str, Any]
 
@@ -18,15 +19,41 @@ def writing(path: epath.Path) -> Iterator[None]:
     """Explains why a file cannot be written, as on a full disk."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # For buckets there are more kinds than OSErrors.
         raise UserError(
-            f"cannot write {path} ({error.strerror}); put this right, and the same command goes on from the latest"
+            f"cannot write {path} ({_reason(error)}); put this right, and the same command goes on from the latest"
             " checkpoint"
         ) from error
 
 
+@contextlib.contextmanager
+def reading(path: epath.Path) -> Iterator[None]:
+    """Explains why it cannot be known what is in a folder, as when it may not be searched."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"cannot read {path} ({_reason(error)})") from error
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file. An interruption leaves the old one or the new one, never half of one."""
+    with writing(path):
+        if paths.in_bucket(path):
+            path.write_bytes(content)
+            return
+        unfinished = path.with_suffix(".tmp")
+        unfinished.unlink(missing_ok=True)  # It may be a link, which "x" does not follow.
+        try:
+            with open(unfinished, "xb") as file:
+                file.write(content)
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
 def write_json(path: epath.Path, record: Record) -> None:
-    _replace(path, json.dumps(record, indent=2) + "\n")
+    _write(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_json(path: epath.Path, keys: Collection[str] = ()) -> Record:
@@ -35,8 +62,8 @@ def read_json(path: epath.Path, keys: Collection[str] = ()) -> Record:
 
 
 def append_line(path: epath.Path, record: Record) -> None:
-    with writing(path), path.open("a") as file:
-        file.write(_line(record))
+    lines = _read(path) if path.exists() else ""
+    _write(path, lines + _line(record))  # as a whole: in a bucket nothing can be appended
 
 
 def read_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list[Record]:
@@ -55,7 +82,7 @@ def count_lines(path: epath.Path) -> int:
 def keep_lines(path: epath.Path, count: int, keys: Collection[str] = ()) -> list[Record]:
     """Keeps the first `count` records of a log, and returns them; with `count=0` it begins a new one."""
     kept = read_lines(path, count, keys) if count else []
-    _replace(path, "".join(map(_line, kept)))
+    _write(path, "".join(map(_line, kept)))
     return kept
 
 
@@ -63,19 +90,15 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def _replace(path: epath.Path, text: str) -> None:
-    # An interruption leaves the old file or the new one, never half of one.
-    unfinished = path.with_suffix(".tmp")
-    with writing(path):
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+def _write(path: epath.Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def _read(path: epath.Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
+        return path.read_bytes().decode()
+    except Exception as error:
+        raise _damaged(path, _reason(error)) from error
 
 
 def _decode(text: str, keys: Collection[str], path: epath.Path) -> Record:
@@ -101,3 +124,7 @@ def _has_number(record: Any, key: str) -> bool:
 
 def _damaged(path: epath.Path, what: str) -> UserError:
     return UserError(f"{path} is damaged ({what}); restore it, or choose another --workdir")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error, 200)
