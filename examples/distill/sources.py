@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 import examples.distill.datasets  # noqa: F401  (registers the builders)
 from examples.distill import images
 from examples.distill.datasets.fashion_mnist_idx import fashion_mnist_idx
+from examples.trainer import paths
 from examples.trainer.errors import UserError, one_line
 
 Function = Callable[[epath.Path | None], Mapping[str, Any]]
@@ -113,9 +114,11 @@ def open_dataset(config: ConfigDict) -> Source:
 
 def check_data_dir(data_dir: str) -> None:
     """Raises if it is no folder that may be read; one that does not exist yet may still be made."""
-    if not data_dir or "://" in data_dir:
+    if not data_dir:
         return
-    folder, reason = os.path.expanduser(data_dir), None
+    folder, reason = paths.resolve(data_dir, "--config.dataset.data_dir"), None
+    if paths.in_bucket(folder):
+        return
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             reason = "it is not a folder"
@@ -198,7 +201,7 @@ def _open_registered(config: ConfigDict) -> Source:
     function, classes = _REGISTERED[config.name]
     expected, title = _Expected.by(config, classes), f"dataset {config.name!r}"
     with _explained(title):
-        splits = function(epath.Path(config.data_dir).expanduser() if config.data_dir else None)
+        splits = function(paths.resolve(config.data_dir) if config.data_dir else None)
     if not isinstance(splits, Mapping) or not splits:
         raise UserError(f"{title}: its function must return a dict of splits, and returned {_kind(splits)}")
     sources = {}
@@ -261,7 +264,7 @@ def _open_tfds(config: ConfigDict) -> Source:
     _check_image_size(builder, config)
     try:
         is_prepared = builder.is_prepared()
-    except OSError as error:
+    except Exception as error:  # For buckets there are more kinds than OSErrors.
         raise _cannot_open(config, one_line(error)) from error
     if not is_prepared and jax.process_index() == 0:
         _prepare(builder, config)
@@ -355,6 +358,11 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
         raise UserError(
             f"cannot prepare dataset {config.name!r} here: its builder in TFDS needs TensorFlow; prepare it with tfds"
             " build in an environment that has it, see examples/distill/README.md"
+        )
+    if paths.in_bucket(builder.data_dir):  # ArrayRecord reads from buckets, but does not write there.
+        raise UserError(
+            f"cannot prepare dataset {config.name!r} in {builder.data_dir}; prepare it in a folder of a machine, and copy"
+            " that to the bucket"
         )
     print(f"Preparing dataset {config.name!r} in {builder.data_dir}")
     if not sys.stderr.isatty():

@@ -268,3 +268,13 @@ class _Batches:
 
     def set_state(self, state):
         pass
+
+
+def test_a_dataset_is_not_prepared_in_a_bucket(bucket, distill, tmp_path, capsys):
+    assert distill(tmp_path / "run", f"--config.dataset.data_dir={bucket}") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: cannot prepare dataset 'sklearn_digits' in {bucket}/sklearn_digits/1.0.0; prepare it in"
+    )
+    assert not (tmp_path / "run").exists()
+    assert not bucket.exists()
