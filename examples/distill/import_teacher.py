@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import nnx
 
 from examples.distill import models
-from examples.trainer import checkpoint
+from examples.trainer import checkpoint, paths, records
 from examples.trainer.errors import UserError, one_line
 
 # How the path of a parameter becomes the name of its tensor: every rule is applied once, in this order.
@@ -155,24 +156,31 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def import_teacher(model: str, num_classes: int, source: Path, target: Path, weights: str | None = None) -> str:
+def import_teacher(
+    model: str, num_classes: int, source: epath.PathLike, target: epath.PathLike, weights: str | None = None
+) -> str:
     """Reads the state dict in `source`, writes the checkpoint `target`, a new folder, and returns what it took.
 
     Args:
         model: one of `models` whose names of tensors are known.
         num_classes: of the teacher.
         source: the file.
-        target: the folder; its parents are made as well.
+        target: the folder, here or in a bucket; its parents are made as well.
         weights: "ema" or "raw", for a file that has both; default: "ema" if it is complete.
     """
     if model not in _NAMINGS:
         raise UserError(f"cannot import a model {model!r}; known: {', '.join(_NAMINGS)}")
     if num_classes < 1:
         raise UserError(f"bad --num_classes={num_classes}: it must be at least 1")
+    source, target = paths.resolve(source, "--from"), paths.resolve(target, "--to")
     checkpoint.check_path(target)
-    if os.path.exists(target):
+    if paths.in_bucket(source):
+        raise UserError(f"--from={source} is in a bucket; copy it to this machine first")
+    with records.reading(target):
+        exists = target.exists()
+    if exists:
         raise UserError(f"--to={target} exists already; choose another folder")
-    content = read(source)
+    content = read(Path(source))
     try:
         variables, taken = to_variables(model, num_classes, content, weights)
     except ValueError as error:
@@ -320,10 +328,13 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
 
 
-def _write(target: Path, params: Any, rest: Any) -> None:
+def _write(target: epath.Path, params: Any, rest: Any) -> None:
     """Writes a checkpoint of which either all is there in the end, or nothing."""
     try:
-        path = target.resolve()
+        if paths.in_bucket(target):  # where Orbax marks a checkpoint when all is there
+            checkpoint.save_variables(target, params, rest)
+            return
+        path = Path(target).resolve()
         existing = next(parent for parent in path.parents if os.path.lexists(parent))
         missing = path.relative_to(existing)
         with tempfile.TemporaryDirectory(prefix=".import_teacher_", dir=existing, ignore_cleanup_errors=True) as folder:
@@ -387,17 +398,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", required=True, help=f"one of {', '.join(_NAMINGS)}")
     parser.add_argument("--num_classes", required=True, type=int)
-    parser.add_argument("--from", required=True, type=_path, dest="source", metavar="FILE")
-    parser.add_argument("--to", required=True, type=_path, dest="target", metavar="DIR")
+    parser.add_argument("--from", required=True, dest="source", metavar="FILE")
+    parser.add_argument("--to", required=True, dest="target", metavar="DIR")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which, where FILE has both (default: ema)")
     return parser.parse_args(argv)
-
-
-def _path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"no home folder for {text}") from error
 
 
 class _Parser(argparse.ArgumentParser):

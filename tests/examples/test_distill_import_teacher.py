@@ -732,7 +732,10 @@ def test_keys_that_are_not_names(network, tmp_path, capsys):
         ({"--from": "{folder}"}, "{folder} is not a file"),
         ({"--from": "{folder}/teacher.safetensors/x"}, "cannot read {folder}/teacher.safetensors/x: Not a directory"),
         ({"--from": "{folder}/" + 300 * "n"}, ": File name too long"),
-        ({"--from": "~nobody-of-this-name/x"}, "no home folder for ~nobody-of-this-name/x"),
+        (
+            {"--from": "~nobody-of-this-name/x"},
+            "there is no such user; a folder of that name is ./~nobody-of-this-name/x",
+        ),
         ({"--to": "{folder}/" + 300 * "n"}, "cannot write to --to={folder}/" + 300 * "n" + ": File name too long"),
         ({"--to": "{folder}/new/" + 300 * "n"}, ": File name too long"),
         ({"--to": "{folder}/a[1]"}, "no checkpoints can be in {folder}/a[1]: Orbax takes [ ] in a path for a pattern"),

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
+from flax import nnx
 
-from examples.distill import data
+from examples.distill import data, import_teacher, models
 from examples.distill.configs.digits import get_config
 from examples.trainer import checkpoint, lock, paths, records
 from examples.trainer.log import _begin_events as begin_events
@@ -278,3 +280,23 @@ def test_a_dataset_is_not_prepared_in_a_bucket(bucket, distill, tmp_path, capsys
     )
     assert not (tmp_path / "run").exists()
     assert not bucket.exists()
+
+
+def test_a_teacher_is_imported_into_a_bucket(bucket, tmp_path, capsys):
+    network = models.split(nnx.eval_shape(lambda: models.build("resnet8", 3, rngs=nnx.Rngs(0))))[1:]
+    [rules] = import_teacher._NAMINGS["resnet8"]
+    tensors = {
+        import_teacher._torch_name(path, rules): np.ones(
+            [leaf.shape[axis] for axis in import_teacher._TO_TORCH[leaf.ndim]]
+        )
+        for path, leaf in jax.tree.leaves_with_path(tuple(network))
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "resnet8")
+    flags = ["--model=resnet8", "--num_classes=3", f"--from={tmp_path}/resnet8", f"--to={bucket}/teacher"]
+    assert import_teacher.main(flags) == 0
+    assert capsys.readouterr().out.startswith(f"{bucket}/teacher: resnet8 with 3 classes, ")
+    assert checkpoint.has_network(bucket / "teacher")
+    assert import_teacher.main(flags) == 1
+    assert capsys.readouterr().err == f"error: --to={bucket}/teacher exists already; choose another folder\n"
+    assert import_teacher.main([*flags[:2], f"--from={bucket}/file", f"--to={bucket}/another"]) == 1
+    assert capsys.readouterr().err == f"error: --from={bucket}/file is in a bucket; copy it to this machine first\n"
