@@ -1,9 +1,7 @@
 """What a finished experiment shows: a picture of both losses, a table, and what they do and do not prove."""
 
-import contextlib
 import io
 import math
-import secrets
 import sys
 from typing import Any
 
@@ -47,7 +45,7 @@ def write(settings: Settings, name: str, directory: epath.Path) -> None:
         method: records.read_lines(directory / method / "metrics.jsonl", config.epochs, ("task_loss", "kd_loss"))
         for method in finished
     }
-    _replace(directory / "losses.png", picture(curves, results))
+    records.write_bytes(directory / "losses.png", picture(curves, results))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     plus_minus = encodable("±", encoding).replace("?", "+-")
     lines = [
@@ -204,19 +202,6 @@ def _plain(number: float, digits: int) -> str:
     if 1e-4 <= number < 1e5:
         return np.format_float_positional(number, digits, fractional=False, trim="-")
     return f"{number:.{digits}g}"
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    """Replaces a file at one stroke; a link in its place is replaced too, not followed."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with records.writing(path):
-        try:
-            unfinished.write_bytes(data)
-            unfinished.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise
 
 
 def _teacher(job: epath.Path, plus_minus: str) -> str:
