@@ -95,7 +95,7 @@ def _positions(argnums: Any, count: int) -> list[int]:
 
 
 def _check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
-    nnx = getattr(sys.modules.get("flax"), "nnx", None)  # whoever has a module of Flax NNX has imported it
+    nnx = getattr(sys.modules.get("flax"), "nnx", None)  # imported by any program that has one of its modules
     is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else (lambda x: False)
     if any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module))):
         raise TypeError(

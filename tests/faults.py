@@ -63,19 +63,19 @@ def _bad_batches(workspace, which):
     return f"--config={path}", {"BAD_BATCHES": which}
 
 
-def _checkpoint(arm):
-    return arm / "checkpoints" / str(max(checkpoint.saved_steps(arm)))
+def _checkpoint(job):
+    return job / "checkpoints" / str(max(checkpoint.saved_steps(job)))
 
 
-def _log(arm):
-    return [json.loads(line) | {"seconds": None} for line in (arm / "metrics.jsonl").read_text().splitlines()]
+def _log(job):
+    return [json.loads(line) | {"seconds": None} for line in (job / "metrics.jsonl").read_text().splitlines()]
 
 
-def _optimizer(arm):
+def _optimizer(job):
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(_checkpoint(arm) / "optimizer").item_metadata.tree
+        saved = checkpointer.metadata(_checkpoint(job) / "optimizer").item_metadata.tree
         like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
-        return checkpointer.restore(_checkpoint(arm) / "optimizer", like)
+        return checkpointer.restore(_checkpoint(job) / "optimizer", like)
 
 
 def _assert_same_bits(workdir, undisturbed):
@@ -95,8 +95,8 @@ def _assert_close(workdir, undisturbed):
 
 
 def _saved(workdir):
-    """The steps that were saved, over both arms."""
-    return sum(max(checkpoint.saved_steps(workdir / arm), default=0) for arm in ("teacher", "dot"))
+    """The steps that were saved, over both jobs."""
+    return sum(max(checkpoint.saved_steps(workdir / job), default=0) for job in ("teacher", "dot"))
 
 
 def killed_at_random_moments(workspace):

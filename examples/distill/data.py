@@ -1,8 +1,8 @@
 """From stored images to batches on the device: augment, shuffle, batch, transfer, all of it by Grain.
 
-Where the images come from, and how to bring one's own (`register`), stands in `sources.py`. A batch is a dict of arrays: `image` uint8 [batch, height, width, channels], as the network sees it but not yet
-normalized, and `label` int32 [batch]; evaluation batches also have `valid` bool [batch], which is False for the images
-that only fill up the batches.
+Where the images come from, and how to bring one's own (`register`), stands in `sources.py`. A batch is a dict of arrays:
+`image` uint8 [batch, height, width, channels], as the network sees it but not yet normalized, and `label` int32 [batch];
+evaluation batches also have `valid` bool [batch], which is False for the images that only fill up the batches.
 
 On several hosts each reads and decodes its own part of every batch, no image twice; only images that are kept in memory
 are decoded once by every host, since each epoch is shuffled over all of them. Which images make up a batch, and how they
@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from examples.distill import images, sources, synthetic
 from examples.distill.sources import register as register
+from examples.trainer import preemption
 from examples.trainer.errors import UserError, one_line
 
 Batch = dict[str, jax.Array]
@@ -203,7 +204,8 @@ class _Augmented:
         self.__dict__.update(state)
         parent = multiprocessing.parent_process()
         if parent:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Clusters send it to all processes, but the parent decides.
+            for number in preemption.SIGNALS:  # Clusters send them to all processes, but the parent decides.
+                signal.signal(number, signal.SIG_IGN)
             threading.Thread(target=_end_after, args=[parent], daemon=True).start()
 
 

@@ -143,7 +143,7 @@ def _begin_events(directory: epath.Path, lines: list[records.Record]) -> EventsW
     """Begins the event files anew with the `lines` of the log, so that they never say what an interruption undid."""
     for file in directory.glob("events.out.tfevents.*"):
         file.unlink()
-    # Not tensorboardX's SummaryWriter: its thread ends when it cannot write, and who has more for it then waits forever.
+    # Not tensorboardX's SummaryWriter: its thread ends when it cannot write, and the next write then waits forever.
     with records.writing(directory / "events.out.tfevents..."):
         events = EventsWriter(str(directory / "events"))
         for record in lines:

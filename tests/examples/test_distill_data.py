@@ -31,14 +31,14 @@ def dataset(config):
 @pytest.fixture
 def noisy(dataset):
     """The digits with an augmentation that tells which random numbers it was given."""
-    return dataset._replace(preprocessing=images.Preprocessing(augment=_add_noise, view=_same))
+    return dataset._replace(preprocessing=images.Preprocessing(augment=_add_noise, view=_unchanged))
 
 
 def _add_noise(image, size, rng):
     return image + rng.integers(256, size=image.shape, dtype=np.uint8)
 
 
-def _same(image, size):
+def _unchanged(image, size):
     return image
 
 
@@ -148,7 +148,7 @@ def test_workers_are_processes_for_images_that_are_not_in_memory(config):
 
 
 def test_a_worker_process_that_dies_is_reported(dataset):
-    deadly = dataset._replace(preprocessing=images.Preprocessing(augment=_die, view=_same), workers=1)
+    deadly = dataset._replace(preprocessing=images.Preprocessing(augment=_die, view=_unchanged), workers=1)
     with pytest.raises(UserError, match=r"died \(exit code 9\), .* lower --config\.dataset\.workers"):
         _train(deadly)
 

@@ -94,7 +94,7 @@ def test_a_multilayer_perceptron_in_float32(form):
 
 def test_large_parameters_and_momenta_are_divided():
     layout = parallel.jit_layout(_mesh(), shard_params=True)
-    with jax.enable_x64(True):  # as above: who comes second need not compile
+    with jax.enable_x64(True):  # as above: the test that comes second need not compile
         train_step, state, teacher_variables = _start(ONE_STAGE, layout, "dot", jnp.float64)
         state, _ = jax.block_until_ready(train_step(state, teacher_variables, layout.put_batch(_batch(0))))
     momenta = jax.tree.leaves(state.opt_state, is_leaf=lambda node: isinstance(node, dict))
