@@ -98,6 +98,8 @@ def test_a_checkpoint_that_was_not_written_to_the_end(bucket):
     for file in ("_CHECKPOINT_METADATA", "variables/_METADATA"):
         (folder / "7" / file).write_bytes((folder / "0" / file).read_bytes())
     assert checkpoint.saved_steps(bucket / "dot") == [0]
+    (bucket / "kd" / "checkpoints" / "0" / "variables" / "_METADATA").write_text("{}")
+    assert not checkpoint.is_imported(bucket / "kd")
     with checkpoint.Checkpoints(bucket / "dot", keep=2) as checkpoints:
         assert checkpoints.latest() == folder / "0"
     assert not (folder / "7").exists()
