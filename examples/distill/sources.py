@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import stat
 import sys
 import sysconfig
@@ -381,7 +382,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:
 
 
 def _reason_of_builder(error: Exception) -> str:
-    if isinstance(error, ImportError) and "No module named 'tensorflow'" in str(error):
+    if isinstance(error, ImportError) and re.search(r"named 'tensorflow'|import of tensorflow ", str(error)):
         return (
             "it needs TensorFlow, which encodes arrays and unpacks archives in TFDS; without it a builder must yield"
             " encoded images, as io.BytesIO of a PNG or JPEG file, and unpack files itself"

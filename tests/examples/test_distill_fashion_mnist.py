@@ -1,7 +1,6 @@
 """Fashion-MNIST from IDX files: small ones that the tests write, and the real ones where Debian's package has put them."""
 
 import gzip
-import os
 import struct
 
 import numpy as np
@@ -10,7 +9,6 @@ from ml_collections import ConfigDict
 
 from examples.distill import data
 from examples.distill.configs.digits import get_config
-from examples.distill.datasets.fashion_mnist_idx import fashion_mnist_idx
 from examples.trainer.errors import UserError
 
 _DEBIAN = "/usr/share/datasets/fashion-mnist"
@@ -138,17 +136,3 @@ def test_another_number_of_images(folder):
         UserError, match="dataset 'fashion_mnist_idx' has 12 images in its split 'test' instead of 10000"
     ):
         data.load(config)
-
-
-@pytest.mark.skipif(not os.path.isdir(_DEBIAN), reason="needs Debian's package dataset-fashion-mnist")
-def test_the_published_files():
-    config = _config("")
-    config.update(train="train[:55000]", validation="train[55000:]")
-    config.split_sizes = ConfigDict({"train": 60_000, "test": 10_000})
-    dataset = data.load(config)
-    assert [len(split) for split in dataset[:3]] == [55_000, 5_000, 10_000]
-    pixels, labels = fashion_mnist_idx(None)["train"]
-    assert pixels.shape == (60_000, 28, 28)
-    np.testing.assert_array_equal(np.bincount(labels), 6_000)
-    np.testing.assert_allclose(pixels.mean(), config.mean[0], atol=0.005)  # the config rounds to two digits
-    np.testing.assert_allclose(pixels.std(), config.std[0], atol=0.005)

@@ -1,6 +1,7 @@
 """Data of a user's own: registered functions and TFDS builders, right ones and wrong ones."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -373,13 +374,20 @@ def test_a_data_dir_that_can_never_be(folder, config):
         data.load(config)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every folder")
-def test_a_data_dir_that_may_not_be_searched(tmp_path, config):
-    (tmp_path / "closed").mkdir(mode=0o000)
-    for folder, reason in (("closed", "it may not be read"), ("closed/data", "Permission denied")):
-        config.update(name="sklearn_digits", data_dir=str(tmp_path / folder))
-        with pytest.raises(UserError, match=reason):
-            data.load(config)
+def _no_permission(*_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize(
+    ("function", "answer", "reason"),
+    [("access", lambda *_: False, "it may not be read"), ("stat", _no_permission, "Permission denied")],
+)
+def test_a_data_dir_that_may_not_be_searched(function, answer, reason, tmp_path, config, monkeypatch):
+    """The answers of the system to others than root, which may search every folder."""
+    config.update(name="sklearn_digits", data_dir=str(tmp_path))
+    monkeypatch.setattr(os, function, answer)
+    with pytest.raises(UserError, match=reason):
+        data.load(config)
 
 
 @pytest.mark.parametrize(
@@ -519,22 +527,13 @@ def _raise():
         (lambda: iter([(0, {"image": _PIXELS[0], "label": 1})]), "it needs TensorFlow, which encodes arrays"),
     ],
 )
-def test_a_builder_that_cannot_be_prepared(examples, reason, build, tmp_path):
-    if "TensorFlow" in reason:
-        _without_tensorflow()
+def test_a_builder_that_cannot_be_prepared(examples, reason, build, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # even where it is installed
     with pytest.raises(UserError) as error:
         build(examples=examples)
     assert str(error.value).startswith(f"cannot prepare dataset 'sources_test' in {tmp_path}/sources_test/1.0.0 (")
     assert reason in str(error.value) and len(str(error.value)) < 600
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def _without_tensorflow():
-    try:
-        import tensorflow  # noqa: F401
-    except ImportError:
-        return
-    pytest.skip("TensorFlow is installed")
 
 
 _BUILDER_FILE = """

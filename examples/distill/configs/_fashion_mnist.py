@@ -18,6 +18,8 @@ def fashion_mnist() -> ConfigDict:
     config.dataset.test = "test"
     config.dataset.image_size = 28
     config.dataset.preprocessing = "fashion_mnist"
+    # python -c "from examples.distill.datasets.fashion_mnist_idx import fashion_mnist_idx as f; x, _ = f(None)['train'];
+    # print(x.mean(), x.std())" prints 72.94035223214286 90.02118235130519
     config.dataset.mean = (72.94,)
     config.dataset.std = (90.02,)
     config.dataset.in_memory = True  # 55 MB
