@@ -183,10 +183,8 @@ def parse(method: str) -> list[str]:
     return names
 
 
-def check(config: ConfigDict) -> None:
-    """Raises if the methods and their optimizers cannot be used as a config has them."""
-    wanted = parse(config.method)
-    betas(config.optimizer)
+def check(config: ConfigDict, wanted: list[str]) -> None:
+    """Raises if the `wanted` methods and their optimizers cannot be used as a config has them."""
     trains_teacher = config.teacher.train and not config.teacher.checkpoint
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),

@@ -49,9 +49,10 @@ def validated(config: ConfigDict) -> Settings:
         )
     for network in (config.teacher.model, config.student.model):
         models.check_name(network.name)
-    methods.check(config)
+    wanted = methods.parse(config.method)
+    methods.check(config, wanted)
     # The report needs the momenta, whichever methods are trained.
-    return Settings(config, fields, methods.parse(config.method), methods.betas(config.optimizer))
+    return Settings(config, fields, wanted, methods.betas(config.optimizer))
 
 
 def _whole(least: int, most: int) -> Callable[[Any], bool]:

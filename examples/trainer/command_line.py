@@ -84,9 +84,9 @@ def parse(program: Program, argv: Sequence[str]) -> Arguments:
     flags.DEFINE_boolean("help", False, "show how to use the program", short_name="h", flag_values=choice)
     flags.DEFINE_boolean("distributed", False, "join the other hosts of a cluster", flag_values=choice)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=choice)
-    flags.DEFINE_integer("num_processes", None, "how many hosts there are", 1, flag_values=choice)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", 1, 1_000_000, flag_values=choice)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", 0, flag_values=choice)
-    flags.DEFINE_integer("heartbeat_timeout", 60, "seconds until a silent host counts as dead", 5, flag_values=choice)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "seconds of a silent host's life", 5, 86_400, flag_values=choice)
     try:
         name, *overrides = choice([program.name, *argv], known_only=True)
         config = _load(program, choice.config)

@@ -271,10 +271,10 @@ def test_what_is_checked_before_anything_is_built():
         config = get_config()
         config.update_from_flattened_dict(dict(changes))
         with pytest.raises(UserError) as error:
-            methods.check(config)
+            settings.validated(config)
         return str(error.value)
 
-    methods.check(get_config())
+    settings.validated(get_config())
     assert refused(("method", "dto")).startswith("bad --config.method='dto'")
     assert "0.9 + 0.1" in refused(("optimizer.delta", 0.1))
     assert "1 in float32" in refused(("optimizer.delta", 0.1 - 1e-9))
@@ -290,7 +290,7 @@ def test_what_is_checked_before_anything_is_built():
 def test_shard_map_asks_nothing_of_a_teacher_that_is_there():
     config = get_config()
     config.parallel, config.teacher.optimizer.name, config.teacher.checkpoint = "shard_map", "adamw", "folder"
-    methods.check(config)
+    settings.validated(config)
 
 
 _BAD_NUMBERS = [
@@ -352,10 +352,10 @@ def test_a_method_of_ones_own(registry):
     config = get_config()
     config.method, config.parallel = "kd,clipped", "shard_map"
     with pytest.raises(UserError, match="'clipped' was not registered as one"):
-        methods.check(config)
+        settings.validated(config)
     methods.register("linear", linear=True)(_clipped)
     config.method = "kd,linear"
-    methods.check(config)
+    settings.validated(config)
 
 
 def test_every_method_has_a_color_of_its_own(registry):
