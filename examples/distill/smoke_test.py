@@ -3,6 +3,7 @@
 Everything else is what a run does. Then it says how long the run would take on this machine.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -17,7 +18,9 @@ from examples.distill.jobs import Shared
 from examples.distill.settings import Settings
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
+from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, Variables
+from examples.trainer.preemption import Preempted
 from examples.trainer.records import Record
 
 _STEPS = 4  # of which the first compiles
@@ -29,14 +32,21 @@ Timed = Callable[..., Any]
 
 def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     """Tries a config out, and prints how long it would take."""
+    if jax.process_count() > 1:
+        raise UserError("--smoke_test runs on one host: leave out what joins the others")
     config = settings.config.copy_and_resolve_references()
     config.dataset.synthetic = True
     layout = parallel.make_layout(config)
     whole = data.load(config.dataset)
+    data.steps_per_epoch(whole, config.batch_size)  # raises as the run would
     devices = layout.mesh.size
-    numbers = whole.image_shape[0] * whole.image_shape[1] * whole.image_shape[2]
-    most = max(_NUMBERS // numbers // devices, 1) * devices
-    batch_size, eval_batch_size = min(config.batch_size, most), min(config.eval_batch_size, most)
+
+    def divisible(size: int) -> int:
+        return max(size // devices, 1) * devices
+
+    most = divisible(_NUMBERS // math.prod(whole.image_shape))
+    batch_size = min(config.batch_size, most, divisible(len(whole.train) // _STEPS))
+    eval_batch_size = min(config.eval_batch_size, most)
     images = {
         "train": _STEPS * batch_size,
         "validation": _BATCHES * eval_batch_size,
@@ -52,7 +62,10 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
         directory = epath.Path(folder)
         tried = [jobs.teacher(shared, directory)] if config.teacher.train and not config.teacher.checkpoint else []
         tried += [jobs.student(method, shared, directory, teacher) for method in settings.methods]
-        seconds = {job.name: _seconds(job, shared, whole) for job in tried}
+        try:
+            seconds = {job.name: _seconds(job, shared, whole) for job in tried}
+        except (KeyboardInterrupt, Preempted) as end:
+            raise type(end)("a smoke test saves nothing") from None
     for job, value in seconds.items():
         print(f"{job:>15}: about {duration(value)}")
     print(
@@ -65,8 +78,9 @@ def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:
     steps, evaluations = [], []
     timed = job._replace(epochs=1, step=_timed_step(job, steps), evaluate=_timed_evaluate(job, evaluations))
     loop.fit(timed, loop.settings(shared.config, shared.layout, shared.preempted))
-    an_image = statistics.median(steps[1:]) / job.batch_size
-    evaluated_image = statistics.median(evaluations[1:])  # The first compiles.
+    # The first compiles; of a few images there is no second step.
+    an_image = statistics.median(steps[1:] or steps) / job.batch_size
+    evaluated_image = statistics.median(evaluations[1:])
     in_the_end = sum(len(getattr(whole, split)) for split in job.splits)
     trained = job.epochs * len(whole.train)
     evaluated = job.epochs * len(whole.validation) + in_the_end
