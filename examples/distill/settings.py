@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 def validated(config: ConfigDict) -> Settings:
     """Returns the settings of a config; raises if a value makes no sense, with the flag that sets it."""
     fields = settings.fields(config)
-    settings.check(fields, _RULES)
+    settings.check(fields, _RULES | _model_rules(fields), free=_MODELS)
     known = [*settings.fields(default()), "teacher.model.name", "student.model.name"]
     settings.check_names(fields, known, free=("dataset.split_sizes", "optimizer"))
     if config.distillation.task_weight == config.distillation.kd_weight == 0:
@@ -47,12 +47,22 @@ def validated(config: ConfigDict) -> Settings:
             "bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0, so that there is"
             " no loss; give at least one of them above 0"
         )
-    for network in (config.teacher.model, config.student.model):
+    for section, network in zip(_MODELS, (config.teacher.model, config.student.model), strict=True):
         models.check_name(network.name)
+        not_options = _NOT_OPTIONS.intersection(network)
+        if not_options:
+            raise UserError(
+                f"--config.{section}.{min(not_options)} is no option of a model: the dataset and other fields say it"
+            )
     wanted = methods.parse(config.method)
     methods.check(config, wanted)
     # The report needs the momenta, whichever methods are trained.
     return Settings(config, fields, wanted, methods.betas(config.optimizer))
+
+
+def _model_rules(fields: dict[str, Any]) -> dict[str, Rule]:
+    """The rules of the options of `mlp`; other models judge their own."""
+    return {f"{section}.hidden": COUNTS for section in _MODELS if fields.get(f"{section}.name") == "mlp"}
 
 
 def _whole(least: int, most: int) -> Callable[[Any], bool]:
@@ -64,6 +74,8 @@ def _fits_float32(value: float) -> bool:
     return value == 0 or float(_FLOAT32.tiny) <= abs(value) <= float(_FLOAT32.max)
 
 
+_MODELS = ("teacher.model", "student.model")
+_NOT_OPTIONS = frozenset(("num_classes", "input_shape", "dtype", "axis_name", "rngs"))  # of a model; see `models.build`
 _FLOAT32 = np.finfo(np.float32)
 _MAX_EPOCHS = 1_000_000
 
@@ -100,7 +112,6 @@ _RULES = settings.TRAINING | {
     "epochs": _EPOCHS,
     "image_size": COUNT,
     "workers": WHOLE,
-    "hidden": COUNTS,
     "schedule": one_of("steps", "cosine"),
     "warmup_epochs": _WARMUP,
     "delta_warmup_epochs": _WARMUP,

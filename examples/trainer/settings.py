@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,19 +48,35 @@ def check_names(values: Mapping[str, Any], known: Collection[str], free: Sequenc
             raise UserError(f"the config has no field {field!r}; {hint}")
 
 
-def check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+def check(values: Mapping[str, Any], rules: Mapping[str, Rule], free: Sequence[str] = ()) -> None:
     """Raises if a value makes no sense, with the flag that sets it.
 
     Args:
         values: the fields of a config.
         rules: by a field's name, or by the last part of it: most mean the same in every section.
+        free: the sections whose fields may mean anything: for these, a rule holds by the whole name only.
     """
     for field, value in values.items():
-        if value is None:
+        is_free = any(field.startswith(f"{section}.") for section in free)
+        rule = rules.get(field) or (None if is_free else rules.get(field.rpartition(".")[2]))
+        if value is None and (rule or not is_free):
             raise UserError(f"--config.{field} is not set, and this config gives no default")
-        rule = rules.get(field) or rules.get(field.rpartition(".")[2])
+        if not _can_be_kept(value):
+            raise UserError(
+                f"bad --config.{field}={value!r}: give Python's own numbers and texts, or tuples of them, which JSON can"
+                " hold"
+            )
         if rule and not rule.holds(value):
             raise UserError(f"bad --config.{field}={value!r}: give {rule.expected}")
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Whether it can stand in the `config.json` of a working directory."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def whole(least: int) -> Callable[[Any], bool]:

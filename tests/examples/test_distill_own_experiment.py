@@ -5,14 +5,19 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from examples import distill
-from examples.distill import models
+from examples.distill import models, settings, smoke_test
 from examples.distill.command_line import main
-from examples.trainer import checkpoint
+from examples.distill.configs.digits import get_config
+from examples.trainer import checkpoint, loop
+from examples.trainer.errors import UserError
+from examples.trainer.preemption import Preempted
 
 _PAGE = pathlib.Path(distill.__file__).parent / "your_own_experiment.md"
 
@@ -44,6 +49,33 @@ def test_its_smoke_test_reads_no_data(experiment, tmp_path, capsys):
     assert re.search(r"dot_clipped: about \d+ (seconds|minutes)", output)
     assert re.search(r"^It works\. Here the run would take about \d+ (seconds|minutes)", output, flags=re.MULTILINE)
     assert list(tmp_path.iterdir()) == [experiment]
+
+
+def test_a_smoke_test_of_an_epoch_of_one_step(capsys):
+    flags = ("--config.method=ce", "--config.teacher.train=False", "--config.batch_size=900")
+    assert main([*flags, "--config.devices=1", "--smoke_test"]) == 0
+    assert "It works." in capsys.readouterr().out
+
+
+def test_a_smoke_test_of_a_batch_that_is_too_large(capsys):
+    assert main(["--config.batch_size=901", "--config.devices=1", "--smoke_test"]) == 1
+    assert "batch size 901 is larger than the training split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt, 130), (Preempted, 0)])
+def test_a_smoke_test_that_is_ended_promises_nothing(end, code, monkeypatch, capsys):
+    def fit(job, settings):
+        raise end("the same command goes on")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    assert main(["--config.devices=1", "--smoke_test"]) == code
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; a smoke test saves nothing")
+
+
+def test_a_smoke_test_on_several_hosts(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="runs on one host"):
+        smoke_test.run(settings.validated(get_config()), "digits", lambda: False)
 
 
 _START = "from examples.distill import configs, data, methods, models\nfrom examples.distill.configs import digits\n"
@@ -90,6 +122,21 @@ _START = "from examples.distill import configs, data, methods, models\nfrom exam
             "def get_config():\n    config = digits.get_config()\n    config.method = 3\n    return config",
             "raises TypeError: Could not override field 'method'",
         ),
+        (
+            "def get_config():\n    config = digits.get_config()\n    config.student.model.activation = print\n"
+            "    return config",
+            "bad --config.student.model.activation=<built-in function print>: give Python's own numbers and texts",
+        ),
+        (
+            "import numpy\ndef get_config():\n    config = digits.get_config()\n"
+            "    config.dataset.mean = (numpy.float32(0),)\n    return config",
+            "bad --config.dataset.mean=(np.float32(0.0),): give Python's own numbers and texts",
+        ),
+        (
+            "def get_config():\n    config = digits.get_config()\n    config.student.model.num_classes = 3\n"
+            "    return config",
+            "--config.student.model.num_classes is no option of a model",
+        ),
     ],
 )
 def test_a_file_with_a_mistake(file, message, tmp_path, capsys):
@@ -110,6 +157,16 @@ def test_an_option_of_ones_own_method(tmp_path, capsys):
     )
     assert main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.optimizer.my_norm=2.0"]) == 1
     assert "no_such_method" in capsys.readouterr().err
+
+
+def test_an_option_of_ones_own_network_may_mean_anything():
+    config = get_config()
+    config.student.model = ConfigDict({"name": "network_with_dropout", "hidden": 16, "momentum": 1.0, "norm": None})
+    config.teacher.model = ConfigDict({"name": "mlp", "hidden": 16})
+    with pytest.raises(UserError, match=r"bad --config.teacher.model.hidden=16: give whole numbers"):
+        settings.validated(config)
+    config.teacher.model = ConfigDict({"name": "mlp", "hidden": (16,)})
+    assert settings.validated(config).fields["student.model.momentum"] == 1.0
 
 
 @models.register("network_with_dropout")
