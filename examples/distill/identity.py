@@ -51,7 +51,7 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
         if recorded.get(field) != here[field] and any(_depends(job, field, saved) for job in saved)
     ]
     if changed == ["epochs"] and isinstance(recorded["epochs"], int):
-        _check_can_go_on(directory, recorded["epochs"], settings)
+        _check_can_go_on(directory, recorded["epochs"], settings, saved)
     elif changed:
         differences = [f"{field} is {recorded.get(field)!r} there and {here[field]!r} here" for field in changed]
         raise UserError(
@@ -61,11 +61,13 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
     return there
 
 
-def _check_can_go_on(directory: epath.Path, before: int, settings: Settings) -> None:
-    """Raises if what was trained for so many epochs cannot be trained for as many as the config says."""
+def _check_can_go_on(directory: epath.Path, before: int, settings: Settings, saved: list[str]) -> None:
+    """Raises if what was to be trained for so many epochs cannot be trained for as many as the config says."""
     epochs = settings.config.epochs
     reason = methods.why_not_longer(settings.config.optimizer)
-    if epochs < before:
+    if epochs < before and not all(
+        0 < loop.finished_epochs(directory / job) <= epochs for job in saved if _depends(job, "epochs", saved)
+    ):
         reason = "a longer run cannot be made a shorter one; choose another --workdir"
     if reason:
         raise UserError(f"--workdir={directory} is of a run of {before} epochs and cannot go on to {epochs}: {reason}")

@@ -180,11 +180,18 @@ class _Training:
     def _save(self, *, wait: bool) -> None:
         if self.log.steps == 0 or self._checkpoints.has(self.log.steps):
             return
+        self._remove_result()
         state = self._settings.layout.gather(self.state)
         del self.state  # With shard_map it is a second set of momenta.
         self.progress = self.progress._replace(seconds=self._seconds(), log=self.log.state())
         self.progress = self._checkpoints.save(state, self._batches, self.progress, wait=wait)
         self.state = self._settings.layout.place(state)  # so that it goes on as a run does that begins here
+
+    def _remove_result(self) -> None:
+        """Removes what was written after fewer epochs: the latest checkpoint is that of another network from here on."""
+        if jax.process_index() == 0:
+            with records.writing(self._job.directory):
+                (self._job.directory / "result.json").unlink(missing_ok=True)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started

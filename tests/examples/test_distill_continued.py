@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from examples.distill.command_line import main
-from examples.trainer import checkpoint
+from examples.trainer import checkpoint, loop, preemption
 
 
 @pytest.fixture
@@ -52,6 +52,28 @@ def test_what_cannot_go_on(flags, reason, run, distill, capsys):
     assert distill(run, *flags) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert reason in line
+
+
+def test_a_longer_run_that_has_saved_nothing_is_taken_back(run, distill, monkeypatch, capsys):
+    def interrupted(training):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "run", interrupted)
+    assert distill(run, "--config.epochs=8") == 130
+    monkeypatch.undo()
+    assert distill(run) == 0
+    assert "Nothing left to train." in capsys.readouterr().out
+
+
+def test_a_longer_run_that_has_saved_is_not_finished(run, distill, monkeypatch, capsys):
+    preempted = iter([False] * 5 + [True])
+    monkeypatch.setattr(preemption, "watch", lambda: lambda: next(preempted))
+    assert distill(run, "--config.epochs=8", "--config.method=kd") == 0
+    monkeypatch.undo()
+    assert checkpoint.saved_steps(run / "kd")[-1] == 6 * 14 + 5
+    assert not checkpoint.has_network(run / "kd")
+    assert distill(run) == 1
+    assert "cannot go on to 6: a longer run cannot be made a shorter one" in capsys.readouterr().err
 
 
 def test_a_cosine_schedule_cannot_go_on(finished, distill, tmp_path, capsys):
