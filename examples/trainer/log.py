@@ -141,10 +141,10 @@ class Log:
 
 def _begin_events(directory: epath.Path, lines: list[records.Record]) -> EventsWriter:
     """Begins the event files anew with the `lines` of the log, so that they never say what an interruption undid."""
-    for file in directory.glob("events.out.tfevents.*"):
-        file.unlink()
-    # Not tensorboardX's SummaryWriter: its thread ends when it cannot write, and the next write then waits forever.
     with records.writing(directory / "events.out.tfevents..."):
+        for file in directory.glob("events.out.tfevents.*"):
+            file.unlink()
+        # Not tensorboardX's SummaryWriter: its thread ends when it cannot write, and the next write then waits forever.
         events = EventsWriter(str(directory / "events"))
         for record in lines:
             _write_event(events, record)

@@ -45,7 +45,7 @@ def claim(workdir: epath.Path) -> Iterator[None]:
             yield
         finally:  # While no other run can have the lock.
             if made and not (workdir / _CONFIG).exists():
-                (workdir / _LOCK).unlink()
+                (workdir / _LOCK).unlink(missing_ok=True)
                 _remove_empty(made)
 
 

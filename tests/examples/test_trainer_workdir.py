@@ -159,6 +159,12 @@ def test_a_claim_leaves_nothing_without_a_record(tmp_path):
     assert sorted(os.listdir(tmp_path / "a" / "b")) == [".lock", "config.json"]
 
 
+def test_a_folder_that_is_removed_while_it_is_claimed(tmp_path):
+    path = epath.Path(tmp_path / "run")
+    with workdir.claim(path):
+        path.rmtree()
+
+
 def test_a_run_that_is_refused_removes_nothing(tmp_path, monkeypatch):
     """It may have asked what is there before the other run made its folder."""
     path = epath.Path(tmp_path / "run")
