@@ -50,14 +50,6 @@ CONFIGS = (
 )
 CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet2012": 1000}
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 197e12, 819e9  # TPU v5e: bfloat16, HBM
-
-
-def network(name, num_classes, dtype, axis_name=None):
-    """Returns (graphdef, params, rest), with shapes in the place of arrays."""
-    options = {"dtype": dtype, "axis_name": axis_name}
-    return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options)))
-
-
 FORMS = {
     "jit": parallel.jit_layout,
     "jit_sharded": functools.partial(parallel.jit_layout, shard_params=True),
@@ -66,8 +58,14 @@ FORMS = {
 }
 
 
+def network(name, num_classes, dtype, axis_name=None):
+    """Returns (graphdef, params, rest), with shapes in the place of arrays."""
+    options = {"dtype": dtype, "axis_name": axis_name}
+    return models.split(nnx.eval_shape(lambda: models.build(name, num_classes, rngs=nnx.Rngs(0), **options)))
+
+
 def placed(form, mesh, state, teacher_variables, batch):
-    """The arguments of a step, given as one device has them, as they are in a form of parallelism: shapes alone."""
+    """The shapes of a step's arguments in a form of parallelism, from those that one device alone would have."""
 
     def put(tree, sharding):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), tree)

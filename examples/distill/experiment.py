@@ -121,11 +121,12 @@ def _load_teacher(folder: epath.Path, shared: Shared) -> Teacher:
     wanted, found = (
         {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
     )
-    for name, leaf in list(wanted.items()):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # the random state of Dropout, which a teacher does not use
-            wanted.pop(name), found.pop(name, None)
+    # All but the random state of Dropout, which a teacher does not use.
+    random_state = {name for name, leaf in wanted.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}
+    wanted = {name: leaf.shape for name, leaf in wanted.items() if name not in random_state}
+    found = {name: leaf for name, leaf in found.items() if name not in random_state}
     try:
-        checkpoint.check_fit({name: leaf.shape for name, leaf in wanted.items()}, found)
+        checkpoint.check_fit(wanted, found)
     except ValueError as error:
         raise UserError(
             f"the teacher in {folder} is no {model.name} with {shared.dataset.num_classes} classes: {error}"

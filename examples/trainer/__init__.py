@@ -5,7 +5,9 @@
     step.py         a train step with one gradient for each loss
     parallel.py     how devices share the work of a step: jit, pmap or shard_map
     checkpoint.py   Orbax
+    paths.py        folders of this machine, and of buckets
     workdir.py      which config and which run a working directory belongs to
+    lock.py         what keeps a second run out of it
     log.py          progress bar, metrics.jsonl, TensorBoard
     records.py      JSON files
     preemption.py   the signals that end a run

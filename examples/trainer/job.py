@@ -43,7 +43,7 @@ class Job(NamedTuple):
     steps_per_epoch: int
     epochs: int
     seed: int  # on which the initial state and the batches depend
-    splits: Mapping[str, str]  # to evaluate in the end: name -> the same for two names of one split
+    splits: Mapping[str, str]  # to evaluate in the end: names, and what tells whether two of them are the same
     metrics: MetricNames
     unit: str  # of which a batch has `batch_size`, such as "images"
     remedy: str  # what to change when the loss is not finite
