@@ -97,6 +97,10 @@ def parse(program: Program, argv: Sequence[str]) -> Arguments:
         config_flag = flags.FlagValues()
         config_flags.DEFINE_config_dict("config", config, flag_values=config_flag, sys_argv=overrides)
         unused = config_flag([name, *overrides])[1:]
+    except flags.UnrecognizedFlagError as error:
+        field = f"config.{error.flagname}"
+        hint = f"; did you mean --{field}?" if error.flagname in fields(config) else ""
+        raise UserError(f"{error}{hint}") from error
     except (flags.Error, ValueError) as error:
         raise UserError(str(error)) from error
     if unused:
@@ -136,7 +140,8 @@ def _load(program: Program, name: str) -> ConfigDict:
     path = os.path.expanduser(name) if name.endswith(".py") else str(program.configs / f"{name}.py")
     if not os.path.isfile(path) or os.path.basename(path).startswith("_"):
         known = ", ".join(_known_configs(program))
-        raise UserError(f"unknown config {name!r}; known: {known}, or the path of a .py file")
+        raise UserError(f"there is no --config={name}; give the path of a .py file, or one of {known}")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # The file may import others beside it.
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config and get_config()
@@ -153,8 +158,7 @@ def _load(program: Program, name: str) -> ConfigDict:
 
 def _where(error: BaseException, path: str) -> str:
     """An error and the line of the file that it comes from."""
-    lines = [error.lineno] if isinstance(error, SyntaxError) and error.filename == path else []
-    traceback = error.__traceback__
+    lines, traceback = [], error.__traceback__
     while traceback:
         if traceback.tb_frame.f_code.co_filename == path:
             lines.append(traceback.tb_lineno)
@@ -166,6 +170,8 @@ def _check_fields(overrides: Sequence[str], config: ConfigDict) -> None:
     # ml_collections would refuse these fields too, but with the bare name for a message.
     known = fields(config)
     for field in re.findall(r"^--?(?:no)?config\.([^=\s]+)", "\n".join(overrides), re.MULTILINE):
+        if known.get(field, field) is None:
+            raise UserError(f"--config.{field} has no value in the config's file, and so no type: set it there")
         if field in known:
             continue
         inside = [name for name in known if name.startswith(f"{field}.")]
