@@ -5,6 +5,7 @@ import errno
 import fractions
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -761,28 +762,33 @@ def test_bad_input(change, message, tensors, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
 
 
-def test_the_command(tensors, tmp_path):
+@pytest.mark.parametrize("case", slow_but(["imports", "refuses"], "imports"))
+def test_the_command(case, tensors, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "teacher.safetensors")
+    if case == "refuses":
+        (tmp_path / "teacher").mkdir()
     command = [sys.executable, "-m", "examples.distill.import_teacher", "--model", "resnet8x4", "--num_classes", "7"]
     command += ["--from", str(tmp_path / "teacher.safetensors"), "--to", str(tmp_path / "teacher")]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2))
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout == f"{tmp_path / 'teacher'}: resnet8x4 with 7 classes, 1,209,639 parameters\n"
-    message = f"error: --to={tmp_path / 'teacher'} exists already; choose another folder\n"
-    assert (second.returncode, second.stdout, second.stderr) == (1, "", message)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    expected = {
+        "imports": (0, f"{tmp_path / 'teacher'}: resnet8x4 with 7 classes, 1,209,639 parameters\n", ""),
+        "refuses": (1, "", f"error: --to={tmp_path / 'teacher'} exists already; choose another folder\n"),
+    }
+    assert (process.returncode, process.stdout, process.stderr) == expected[case]
 
 
 def test_a_run_uses_an_imported_teacher_and_does_not_train_it(distill, tmp_path, capsys):
     workdir = tmp_path / "run"
     params, rest = models.split(models.build("mlp", 10, input_shape=(8, 8, 1), hidden=(256, 256), rngs=nnx.Rngs(7)))[1:]
     checkpoint.save_variables(workdir / "teacher", params, rest)
-    assert distill(workdir, "--config.method=kd") == 0, capsys.readouterr().err
+    flags = ("--config.method=kd", "--config.epochs=1")
+    assert distill(workdir, *flags) == 0, capsys.readouterr().err
     assert not (workdir / "teacher" / "metrics.jsonl").exists()
     kept, _ = checkpoint.load_variables(workdir / "teacher")
     for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert (workdir / "kd" / "result.json").exists()
-    assert distill(workdir, "--config.method=kd") == 0
+    assert distill(workdir, *flags) == 0
     assert "Nothing left to train" in capsys.readouterr().out
 
 
@@ -852,21 +858,18 @@ def test_an_interrupted_import_leaves_nothing(tensors, variables, tmp_path, monk
     _assert_equal(tmp_path / "new" / "teacher", variables)
 
 
-def test_a_full_disk_leaves_nothing(tensors, variables, tmp_path):
+def test_a_full_disk_leaves_nothing(tensors, variables, tmp_path, capsys):
+    """No file of this process may be larger, while it imports."""
     safetensors.numpy.save_file(tensors, tmp_path / "teacher.safetensors")
     target = tmp_path / "new" / "teacher"
-    limited = (
-        "import resource, sys; from examples.distill import import_teacher;"
-        " resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY));"
-        " sys.exit(import_teacher.main(sys.argv[2:]))"
-    )
-    flags = ["--model=resnet8x4", "--num_classes=7", f"--from={tmp_path / 'teacher.safetensors'}", f"--to={target}"]
-    for limit in ("10", "4000000"):
-        command = [sys.executable, "-c", limited, limit, *flags]
-        failed = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert failed.returncode == 1
-        [line] = failed.stderr.splitlines()
-        assert line == f"error: cannot write to --to={target}: File too large"
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, 4_000_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            assert _import(tmp_path / "teacher.safetensors", target) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert capsys.readouterr() == ("", f"error: cannot write to --to={target}: File too large\n")
         assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
-    assert import_teacher.main(flags) == 0
+    assert _import(tmp_path / "teacher.safetensors", target) == 0
     _assert_equal(target, variables)
