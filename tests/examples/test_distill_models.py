@@ -71,6 +71,11 @@ _FEATURES = {
     "resnet50": [(32, 64), (16, 256), (8, 512), (4, 1024), (2, 2048)],
     "mobilenetv1": [(32, 64), (16, 128), (8, 256), (4, 512), (2, 1024)],
 }
+# One network of each family, which stands for it in the first tier.
+_FAMILIES = (
+    *("resnet8x4", "wrn_16_2", "vgg8", "shufflenetv1", "shufflenetv2", "mobilenetv2_half"),
+    *("fashion_cnn", "resnet18_small", "resnet50", "mobilenetv1"),
+)
 
 
 def _images(size, batch=2):
@@ -83,13 +88,18 @@ def _shapes(graphdef, params, rest, *image_shape, train=False):
     return jax.eval_shape(apply, params, rest, jnp.zeros((2, *image_shape)))
 
 
-@pytest.mark.parametrize(("name", "num_classes", "count"), _PARAMETERS)
-def test_parameter_counts_are_the_published_ones(name, num_classes, count):
+@pytest.mark.parametrize(
+    "network",
+    slow_but(_PARAMETERS, *(case for case in _PARAMETERS if case[0] in (*_FAMILIES, "resnet8", "resnet20", "vgg13"))),
+    ids="{0[0]}-{0[1]}".format,
+)
+def test_parameter_counts_are_the_published_ones(network):
+    name, num_classes, count = network
     _, params, _ = models.split(networks.abstract(name, num_classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("name", _FEATURES)
+@pytest.mark.parametrize("name", slow_but(_FEATURES, *_FAMILIES))
 def test_features(name):
     (logits, features), _ = _shapes(*models.split(networks.abstract(name)), 64, 64, 3)
     maps = [(2, size, size, width) for size, width in _FEATURES[name]]
@@ -159,7 +169,7 @@ def test_evaluation_does_not_round_the_running_statistics():
     assert layer(jnp.full((1, 1, 1, 1), 258.0)).item() == pytest.approx(1.1, rel=2**-8)
 
 
-@pytest.mark.parametrize("name", _FEATURES)
+@pytest.mark.parametrize("name", slow_but(_FEATURES, *_FAMILIES))
 def test_batch_norms_are_the_published_ones(name):
     norms = [module for _, module in nnx.iter_modules(networks.abstract(name)) if isinstance(module, nnx.BatchNorm)]
     assert {(norm.momentum, norm.epsilon) for norm in norms} == {(0.9, 1e-5)}
