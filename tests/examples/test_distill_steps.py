@@ -107,7 +107,7 @@ def _unweighted_losses(problem, network, teacher, batch):
         logits, _ = models.apply(problem.student, params, rest, batch["image"], train=True)
         return dot_optax.losses.kd_loss(logits, teacher_logits, 4.0).mean()
 
-    return jax.value_and_grad(task)(params), jax.value_and_grad(kd)(params)
+    return jax.jit(lambda params: (jax.value_and_grad(task)(params), jax.value_and_grad(kd)(params)))(params)
 
 
 def test_metrics_are_those_of_the_unweighted_losses(problem, network, teacher):
@@ -152,7 +152,9 @@ def test_without_gradient_metrics_ce_has_no_second_backward_pass(problem, networ
     optimizer = _optimizer("ce")
     with_metrics, without = flops(gradient_metrics=True), flops(gradient_metrics=False)
     assert without < 0.9 * with_metrics
-    _, metrics = _step(problem, network, teacher, optimizer, _batch(8, 8), gradient_metrics=False)
+    train_step = steps.make_train_step(problem, optimizer, _ONE_DEVICE, gradient_metrics=False)
+    state = init_state(*network[1:], optimizer)
+    _, metrics = jax.eval_shape(train_step, state, teacher.variables, _batch(8, 8))
     assert set(metrics) == {"task_loss", "kd_loss", "skipped"}
 
 
