@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -116,6 +118,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path,
         if path.parent.name == "dot" and record["epoch"] == epoch:
             raise KeyboardInterrupt
 
+    shutil.copytree(finished / "teacher", tmp_path / "run" / "teacher")
     with monkeypatch.context() as patch:
         patch.setattr(records, "append_line", interrupted)
         assert distill(tmp_path / "run", "--config.method=dot") == 130
@@ -130,13 +133,34 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path,
         assert resumed | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_a_run_interrupted_before_its_result_only_evaluates(distill, tmp_path, monkeypatch):
-    assert distill(tmp_path / "run", "--config.method=kd") == 0
-    result = tmp_path / "run" / "kd" / "result.json"
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_that_save_within_an_epoch(number, finished, distill, tmp_path, monkeypatch, capsys):
+    """SIGTERM too, which `tests/faults.py` sends to the real command, where all of them have their usual meaning."""
+    step, before = Log.step, signal.signal(number, lambda *_: None)
+
+    def send(self, metrics):
+        step(self, metrics)
+        if self.steps == 17:
+            signal.raise_signal(number)
+
+    shutil.copytree(finished / "teacher", tmp_path / "run" / "teacher")
+    monkeypatch.setattr(Log, "step", send)
+    try:
+        assert distill(tmp_path / "run", "--config.method=dot") == 0
+    finally:
+        signal.signal(number, before)
+    saved = checkpoint.saved_steps(tmp_path / "run" / "dot")[-1]
+    assert 17 <= saved < 28  # within the second epoch
+    assert capsys.readouterr().err.splitlines()[-1] == f"terminated; the same command goes on from step {saved} of dot"
+
+
+def test_a_run_interrupted_before_its_result_only_evaluates(finished, distill, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    result = run / "kd" / "result.json"
     expected = records.read_json(result)
     result.unlink()
     monkeypatch.setattr(Log, "step", lambda *args: pytest.fail("trained again"))
-    assert distill(tmp_path / "run", "--config.method=kd") == 0
+    assert distill(run, "--config.method=kd") == 0
     assert records.read_json(result) == expected
 
 
@@ -172,8 +196,9 @@ def test_dot_without_delta_ends_where_kd_ends(finished, distill, tmp_path):
     assert dot == pytest.approx(kd, rel=1e-3)
 
 
-def test_a_loss_that_stays_infinite_stops_the_run_and_keeps_the_checkpoint(distill, tmp_path, capsys):
+def test_a_loss_that_stays_infinite_stops_the_run_and_keeps_the_checkpoint(finished, distill, tmp_path, capsys):
     workdir = tmp_path / "run"
+    shutil.copytree(finished / "teacher", workdir / "teacher")
     # The learning rate "drops" by a factor of 1e30 after epoch 3.
     explode = ("--config.method=kd", "--config.optimizer.drop_epochs=(3,)", "--config.optimizer.drop_factor=1e30")
     assert distill(workdir, *explode, "--config.max_consecutive_skips=5") == 1
@@ -210,7 +235,8 @@ def test_config_is_recorded_without_what_may_change(finished):
     assert not {"method", "dataset.data_dir", "dataset.prepare", "dataset.workers"} & set(config)
 
 
-def test_gradients_are_measured_only_if_they_are_wanted(distill, tmp_path):
+def test_gradients_are_measured_only_if_they_are_wanted(finished, distill, tmp_path):
+    shutil.copytree(finished / "teacher", tmp_path / "run" / "teacher")
     flags = ("--config.method=kd", "--config.epochs=1", "--config.gradient_metrics=False")
     assert distill(tmp_path / "run", *flags) == 0
     [line] = _lines(tmp_path / "run" / "kd")
