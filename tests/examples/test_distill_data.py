@@ -16,16 +16,20 @@ from examples.trainer.errors import UserError
 from tests.tiers import slow_but
 
 
-@pytest.fixture
-def config(data_dir):
+def _config(data_dir):
     config = get_config().dataset
     config.data_dir = str(data_dir)
     return config
 
 
 @pytest.fixture
-def dataset(config):
-    return data.load(config)
+def config(data_dir):
+    return _config(data_dir)
+
+
+@pytest.fixture(scope="module")
+def dataset(data_dir):
+    return data.load(_config(data_dir))
 
 
 @pytest.fixture

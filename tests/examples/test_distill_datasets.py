@@ -14,6 +14,7 @@ from PIL import Image
 from examples.distill import data, images
 from examples.distill.command_line import main, parse
 from examples.trainer.errors import UserError
+from tests.tiers import slow_but
 
 
 def _pixels(height, width, seed):
@@ -118,18 +119,18 @@ def test_imagenet_is_augmented_anew_in_each_epoch_the_same_in_worker_processes(i
         np.testing.assert_array_equal(batch["image"], by_workers["image"])
 
 
-def test_an_image_that_is_cut_off_is_reported(tmp_path):
+@pytest.mark.parametrize("workers", slow_but([0, 1], 0))
+def test_an_image_that_is_cut_off_is_reported(workers, tmp_path):
     cut_off = [
         {"image": encoded[: len(encoded) // 2], "label": wnid, "file_name": "x.JPEG"}
         for wnid, encoded in _IMAGENET_TRAIN[:2]
     ]
     _prepare("imagenet2012", tmp_path, {"train": cut_off, "validation": cut_off})
     dataset = data.load(_config("imagenet_r34_r18", tmp_path))
-    for workers in (0, 1):
-        with pytest.raises(
-            UserError, match=rf"the dataset in {tmp_path}/imagenet2012/\S+ is damaged \(image \d of 'train'"
-        ):
-            _batches(dataset._replace(workers=workers), 2)
+    with pytest.raises(
+        UserError, match=rf"the dataset in {tmp_path}/imagenet2012/\S+ is damaged \(image \d of 'train'"
+    ):
+        _batches(dataset._replace(workers=workers), 2)
 
 
 def test_cifar_is_read_from_memory_and_augmented(tmp_path):
