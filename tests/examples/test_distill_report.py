@@ -16,6 +16,7 @@ from examples.distill.configs.digits import get_config
 from examples.distill.settings import validated
 from examples.trainer import records
 from examples.trainer.errors import UserError
+from tests.tiers import slow_but
 
 BUILT_IN = ["ce", "kd", "kd_gain_matched", "dot"]
 
@@ -87,7 +88,7 @@ def test_what_is_said_of_digits_is_their_configs():
     assert len(report.notes(settings, _results(["ce"]))) == 1
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", slow_but(["utf-8", "ascii", "latin-1"], "ascii"))
 def test_a_terminal_that_cannot_show_everything(encoding, directory, monkeypatch):
     monkeypatch.setattr(methods, "STYLES", methods.STYLES | {"dot": methods.Style("DOT δ", "#d55e00")})
     terminal = io.TextIOWrapper(io.BytesIO(), encoding)  # which raises on what it cannot encode
@@ -180,7 +181,7 @@ def _overlaps(figure):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 240])
-@pytest.mark.parametrize("scale", [1e-7, 1.0, 3e4])
+@pytest.mark.parametrize("scale", slow_but([1e-7, 1.0, 3e4], 1.0))
 def test_tick_labels_do_not_overlap(epochs, scale, figures):
     report.picture(_curves(epochs=epochs, scale=scale), _results(scale=scale))
     assert list(_overlaps(figures[0])) == []
