@@ -3,7 +3,7 @@
     python -m tests.faults
 
 prints what happened, in three minutes on two cores; `tests/examples/test_trainer_faults.py` runs the same,
-three of them in the first tier and the others as slow tests.
+two of them in the first tier and the others as slow tests.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from absl import logging
 
 from examples.trainer import checkpoint
 from tests.cache import share_compiled_programs
-from tests.runs import HEARTBEAT, LONG, SHORT, Workspace
+from tests.runs import HEARTBEAT, LONG, ONLY_BEST, SHORT, Workspace
 
 KILLS = 20
 
@@ -139,10 +139,6 @@ def killed_with_workers(workspace):
     return f"all processes that it had started ended as well, after {time.perf_counter() - begun:.1f} s"
 
 
-# Without checkpoints but for the best, which are those of whole epochs that have been validated.
-_ONLY_BEST = "--config.checkpoint_every_steps=1000000"
-
-
 def _terminate(workdir, start, number=signal.SIGTERM):
     """Sends a signal to the last of the processes that `start()` starts. Returns how long it took them to end."""
     for _ in range(6):  # Now and then it comes after an epoch, where there is a checkpoint anyway, or after the last.
@@ -166,7 +162,7 @@ def _terminate(workdir, start, number=signal.SIGTERM):
 
 def preempted(workspace, number):
     workdir = workspace.with_teacher(f"preempted_{number}", workspace.long)
-    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, _ONLY_BEST)], number)
+    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, ONLY_BEST)], number)
     assert seconds < 20
     workspace.finish(workdir, *LONG)
     _assert_same_bits(workdir, workspace.long)
@@ -175,7 +171,7 @@ def preempted(workspace, number):
 
 def preempted_on_one_of_two_hosts(workspace, number):
     workdir = workspace.with_teacher(f"preempted_hosts_{number}", workspace.long)
-    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, _ONLY_BEST), number)
+    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, ONLY_BEST), number)
     assert seconds < 20
     workspace.finish(workdir, *LONG)
     _assert_close(workdir, workspace.long)

@@ -26,6 +26,8 @@ LONG = (
     "--config.batch_size=4",  # 225 steps in an epoch
     "--config.checkpoint_every_steps=20",
 )
+# Without checkpoints but for the best, which are those of whole epochs that have been validated.
+ONLY_BEST = "--config.checkpoint_every_steps=1000000"
 
 
 class Run:
@@ -165,7 +167,7 @@ class Workspace:
     @functools.cached_property
     def long(self):
         """The folder of an undisturbed run that takes some seconds."""
-        return self._undisturbed("long", LONG)
+        return self._undisturbed("long", (*LONG, ONLY_BEST))  # whose bits do not depend on how often it saves
 
     def with_teacher(self, name, undisturbed):
         """Returns a folder in which only the student is still to be trained."""
