@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -302,7 +303,7 @@ def disk_full_of_logs(workspace):
 
 def unwritable_output(workspace, redirection):
     """While NaN batches make it warn."""
-    workdir = workspace.with_teacher(f"output {len(redirection)}", workspace.short)
+    workdir = workspace.with_teacher("output" + re.sub(r"\W+", "_", redirection), workspace.short)
     config, environment = _bad_batches(workspace, "{6}")
     run = workspace.start(workdir, config, *SHORT, environment=environment, redirection=redirection)
     code, _ = run.wait()
