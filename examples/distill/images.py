@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from examples.distill import registry
 from examples.trainer.errors import UserError
 
 _PAD = 4  # pixels on each side of a CIFAR image before it is cropped
@@ -117,7 +118,6 @@ PREPROCESSING = {
     "tiny_imagenet": Preprocessing(augment=rotate_flip, view=lambda image, size: image),
     "imagenet": Preprocessing(augment=resized_crop_flip, view=resize_center_crop, resizes=True),
 }
-_OWN = frozenset(PREPROCESSING)
 
 
 def register(name: str, preprocessing: Preprocessing) -> None:
@@ -127,12 +127,9 @@ def register(name: str, preprocessing: Preprocessing) -> None:
     `--config.dataset.workers` processes, where they need not be importable.
 
     Raises:
-      UserError: if the name is taken by a preprocessing of this example, or `preprocessing` is none.
+      UserError: if there is a preprocessing of this name, or `preprocessing` is none. The same lines may run again.
     """
-    if name in _OWN:
-        raise UserError(
-            f"images.register({name!r}): this example has a preprocessing of that name; choose another name"
-        )
+    registry.claim("preprocessing", name, PREPROCESSING)
     if not isinstance(preprocessing, Preprocessing) or not all(map(callable, preprocessing[:2])):
         raise UserError(f"images.register({name!r}): give an images.Preprocessing of two functions")
     PREPROCESSING[name] = preprocessing

@@ -6,7 +6,6 @@ the same in all of them. `register` adds a method of your own.
 """
 
 import re
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import dot_optax
+from examples.distill import registry
 from examples.trainer.errors import UserError, one_line
 
 _MAX_STEPS = 2**31 - 1  # Optax counts them in int32.
@@ -46,7 +46,6 @@ Make = Callable[[Recipe], optax.GradientTransformation]
 METHODS: dict[str, Make] = {}
 STYLES: dict[str, Style] = {}
 _LINEAR: set[str] = set()
-_PLACES: dict[str, tuple[str, int]] = {}  # where each was registered: (file, line)
 
 
 def register(
@@ -77,6 +76,7 @@ def register(
         UserError: if the name, the label or the color cannot be used, or if there is a method of this name. The same
             lines may run again.
     """
+    registry.claim("method", name, METHODS)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name == "teacher":
         raise UserError(
             f"bad name {name!r} of a method: give at most 64 letters, digits and underscores, a letter first, and not"
@@ -90,17 +90,10 @@ def register(
 
         if not is_color_like(color):
             raise UserError(f"bad color {color!r} of method {name!r}: give one of Matplotlib's, such as '#cc79a7'")
-    caller = traceback.extract_stack(limit=2)[0]
-    place = (caller.filename, caller.lineno or 0)
-    if _PLACES.get(name, place) != place:
-        raise UserError(
-            "there is a method {!r} already, in {}, line {}; choose another name".format(name, *_PLACES[name])
-        )
     index = list(STYLES).index(name) if name in STYLES else len(STYLES)
 
     def add(make: Make) -> Make:
         METHODS[name], STYLES[name] = make, Style(label, color or _COLORS[index % len(_COLORS)])
-        _PLACES[name] = place
         (_LINEAR.add if linear else _LINEAR.discard)(name)
         return make
 

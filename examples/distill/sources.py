@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
-from examples.distill import images
+from examples.distill import images, registry
 from examples.distill.datasets.fashion_mnist_idx import fashion_mnist_idx
 from examples.trainer import paths
 from examples.trainer.errors import UserError, one_line
@@ -60,7 +60,6 @@ class _Registered(NamedTuple):
 
 
 _REGISTERED = {"fashion_mnist_idx": _Registered(fashion_mnist_idx, num_classes=10)}
-_OWN = frozenset(_REGISTERED)
 
 
 def register(name: str, *, num_classes: int) -> Callable[[Function], Function]:
@@ -84,18 +83,18 @@ def register(name: str, *, num_classes: int) -> Callable[[Function], Function]:
     `--config.dataset.image_size` pixels, unless the preprocessing resizes them. Labels run from 0 to `num_classes` - 1.
 
     A TFDS builder needs no registration: to define its class is enough. It need not import TensorFlow if it yields
-    encoded images, as `datasets/sklearn_digits.py` does.
+    encoded images, as `datasets/sklearn_digits.py` does. Of two datasets of one name, the registered one is taken.
 
     Raises:
-      UserError: if `num_classes` is not an integer of at least 2, or the name is taken by a dataset of this example.
+      UserError: if `num_classes` is not an integer of at least 2, or there is a registered dataset of this name. The
+        same lines may run again.
     """
-    if not isinstance(num_classes, int) or num_classes < 2:
+    registry.claim("dataset", name, _REGISTERED)
+    if not isinstance(num_classes, (int, np.integer)) or num_classes < 2:
         raise UserError(f"data.register({name!r}): bad num_classes={num_classes!r}: give an integer of at least 2")
-    if name in _OWN:
-        raise UserError(f"data.register({name!r}): this example has a dataset of that name; choose another name")
 
     def add(function: Function) -> Function:
-        _REGISTERED[name] = _Registered(function, num_classes)
+        _REGISTERED[name] = _Registered(function, int(num_classes))
         return function
 
     return add

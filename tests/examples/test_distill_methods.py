@@ -327,7 +327,7 @@ def test_numbers_that_no_training_can_use(field, value):
 
 @pytest.fixture
 def registry(monkeypatch):
-    for name in ("METHODS", "STYLES", "_LINEAR", "_PLACES"):
+    for name in ("METHODS", "STYLES", "_LINEAR"):
         monkeypatch.setattr(methods, name, getattr(methods, name).copy())
 
 
@@ -372,7 +372,7 @@ def test_a_file_that_is_run_twice_registers_its_method_twice(registry, tmp_path)
     for _ in range(2):
         runpy.run_path(str(tmp_path / "mine.py"))
     assert methods.summary("mine") == ""
-    with pytest.raises(UserError, match=r"there is a method 'mine' already, in .*mine\.py, line 2;"):
+    with pytest.raises(UserError, match=r"there is a method 'mine' already in .*mine\.py, line 2; "):
         methods.register("mine")(_clipped)
 
 

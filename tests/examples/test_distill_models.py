@@ -334,7 +334,6 @@ def test_images_that_are_too_small():
 def registry(monkeypatch):
     """Forgets after the test what it registers."""
     monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
-    monkeypatch.setattr(models, "_registered", {})
 
 
 class _Small(nnx.Module):
@@ -398,7 +397,7 @@ def test_a_name_is_registered_once_but_its_lines_may_run_again(registry):
         models.register("mine")(_Small)
     with pytest.raises(UserError, match=r"^there is a model 'vgg8' already; choose another name"):
         models.register("vgg8")(_Small)
-    with pytest.raises(UserError, match=r'^a model is registered by a name: @models.register\("NAME"\)'):
+    with pytest.raises(UserError, match=r'^a model is registered by a name: register\("NAME"\)'):
         models.register(_Small)
 
 

@@ -317,9 +317,9 @@ def test_a_number_of_classes_that_makes_no_sense(classes):
 
 
 def test_names_that_are_taken():
-    with pytest.raises(UserError, match="this example has a dataset of that name"):
+    with pytest.raises(UserError, match="there is a dataset 'fashion_mnist_idx' already; choose another name"):
         data.register("fashion_mnist_idx", num_classes=10)
-    with pytest.raises(UserError, match="this example has a preprocessing of that name"):
+    with pytest.raises(UserError, match="there is a preprocessing 'cifar' already; choose another name"):
         images.register("cifar", images.PREPROCESSING["none"])
     with pytest.raises(UserError, match=r"give an images\.Preprocessing of two functions"):
         images.register("mine", lambda image: image)

@@ -7,7 +7,6 @@ dicts of arrays, so checkpoints can be read without the model's code. `apply` ru
 
 import functools
 import inspect
-import traceback
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from examples.distill import registry
 from examples.distill.models import (
     cifar_resnet,
     cnn,
@@ -63,9 +63,7 @@ _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet50": resnet.resnet50,
     "mobilenetv1": mobilenet.MobileNetV1,
 }
-
-# Where the models of `register` were registered: (file, line).
-_registered: dict[str, tuple[str, int]] = {}
+_OWN = frozenset(_MODELS)
 
 _Network = TypeVar("_Network", bound=Callable[..., nnx.Module])
 
@@ -102,16 +100,10 @@ def register(name: str) -> Callable[[_Network], _Network]:
     Raises:
         UserError: if there is a model of this name. The same lines may run again.
     """
-    if not isinstance(name, str):
-        raise UserError('a model is registered by a name: @models.register("NAME")')
-    caller = traceback.extract_stack(limit=2)[0]
-    place = (caller.filename, caller.lineno)
-    if name in _MODELS and _registered.get(name) != place:
-        by = " in {}, line {}".format(*_registered[name]) if name in _registered else ""
-        raise UserError(f"there is a model {name!r} already{by}; choose another name")
+    registry.claim("model", name, _MODELS)
 
     def add(network: _Network) -> _Network:
-        _MODELS[name], _registered[name] = network, place
+        _MODELS[name] = network
         return network
 
     return add
