@@ -77,7 +77,7 @@ def load(config: ConfigDict) -> Dataset:
         joined = found[0] if len(found) == 1 else grain.MapDataset.concatenate(found)
         if source.in_memory or not config.in_memory:
             return joined
-        _check_memory(len(joined) * math.prod(image_shape), f"{len(joined)} images", "--config.dataset.in_memory=False")
+        check_memory(len(joined) * math.prod(image_shape), f"{len(joined)} images", "--config.dataset.in_memory=False")
         # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read
         # them takes 0.15 s one by one, and 0.41 s by `list(joined)`, which uses threads.
         return grain.MapDataset.source([joined[i] for i in range(len(joined))])
@@ -288,10 +288,11 @@ def _check_batch(batch_size: int, host: grain.sharding.ShardOptions, shape: tupl
         raise UserError(f"bad --config.{field}={batch_size}: it must be a multiple of the {host.shard_count} hosts")
     # The batch itself and those ahead of it.
     count = batch_size // host.shard_count * (1 + _BATCHES_AHEAD)
-    _check_memory(count * math.prod(shape), f"batches of {batch_size} images", f"a smaller --config.{field}")
+    check_memory(count * math.prod(shape), f"batches of {batch_size} images", f"a smaller --config.{field}")
 
 
-def _check_memory(size: int, what: str, remedy: str) -> None:
+def check_memory(size: int, what: str, remedy: str) -> None:
+    """Raises if this machine has not so many bytes of memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise UserError(

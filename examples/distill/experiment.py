@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from examples.distill import data, identity, jobs, methods, models, report, smoke_test
+from examples.distill import data, identity, jobs, methods, report, smoke_test
 from examples.distill.jobs import Shared
 from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
@@ -50,13 +50,8 @@ def _train(
     config = settings.config
     teacher_path = _find_teacher(missing, settings, directory)
     shared = Shared(config, data.load(config.dataset), parallel.make_layout(config), preempted)
-    for model in (config.teacher.model, config.student.model):
-        models.check_input(
-            jobs.network_shapes(model, shared), shared.dataset.image_shape, model.name, shared.dataset.num_classes
-        )
+    jobs.check(missing, shared)  # What cannot be used should not wait for the teacher, nor leave a trace.
     teacher_job = jobs.teacher(shared, directory)
-    for method in missing:  # A value that cannot be used should not wait for the teacher, nor leave a trace.
-        jobs.student(method, shared, directory, teacher=None)
     teacher = teacher_path and _load_teacher(teacher_path, shared)
     checksum = there.get("teacher.checksum")
     if teacher:

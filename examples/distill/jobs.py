@@ -2,7 +2,8 @@
 
 import collections
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,23 @@ def teacher(shared: Shared, directory: epath.Path) -> Job:
         epochs=config.epochs,
         remedy="lower --config.teacher.optimizer.learning_rate",
     )
+
+
+def check(names: Sequence[str], shared: Shared) -> None:
+    """Raises if the networks or the methods of these names cannot be used, before anything is trained."""
+    config, dataset = shared.config, shared.dataset
+    for section in ("teacher", "student"):
+        model = config[section].model
+        shapes = network_shapes(model, shared)
+        numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[1]))
+        data.check_memory(
+            4 * numbers, f"the {numbers:,} parameters of {model.name}", f"--config.{section}.model another size"
+        )
+        models.check_input(shapes, dataset.image_shape, model.name, dataset.num_classes)
+    _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs)
+    for name in names:
+        optimizer = _optimizer(name, config.optimizer, shared, config.epochs)
+        methods.check_updates(name, optimizer, shapes[1])  # of the student
 
 
 def network(model: ConfigDict, shared: Shared, *, axis_name: str | None = None) -> tuple[nnx.GraphDef, Any, Any]:

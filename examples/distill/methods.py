@@ -249,6 +249,24 @@ def build(
     return optimizer
 
 
+def check_updates(method: str, optimizer: optax.GradientTransformation, params: Any) -> None:
+    """Raises if the optimizer of a method does not make updates like `params` of the gradients of both losses."""
+
+    def update(params: Any) -> Any:
+        return optimizer.update(dot_optax.PerLoss(params, params), optimizer.init(params), params)[0]
+
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    try:
+        updates = jax.eval_shape(update, like)
+    except Exception as error:  # The function may be a user's.
+        raise UserError(f"cannot use method {method!r}: {type(error).__name__}: {one_line(error, 200)}") from error
+    if updates != like:
+        raise UserError(
+            f"cannot use method {method!r}: of the gradients PerLoss(task, kd) it does not make one tree of updates like"
+            " the parameters; `dot_optax.dot` and `dot_optax.sum_losses` make one of two"
+        )
+
+
 def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int | None = None) -> optax.Schedule:
     """Constant with drops, or a cosine down to 0 at the end of the last epoch; after a linear warm-up from 0.
 

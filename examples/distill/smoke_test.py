@@ -55,6 +55,7 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     dataset = whole._replace(**{split: getattr(whole, split)[:count] for split, count in images.items()})
     config.batch_size, config.eval_batch_size = batch_size, eval_batch_size
     shared = Shared(config, dataset, layout, preempted)
+    jobs.check(settings.methods, shared)
     print(f"Smoke test of {name} on random images, {batch_size} in a batch; none of its files is read or written.")
     network, *variables = jobs.network(config.teacher.model, shared)
     teacher = Teacher(network, parallel.replicate(layout.mesh, tuple(variables)))

@@ -325,6 +325,33 @@ def test_numbers_that_no_training_can_use(field, value):
         settings.validated(config)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_makes_one_tree_of_updates(method, name):
+    methods.check_updates(method, _optimizer(method, name=name), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            optax.identity(),
+            "of the gradients PerLoss(task, kd) it does not make one tree of updates like the parameters",
+        ),
+        (optax.sgd(0.1, momentum=0.9), "ValueError: "),
+        (
+            optax.chain(dot_optax.sum_losses(), optax.flatten(optax.ema(0.9)), optax.stateless(lambda u, p: 0.0)),
+            "of the",
+        ),
+    ],
+)
+def test_a_method_that_does_not_make_one_tree_of_updates(optimizer, message):
+    with pytest.raises(UserError) as error:
+        methods.check_updates("mine", optimizer, PARAMS)
+    assert str(error.value).startswith(f"cannot use method 'mine': {message}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     for name in ("METHODS", "STYLES", "_LINEAR"):
