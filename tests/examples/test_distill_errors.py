@@ -116,6 +116,8 @@ CONFIGS = [
             ["--config.optimizer.drop_epochs=2,2"],
             "error: bad --config.optimizer.drop_epochs=(2, 2): give whole numbers",
         ),
+        (["--config.student.model.hidden=10000000000"], "error: the 750,000,000,010 parameters of mlp take 3000.0 GB"),
+        (["--config.teacher.model.hidden=10000000000", "--smoke_test"], "error: the 750,000,000,010 parameters of mlp"),
         (["--config.batch_size=1000"], "error: batch size 1000 is larger than the training split (900 images)"),
     ],
 )
