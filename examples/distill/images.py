@@ -31,8 +31,8 @@ _RESIZE = 256 / 224  # the short side of an image before its centre is cropped, 
 _JPEG = b"\xff\xd8"  # how such a file begins
 _DEEP_MODES = ("I", "F")  # of Pillow, and those that begin so: more than 8 bits
 
-# What Pillow finds too large would be a warning that does not say which image it was. A filter for each image apart is
-# nothing that threads could share.
+# What Pillow finds too large would be a warning that does not say which image it was. The filter is set once, since
+# `warnings.catch_warnings` is not safe in threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 Augment = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]

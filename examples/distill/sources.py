@@ -240,7 +240,10 @@ def _source(split: Any, expected: _Expected) -> Any:
 
 
 class _Examples:
-    """The examples of a split, each decoded and checked. A class, since a closure would be part of the user's traceback."""
+    """The examples of a split, each decoded and checked.
+
+    A class, since a closure reaches a worker process without its file, and `_reason` would take it for the user's.
+    """
 
     def __init__(self, source: Any, split: str, complaint: str, expected: _Expected, channels: int = 0) -> None:
         self._source, self._split, self._complaint, self._expected = source, split, complaint, expected
@@ -289,8 +292,11 @@ def _open_tfds(config: ConfigDict) -> Source:
 
 
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    folder = (
+        paths.resolve(config.data_dir, "--config.dataset.data_dir") if config.data_dir else None
+    )  # TFDS makes one of the name ~, too.
     try:
-        builder = tfds.builder(config.name, data_dir=config.data_dir or None, file_format="array_record")
+        builder = tfds.builder(config.name, data_dir=folder, file_format="array_record")
         features = builder.info.features
     except tfds.core.DatasetNotFoundError:
         raise UserError(
@@ -326,12 +332,11 @@ def _check_features(features: Any, config: ConfigDict) -> None:
         raise UserError(
             f"{bad}: its feature 'label' must be a ClassLabel of at least 2 classes, and is {one_line(label)}"
         )
-    for field in ("mean", "std"):
-        if len(config[field]) != image.shape[2]:
-            raise UserError(
-                f"bad --config.dataset.{field}={config[field]!r}: give one number for each channel; the images of"
-                f" {config.name!r} have {image.shape[2]}"
-            )
+    if len(config.mean) != image.shape[2]:
+        raise UserError(
+            f"bad --config.dataset.mean={config.mean!r}: give one number for each channel; the images of {config.name!r}"
+            f" have {image.shape[2]}"
+        )
 
 
 def _check_image_size(builder: tfds.core.DatasetBuilder, config: ConfigDict) -> None:

@@ -364,6 +364,15 @@ def test_a_data_dir_that_is_no_folder(folder, reason, name, tmp_path, config):
     assert str(error.value).startswith(f"bad --config.dataset.data_dir={tmp_path / folder}: {reason}")
 
 
+def test_a_builder_gets_the_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config.update(name="sklearn_digits", data_dir="~/data")
+    data.load(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "data" / "sklearn_digits" / "1.0.0").is_dir()
+
+
 @pytest.mark.parametrize(
     "folder", ["nul\0", "\udcff", "s3://bucket/data", "gs:/bucket/data", "~nobody-of-this-name/data"]
 )

@@ -51,7 +51,7 @@ def _read(path: epath.Path, dimensions: int) -> np.ndarray:
         content = gzip.decompress(content) if content.startswith(_GZIP) else content
     except FileNotFoundError:
         raise _bad(path.parent, f"no {name}.gz, nor {name}") from None
-    except (OSError, EOFError, zlib.error) as error:  # All but the first say that the file is damaged.
+    except (OSError, EOFError, zlib.error) as error:
         raise _bad(path.parent, f"cannot read {name}: {error}") from error
     header = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, _UINT8, dimensions]) or len(content) < header:
