@@ -1,4 +1,4 @@
-"""Fashion-MNIST from IDX files: small ones that the tests write, and the real ones where Debian's package has put them."""
+"""Fashion-MNIST from IDX files, small ones that the tests write."""
 
 import gzip
 import struct
@@ -11,7 +11,6 @@ from examples.distill import data
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
 
-_DEBIAN = "/usr/share/datasets/fashion-mnist"
 _COUNTS = {"train": 30, "t10k": 12}
 
 

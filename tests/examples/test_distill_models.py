@@ -401,6 +401,20 @@ def test_a_name_is_registered_once_but_its_lines_may_run_again(registry):
         models.register(_Small)
 
 
+@pytest.mark.parametrize("options", [{"depth": -1}, {"heads": 0}, {"patch_size": 0}, {"width": 0}, {"mlp_ratio": 0}])
+def test_sizes_of_a_vit_that_make_no_sense(options):
+    with pytest.raises(UserError, match=f"^cannot build model 'vit': .*{next(iter(options))}.* must be at least 1"):
+        models.build("vit", 5, rngs=nnx.Rngs(0), input_shape=(28, 28, 1), **options)
+
+
+@pytest.mark.parametrize("widths", [(), (8, 0), (-8,)])
+def test_widths_of_a_cnn_that_make_no_sense(widths):
+    with pytest.raises(
+        UserError, match=r"^cannot build model 'fashion_cnn': widths=.* must have a number of at least 1"
+    ):
+        models.build("fashion_cnn", 5, rngs=nnx.Rngs(0), widths=widths)
+
+
 def _fails(num_classes, *, rngs):
     return {}["key"]
 

@@ -24,6 +24,8 @@ class CNN(ConvNet):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
+        if min(widths, default=0) < 1:
+            raise ValueError(f"{widths=} must have a number of at least 1 for each stage")
         self.stages = nnx.List()
         width = input_shape[-1]
         for features in widths:

@@ -61,6 +61,8 @@ class ViT(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
+        if min(patch_size, depth, width, heads, mlp_ratio) < 1:
+            raise ValueError("patch_size, depth, width, heads and mlp_ratio must be at least 1")
         *size, channels = input_shape
         if any(pixels % patch_size for pixels in size):
             raise ValueError(f"{patch_size=} must divide the {size[0]} x {size[1]} pixels of an image")
