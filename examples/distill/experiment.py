@@ -124,7 +124,8 @@ def _load_teacher(folder: epath.Path, shared: Shared) -> Teacher:
         checkpoint.check_fit(wanted, found)
     except ValueError as error:
         raise UserError(
-            f"the teacher in {folder} is no {model.name} with {shared.dataset.num_classes} classes: {error}"
+            f"the teacher in {folder} is no {model.name} with {shared.dataset.num_classes} classes: {error};"
+            " config.teacher.model says which network it is"
         ) from error
     return Teacher(graphdef, variables)
 

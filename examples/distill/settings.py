@@ -39,15 +39,16 @@ class Settings(NamedTuple):
 def validated(config: ConfigDict) -> Settings:
     """Returns the settings of a config; raises if a value makes no sense, with the flag that sets it."""
     fields = settings.fields(config)
+    settings.check_names(fields, settings.fields(default()), free=("dataset.split_sizes", "optimizer"))
     settings.check(fields, _RULES | _model_rules(fields), free=_MODELS)
-    known = [*settings.fields(default()), "teacher.model.name", "student.model.name"]
-    settings.check_names(fields, known, free=("dataset.split_sizes", "optimizer"))
     if config.distillation.task_weight == config.distillation.kd_weight == 0:
         raise UserError(
             "bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0, so that there is"
             " no loss; give at least one of them above 0"
         )
     for section, network in zip(_MODELS, (config.teacher.model, config.student.model), strict=True):
+        if "name" not in network:
+            raise UserError(f"the config lacks the field '{section}.name', the name of a model")
         models.check_name(network.name)
         not_options = _NOT_OPTIONS.intersection(network)
         if not_options:

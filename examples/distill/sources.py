@@ -200,8 +200,9 @@ class _Arrays:
 def _open_registered(config: ConfigDict) -> Source:
     function, classes = _REGISTERED[config.name]
     expected, title = _Expected.by(config, classes), f"dataset {config.name!r}"
-    with _explained(title):
-        splits = function(paths.resolve(config.data_dir) if config.data_dir else None)
+    data_dir = paths.resolve(config.data_dir) if config.data_dir else None
+    with _explained(title if data_dir else f"{title}, without a --config.dataset.data_dir"):
+        splits = function(data_dir)
     if not isinstance(splits, Mapping) or not splits:
         raise UserError(f"{title}: its function must return a dict of splits, and returned {_kind(splits)}")
     sources = {}

@@ -456,15 +456,14 @@ def test_registered_networks_that_cannot_be_built(network, options, message, reg
     [
         (
             lambda self, images: self.hidden(images),
-            "model 'mine' gives ShapeDtypeStruct(shape=(2, 6, 6, 4), dtype=float32) for 2 images; it must give logits like"
-            " ShapeDtypeStruct(shape=(2, 5), dtype=float32)",
+            "model 'mine' gives float32 [2, 6, 6, 4] for 2 images, not float32 logits [2, 5]",
         ),
         (
             lambda self, images: _Small.__call__(self, images).astype(jnp.bfloat16),
-            "model 'mine' gives ShapeDtypeStruct(shape=(2, 5), dtype=bfloat16) for 2 images; ",
+            "model 'mine' gives bfloat16 [2, 5] for 2 images, not float32 logits [2, 5]",
         ),
         (lambda self, images: {"logits": _Small.__call__(self, images)}, "model 'mine' gives {'logits': "),
-        (lambda self, images: None, "model 'mine' gives None for 2 images; "),
+        (lambda self, images: None, "model 'mine' gives None for 2 images, not "),
         (lambda self, images: images.no, "model 'mine' cannot take images of 6 x 6 pixels: AttributeError: "),
         (lambda self, images: images.reshape(3, 5, 7), "model 'mine' cannot take images of 6 x 6 pixels: "),
         (lambda self: 0, "model 'mine' cannot take images of 6 x 6 pixels: "),

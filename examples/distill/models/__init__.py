@@ -204,9 +204,9 @@ def check_input(
     shapes = [output.aval.shape for equation in jaxpr.eqns for output in equation.outvars]
     if any(shape[:1] == (batch,) and 0 in shape for shape in shapes):
         raise UserError(f"{size} are too small for {name}")
-    wanted = jax.ShapeDtypeStruct((batch, num_classes), jnp.float32)
-    if logits != wanted:
-        raise UserError(f"model {name!r} gives {logits} for {batch} images; it must give logits like {wanted}")
+    if logits != jax.ShapeDtypeStruct((batch, num_classes), jnp.float32):
+        found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, jax.ShapeDtypeStruct) else logits
+        raise UserError(f"model {name!r} gives {found} for {batch} images, not float32 logits [{batch}, {num_classes}]")
 
 
 def _parameters(network: Callable[..., nnx.Module]) -> Collection[str]:
