@@ -183,7 +183,7 @@ def import_teacher(
     content = read(Path(source))
     try:
         variables, taken = to_variables(model, num_classes, content, weights)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # A dict can contain itself.
         raise UserError(f"{source} does not fit {model} with {num_classes} classes: {error}") from error
     _write(target, *variables)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables[0]))
@@ -239,7 +239,11 @@ def to_variables(
         for rules in _NAMINGS[model]
     ]
     prefix, naming, taken = _find(namings, tensors, weights)
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): _to_numpy(name, tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
     wanted = {name: tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim]) for name, leaf in naming.items()}
     try:
         checkpoint.check_fit(wanted, found)
@@ -311,21 +315,24 @@ def _hint(wanted: Collection[str], prefix: str, tensors: Collection[str], conten
     return f"{instead}; its top-level keys are {', '.join(keys[:_SHOWN_KEYS] + more) or 'none'}"
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Gives the tensors of nested dicts, by the names on the way to them, without what PyTorch only counts with."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.")
         elif hasattr(value, "shape") and not name.endswith("num_batches_tracked"):
-            yield name.replace("_orig_mod.", ""), _to_numpy(value)
+            yield name.replace("_orig_mod.", ""), value
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(name: str, tensor: Any) -> np.ndarray:
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
-    # NumPy has no bfloat16.
-    return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    try:
+        # NumPy has no bfloat16.
+        return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    except (TypeError, RuntimeError) as error:  # It is quantized, sparse, or without numbers.
+        raise ValueError(f"{name} is no plain tensor: {one_line(error, 200)}") from error
 
 
 def _write(target: epath.Path, params: Any, rest: Any) -> None:

@@ -706,6 +706,26 @@ def test_weights_that_are_not_finite(network, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("classes: fc.bias holds numbers that are not finite\n")
 
 
+@pytest.mark.parametrize("change", [lambda tensor: tensor.to_sparse(), lambda tensor: tensor.to("meta")])
+def test_tensors_that_are_not_plain(change, network, tmp_path, capsys):
+    tensors = network.state_dict()
+    changed = change(tensors["fc.weight"])
+    torch.save({"model": {**tensors, "fc.weight": changed}}, tmp_path / "teacher.pth")
+    assert _import(tmp_path / "teacher.pth", tmp_path / "teacher") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "does not fit resnet8x4 with 7 classes: model.fc.weight is no plain tensor: " in line
+    torch.save({"model": tensors, "optimizer": {"momentum": changed}}, tmp_path / "teacher.pth")
+    assert _import(tmp_path / "teacher.pth", tmp_path / "teacher") == 0  # What is beside the network does not matter.
+
+
+def test_a_dict_that_contains_itself(network, tmp_path, capsys):
+    content = dict(network.state_dict())
+    content["self"] = content
+    torch.save(content, tmp_path / "teacher.pth")
+    assert _import(tmp_path / "teacher.pth", tmp_path / "teacher") == 1
+    assert "does not fit resnet8x4 with 7 classes: maximum recursion depth" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), None, _random])
 def test_pth_files_without_a_state_dict(content, tmp_path, capsys):
     path = tmp_path / "teacher.pth"
