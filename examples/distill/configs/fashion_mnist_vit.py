@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """One learning rate for every method; delta rises while the learning rate does."""
     config = fashion_mnist()
     config.epochs = 4
-    config.student.model = ConfigDict({"name": "vit", "depth": 4, "width": 64, "heads": 4, "patch_size": 7})
+    config.student.model = ConfigDict({"name": "vit", "depth": 4, "width": 48, "heads": 4, "patch_size": 7})
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05
