@@ -14,7 +14,9 @@ import dot_optax
 from examples.distill import methods, models, steps
 from examples.distill.configs.digits import get_config
 from examples.distill.models import layers
+from examples.trainer import parallel
 from examples.trainer.errors import UserError
+from examples.trainer.step import init_state
 from tests import networks
 from tests.tiers import slow_but
 
@@ -289,8 +291,9 @@ def test_a_convolutional_pair_trains_in_bfloat16():
     teacher_graphdef, *teacher_variables = networks.random("vgg8")
     optimizer = methods.build("dot", get_config().optimizer, dot_optax.PerLoss(task=0.1, kd=0.9), steps_per_epoch=1)
     problem = steps.Problem(graphdef, teacher_graphdef, 4.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-    train_step = steps.make_train_step(problem, optimizer)
-    state = steps.init_state(*jax.tree.map(jnp.asarray, (params, rest)), optimizer)
+    one_device = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel.AXIS,)))
+    train_step = steps.make_train_step(problem, optimizer, one_device)
+    state = init_state(*jax.tree.map(jnp.asarray, (params, rest)), optimizer)
     batch = {"image": _images(8, batch=8), "label": np.arange(8) % 10}
     losses = []
     for _ in range(6):
