@@ -2,7 +2,7 @@
 
     python -m tests.faults
 
-prints what happened, in three minutes on two cores; `tests/examples/test_trainer_faults.py` runs the same,
+prints what happened, in some minutes on two cores; `tests/examples/test_trainer_faults.py` runs the same,
 two of them in the first tier and the others as slow tests.
 """
 
