@@ -4,6 +4,18 @@
 
 The folder holds the four IDX files; this is where Debian's package `dataset-fashion-mnist` puts them. DOT is
 `dot_optax.dot_adamw` here, whose gains are 0.571 for the task gradient and 4 for the KD gradient, where AdamW has 1 and 1.
+It ends with (on two cores that did other work as well)
+
+    fashion_mnist_vit, seed 0, 4 epochs; teacher: test top-1 0.8684 ± 0.0034
+
+                                   KD   KD, gain-matched               DOT
+    train task loss            0.5346             0.4668            0.4679
+    train KD loss              0.5604             0.4050            0.4144
+    test top-1        0.7900 ± 0.0041    0.8182 ± 0.0039   0.8153 ± 0.0039
+    test top-5        0.9950 ± 0.0007    0.9955 ± 0.0007   0.9959 ± 0.0006
+    seconds                     320.0              348.2             302.5
+
+(JAX 0.10.2.) With AdamW too, gain-matched KD does as well as DOT: what helps here are the gains.
 """
 
 from ml_collections import ConfigDict
