@@ -27,8 +27,6 @@ _STEPS = 4  # of which the first compiles
 _BATCHES = 2  # of an evaluation
 _NUMBERS = 2**19  # in the images of a batch: 3 images of ImageNet, or 170 of CIFAR
 
-Timed = Callable[..., Any]
-
 
 def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     """Tries a config out, and prints how long it would take."""
@@ -68,9 +66,9 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
         except (KeyboardInterrupt, Preempted) as end:
             raise type(end)("a smoke test saves nothing") from None
     for job, value in seconds.items():
-        print(f"{job:>15}: about {duration(value)}")
+        print(f"{job:>15}: about {_duration(value)}")
     print(
-        f"It works. Here the run would take about {duration(sum(seconds.values()))}, and the time to read its images."
+        f"It works. Here the run would take about {_duration(sum(seconds.values()))}, and the time to read its images."
     )
 
 
@@ -88,7 +86,7 @@ def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:
     return steps[0] + trained * an_image + evaluated * evaluated_image
 
 
-def _timed_step(job: Job, seconds: list[float]) -> Timed:
+def _timed_step(job: Job, seconds: list[float]) -> Callable[..., Any]:
     def step(*args: Any) -> Any:
         begun = time.perf_counter()
         result = jax.block_until_ready(job.step(*args))
@@ -108,7 +106,7 @@ def _timed_evaluate(job: Job, seconds_per_image: list[float]) -> Evaluate:
     return evaluate
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time in the unit in which people say it."""
     for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * length:
