@@ -58,9 +58,9 @@ def _train(
         checksum = checkpoint.checksum(teacher.variables)
         identity.check_teacher(directory, there, teacher_path, checksum)
     identity.record(directory, settings, checksum)
-    loop_settings = loop.settings(config, shared.layout, preempted)
+    options = loop.options(config, shared.layout, preempted)
     if teacher is None and config.teacher.train:
-        loop.fit(teacher_job, loop_settings)
+        loop.fit(teacher_job, options)
         teacher = _load_teacher(teacher_job.directory, shared)
         identity.record(directory, settings, checkpoint.checksum(teacher.variables))
     if teacher:
@@ -69,7 +69,7 @@ def _train(
             only_test = teacher_job._replace(splits={"test": config.dataset.test})
             loop.write_result(only_test, teacher.variables)
     for method in missing:
-        loop.fit(jobs.student(method, shared, directory, teacher), loop_settings)
+        loop.fit(jobs.student(method, shared, directory, teacher), options)
 
 
 def _check_hosts_agree(settings: Settings, directory: epath.Path, missing: list[str]) -> None:

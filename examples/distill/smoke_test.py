@@ -76,7 +76,7 @@ def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:
     """Trains a job for a few steps, and returns how long all of it would take."""
     steps, evaluations = [], []
     timed = job._replace(epochs=1, step=_timed_step(job, steps), evaluate=_timed_evaluate(job, evaluations))
-    loop.fit(timed, loop.settings(shared.config, shared.layout, shared.preempted))
+    loop.fit(timed, loop.options(shared.config, shared.layout, shared.preempted))
     # The first compiles; of a few images there is no second step.
     an_image = statistics.median(steps[1:] or steps) / job.batch_size
     evaluated_image = statistics.median(evaluations[1:])

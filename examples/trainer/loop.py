@@ -23,7 +23,7 @@ from examples.trainer.step import Metrics
 _STEPS_AHEAD = 2  # that the device has in hand while the host waits for the metrics of a step
 
 
-class Settings(NamedTuple):
+class Options(NamedTuple):
     """How to train, for all jobs of a run: none of it changes what a job computes."""
 
     layout: Layout
@@ -33,9 +33,9 @@ class Settings(NamedTuple):
     preempted: Callable[[], bool]  # asked before every batch; see preemption.py
 
 
-def settings(config: ConfigDict, layout: Layout, preempted: Callable[[], bool]) -> Settings:
-    """Returns the settings of a config, whose fields have the same names."""
-    return Settings(
+def options(config: ConfigDict, layout: Layout, preempted: Callable[[], bool]) -> Options:
+    """Returns the options of a config, whose fields have the same names."""
+    return Options(
         layout,
         config.checkpoint_every_steps,
         config.keep_checkpoints,
@@ -60,10 +60,10 @@ def finished_epochs(directory: epath.Path) -> int:
     return records.count_lines(directory / "metrics.jsonl")  # It was once not said.
 
 
-def fit(job: Job, settings: Settings) -> None:
+def fit(job: Job, options: Options) -> None:
     """Trains to the last epoch and writes the result."""
     try:
-        variables, progress = _train(job, settings)
+        variables, progress = _train(job, options)
         write_result(job, variables, progress)
     except (KeyboardInterrupt, Preempted) as end:
         raise type(end)(_how_to_go_on(job)) from None
@@ -103,13 +103,13 @@ def fetch(results: Iterable[Metrics]) -> Iterator[dict[str, np.ndarray]]:
         yield jax.device_get(dispatched.popleft())
 
 
-def _train(job: Job, settings: Settings) -> tuple[Variables, checkpoint.Progress]:
+def _train(job: Job, options: Options) -> tuple[Variables, checkpoint.Progress]:
     """Goes from the latest checkpoint to the last epoch."""
     with (
         job.batches() as batches,
-        checkpoint.Checkpoints(job.directory, settings.keep_checkpoints) as checkpoints,
+        checkpoint.Checkpoints(job.directory, options.keep_checkpoints) as checkpoints,
     ):
-        training = _Training(job, settings, batches, checkpoints)
+        training = _Training(job, options, batches, checkpoints)
         with contextlib.closing(training.log):
             training.run()
         return training.variables(), training.progress
@@ -119,11 +119,11 @@ class _Training:
     """The loop over steps, and what it has in hand."""
 
     def __init__(
-        self, job: Job, settings: Settings, batches: grain.DatasetIterator, checkpoints: checkpoint.Checkpoints
+        self, job: Job, options: Options, batches: grain.DatasetIterator, checkpoints: checkpoint.Checkpoints
     ) -> None:
-        self._job, self._settings, self._batches, self._checkpoints = job, settings, batches, checkpoints
+        self._job, self._options, self._batches, self._checkpoints = job, options, batches, checkpoints
         self._last_step = job.epochs * job.steps_per_epoch
-        layout = settings.layout
+        layout = options.layout
         start = layout.gather(layout.place(job.init_state()))
         state, self.progress = checkpoints.restore_latest(start, batches, job.seed)
         del start  # Only `self.state` holds the arrays, so that the step can use their memory again.
@@ -133,12 +133,12 @@ class _Training:
 
     def variables(self) -> Variables:
         """The network as it is now."""
-        state = self._settings.layout.gather(self.state)
+        state = self._options.layout.gather(self.state)
         return state.params, state.rest
 
     def run(self) -> None:
         """Trains to the last epoch. When it ends with `Preempted`, the last step is saved."""
-        every = self._settings.checkpoint_every_steps
+        every = self._options.checkpoint_every_steps
         try:
             while True:
                 if self.log.epoch_is_complete:
@@ -165,7 +165,7 @@ class _Training:
     def _steps(self, count: int) -> Iterator[Metrics]:
         """Takes that many steps, or fewer when preempted, so that those in flight can be fetched first."""
         for _ in range(count):
-            if self._settings.preempted():
+            if self._options.preempted():
                 return
             self.state, metrics = self._job.step(self.state, next(self._batches))
             yield metrics
@@ -181,11 +181,11 @@ class _Training:
         if self.log.steps == 0 or self._checkpoints.has(self.log.steps):
             return
         self._remove_result()
-        state = self._settings.layout.gather(self.state)
+        state = self._options.layout.gather(self.state)
         del self.state  # With shard_map it is a second set of momenta.
         self.progress = self.progress._replace(seconds=self._seconds(), log=self.log.state())
         self.progress = self._checkpoints.save(state, self._batches, self.progress, wait=wait)
-        self.state = self._settings.layout.place(state)  # so that it goes on as a run does that begins here
+        self.state = self._options.layout.place(state)  # so that it goes on as a run does that begins here
 
     def _remove_result(self) -> None:
         """Removes what was written after fewer epochs: the latest checkpoint is that of another network from here on."""
@@ -198,7 +198,7 @@ class _Training:
 
     def _check_skipped(self) -> None:
         skipped = self.log.skipped_in_a_row
-        if skipped >= self._settings.max_consecutive_skips:
+        if skipped >= self._options.max_consecutive_skips:
             raise self._not_finite(f"{skipped} steps in a row were skipped, the last of them step {self.log.steps}")
 
     def _check_validation(self, validation: records.Record) -> None:
