@@ -4,6 +4,7 @@ Optimizers:        `dot`, for transformers `dot_adamw`, `deepkd`; the baseline t
 Their parts:       `scale_by_dot`, `scale_by_dot_adam`; for any number of losses `scale_by_momenta`, `scale_by_adam_momenta`
 Their momenta:     `betas`, `gains`
 Gradients:         `value_and_grads`, `reached`; for Flax NNX those of `dot_optax.nnx`
+... sampled:       `sampled_losses`, `sampled_examples`, `sampled_difference`: fewer teacher calls and backward passes
 Losses:            `losses.kd_loss`
 Algebra of losses: `PerLoss`, `DeepKDLosses`, `per_loss`, `joint`, `sum_losses`, `wrap`
 Many devices:      `average_over`
@@ -30,6 +31,9 @@ from dot_optax._gradients import value_and_grads as value_and_grads
 from dot_optax._momenta import scale_by_momenta as scale_by_momenta
 from dot_optax._parallel import average_over as average_over
 from dot_optax._reach import reached as reached
+from dot_optax._sampling import sampled_difference as sampled_difference
+from dot_optax._sampling import sampled_examples as sampled_examples
+from dot_optax._sampling import sampled_losses as sampled_losses
 from dot_optax._wrap import wrap as wrap
 
 __all__ = [
@@ -46,6 +50,9 @@ __all__ = [
     "losses",
     "per_loss",
     "reached",
+    "sampled_difference",
+    "sampled_examples",
+    "sampled_losses",
     "scale_by_adam_momenta",
     "scale_by_dot",
     "scale_by_dot_adam",

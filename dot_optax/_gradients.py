@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,42 +55,75 @@ def value_and_grads(
 
     @functools.wraps(loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        indices = _positions(argnums, len(args))
-        for index in indices:
-            _check_no_nnx_module(args[index], f"value_and_grads: argument {index}", "value_and_grads")
-            _check_trainable(args[index], f"value_and_grads: argument {index}")
-
-        def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
-            replaced = list(args)
-            for index, primal in zip(indices, primals, strict=True):
-                replaced[index] = primal
-            return _split_losses(loss_fn(*replaced, **kwargs), has_aux, "value_and_grads")
-
-        primals = [args[index] for index in indices]
-        values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
-        entries, rebuild = _entries_by_key(values)
-
-        def gradient(key: Any) -> Any:
-            # Transposing one output at a time leaves the other losses out, where a zero cotangent for them would be
-            # multiplied through their backward passes.
-            transpose = jax.linear_transpose(lambda *tangents: _entries_by_key(jvp(*tangents))[0][key], *primals)
-            grads = transpose(jnp.ones_like(entries[key]))
-            return grads[0] if isinstance(argnums, int) else grads
-
-        grads = rebuild({key: gradient(key) for key in entries})
-        return ((values, aux) if has_aux else values), grads
+        forward = _forward(loss_fn, argnums, has_aux, args, kwargs)
+        grads = forward.rebuild({key: forward.gradient([key]) for key in forward.losses})
+        return _output(forward.rebuild(forward.losses), forward.aux, grads, has_aux)
 
     return wrapped
 
 
-def _positions(argnums: Any, count: int) -> list[int]:
+class _Forward(NamedTuple):
+    """A forward pass, from which the backward passes of its losses start."""
+
+    losses: dict[Any, Any]  # by key; None for a loss that is not asked for
+    aux: Any
+    rebuild: Callable[[Mapping[Any, Any]], Any]  # the user's container
+    gradient: Callable[[Collection[Any]], Any]  # of the sum of the losses with these keys
+
+
+def _forward(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    where: str = "value_and_grads",
+    wanted: Collection[Any] | None = None,
+) -> _Forward:
+    """Runs `loss_fn`; of the losses that are not `wanted` nothing is kept, so that a compiler drops what they need."""
+    indices = _positions(argnums, len(args), where)
+    for index in indices:
+        _check_no_nnx_module(args[index], f"{where}: argument {index}", where)
+        _check_trainable(args[index], f"{where}: argument {index}")
+
+    def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
+        replaced = list(args)
+        for index, primal in zip(indices, primals, strict=True):
+            replaced[index] = primal
+        losses, aux = _split_losses(loss_fn(*replaced, **kwargs), has_aux, where)
+        entries, rebuild = _entries_by_key(losses)
+        return rebuild({k: loss if wanted is None or k in wanted else None for k, loss in entries.items()}), aux
+
+    primals = [args[index] for index in indices]
+    values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
+    losses, rebuild = _entries_by_key(values)
+
+    def gradient(keys: Collection[Any]) -> Any:
+        # Transposing some outputs leaves the other losses out, where a zero cotangent for them would be multiplied
+        # through their backward passes.
+        def outputs(*tangents: Any) -> list[Any]:
+            tangents_out, _ = _entries_by_key(jvp(*tangents))
+            return [tangents_out[key] for key in keys]
+
+        grads = jax.linear_transpose(outputs, *primals)([jnp.ones_like(losses[key]) for key in keys])
+        return grads[0] if isinstance(argnums, int) else grads
+
+    return _Forward(losses, aux, rebuild, gradient)
+
+
+def _output(values: Any, aux: Any, grads: Any, has_aux: bool) -> tuple[Any, Any]:
+    return ((values, aux) if has_aux else values), grads
+
+
+def _positions(argnums: Any, count: int, where: str) -> list[int]:
     """The positions of the arguments to differentiate, counted from the first."""
     try:
         positions = [range(count)[index] for index in jax.tree.leaves(argnums)]
     except (IndexError, TypeError):
         positions = []
     if not positions or len(set(positions)) < len(positions):
-        raise TypeError(f"value_and_grads: argnums={argnums!r} must name some of the {count} arguments, each once")
+        raise TypeError(f"{where}: argnums={argnums!r} must name some of the {count} arguments, each once")
     return positions
 
 

@@ -1,14 +1,15 @@
 """Gradients of several losses of Flax NNX modules.  The only module of the package that imports Flax."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
-from dot_optax import _gradients, _reach
+from dot_optax import _gradients, _reach, _sampling
 
-__all__ = ["reached", "value_and_grads"]
+__all__ = ["reached", "sampled_difference", "sampled_examples", "sampled_losses", "value_and_grads"]
 
 _TAG = "dot_optax.nnx"  # of the context in which Flax carries over what happens to the copies of the arguments
 
@@ -64,15 +65,165 @@ def value_and_grads(
     """
 
     @functools.wraps(loss_fn)
-    @nnx.update_context(_TAG)
     def wrapped(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
-        (values, changed), grads = _gradients.value_and_grads(pure, has_aux=True)(params, rest)
-        with nnx.merge_context(_TAG, inner=False) as context:
-            _, aux = context.merge(*changed)
-        return ((values, aux) if has_aux else values), grads
+        gradients = functools.partial(_gradients.value_and_grads, has_aux=True)
+        return _on_modules(gradients, loss_fn, has_aux, wrt, (model, args, kwargs))
 
     return wrapped
+
+
+def sampled_losses(
+    loss_fn: Callable[..., Any],
+    periods: Any,
+    *,
+    offsets: Any = None,
+    has_aux: bool = False,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> _sampling.Sampled:
+    r"""`dot_optax.sampled_losses` for a function of a Flax NNX module: each loss at every k-th step only.
+
+    .. math::
+        \hat g_i^{(t)} = k_i \, \nabla_\theta \, \ell_i \text{ where } t \bmod k_i = o_i, \text{ else } 0
+
+    Whatever the module changes in its forward pass is kept, once a step: statistics, counters of `nnx.Rngs`, metrics.
+
+    Args:
+        loss_fn: as for `value_and_grads`.
+        periods: as for `dot_optax.sampled_losses`.
+        offsets: likewise.
+        has_aux: whether `loss_fn` returns auxiliary data.
+        wrt: as for `value_and_grads`.
+
+    Returns:
+        As `value_and_grads`, a function with the number of the step, or a key, before the model; it has the methods that
+        `dot_optax.sampled_losses` names.
+
+    Raises:
+        TypeError: as `dot_optax.sampled_losses`.
+        ValueError: likewise, and as `value_and_grads`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax, dot_optax.nnx
+        >>> from flax import nnx
+        >>> model = nnx.Dict(w=nnx.Param(jnp.ones(())))
+        >>> def loss_fn(model):
+        ...     return dot_optax.PerLoss(task=1.0 * model['w'][...], kd=3.0 * model['w'][...])
+        >>> sampled = dot_optax.nnx.sampled_losses(loss_fn, {'kd': 2})
+        >>> for step in range(2):
+        ...     _, grads = sampled(step, model)
+        ...     print(grads.task['w'][...], grads.kd['w'][...])
+        1.0 6.0
+        1.0 0.0
+
+    References:
+        As `dot_optax.sampled_losses`.
+    """
+    make = functools.partial(_sampling.sampled_losses, periods=periods, offsets=offsets, has_aux=True)
+    return _sampled(make, loss_fn, has_aux, wrt)
+
+
+def sampled_difference(
+    loss_fn: Callable[..., Any],
+    period: int,
+    *,
+    reached: Any = None,
+    has_aux: bool = False,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> _sampling.Sampled:
+    r"""`dot_optax.sampled_difference` for a function of a Flax NNX module: the exact sum, and differences now and then.
+
+    .. math::
+        \hat g_i^{(t)} = \tfrac{s}{N} + k \, (\nabla_\theta \, \ell_i - \tfrac{s}{N}) \text{ where } t \bmod k = 0, \text{ else }
+        \tfrac{s}{N}
+
+    Args:
+        loss_fn: as for `value_and_grads`.
+        period: as for `dot_optax.sampled_difference`.
+        reached: likewise; that of `dot_optax.nnx.reached`.
+        has_aux: whether `loss_fn` returns auxiliary data.
+        wrt: as for `value_and_grads`.
+
+    Returns:
+        As `sampled_losses`.
+
+    Raises:
+        TypeError: as `dot_optax.sampled_difference`.
+        ValueError: likewise, and as `value_and_grads`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax, dot_optax.nnx
+        >>> from flax import nnx
+        >>> model = nnx.Dict(w=nnx.Param(jnp.ones(())))
+        >>> def loss_fn(model):
+        ...     return dot_optax.PerLoss(task=1.0 * model['w'][...], kd=3.0 * model['w'][...])
+        >>> _, grads = dot_optax.nnx.sampled_difference(loss_fn, 4)(1, model)
+        >>> print(grads.task['w'][...], grads.kd['w'][...])
+        2.0 2.0
+
+    References:
+        As `dot_optax.sampled_difference`.
+    """
+    make = functools.partial(_sampling.sampled_difference, period=period, reached=reached, has_aux=True)
+    return _sampled(make, loss_fn, has_aux, wrt)
+
+
+def sampled_examples(
+    loss_fn: Callable[..., Any],
+    periods: Any,
+    *,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> _sampling.Sampled:
+    r"""`dot_optax.sampled_examples` for a function of a Flax NNX module: a loss on every k-th row of the batch.
+
+    .. math::
+        \hat g_i^{(t)} = \nabla_\theta \, \ell_i(x_{r}, x_{r + k}, \ldots), \qquad r = t \bmod k
+
+    What the module changes in its forward pass is kept from that of the whole batch.
+
+    Args:
+        loss_fn: as for `value_and_grads`.
+        periods: as for `dot_optax.sampled_examples`.
+        batch_argnums: which arguments have the rows; the model is number 0.
+        has_aux: whether `loss_fn` returns auxiliary data.
+        wrt: as for `value_and_grads`.
+
+    Returns:
+        As `sampled_losses`.
+
+    Raises:
+        TypeError: as `dot_optax.sampled_examples`.
+        ValueError: likewise, and as `value_and_grads`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax, dot_optax.nnx
+        >>> from flax import nnx
+        >>> model = nnx.Dict(w=nnx.Param(jnp.ones(())))
+        >>> def loss_fn(model, x):
+        ...     return dot_optax.PerLoss(task=jnp.mean(model['w'] * x), kd=jnp.mean(model['w'] * x))
+        >>> _, grads = dot_optax.nnx.sampled_examples(loss_fn, {'kd': 2})(1, model, jnp.array([1.0, 2.0, 3.0, 4.0]))
+        >>> print(grads.task['w'][...], grads.kd['w'][...])
+        2.5 3.0
+
+    References:
+        As `dot_optax.sampled_examples`.
+    """
+    indices = {batch_argnums} if isinstance(batch_argnums, int) else set(batch_argnums)
+
+    def cut(arguments: Sequence[Any], part: Callable[[Any, str], Any]) -> list[Any]:
+        params, rest = arguments
+
+        def cut_leaf(path: Any, leaf: Any) -> Any:
+            names = _reach._names(path)  # 1 for the positional arguments behind the model, then which of them
+            return part(leaf, f"argument {names[1] + 1}") if names[0] == 1 and names[1] + 1 in indices else leaf
+
+        return [params, jax.tree.map_with_path(cut_leaf, rest)]
+
+    def make(pure: Callable[..., Any]) -> _sampling.Sampled:
+        return _sampling._sampled_examples(pure, periods, cut, 0, True)
+
+    return _sampled(make, loss_fn, has_aux, wrt)
 
 
 def reached(
@@ -120,6 +271,30 @@ def reached(
     with nnx.update_context(_TAG):
         pure, params, rest = _pure(loss_fn, has_aux, wrt, (model, args, kwargs))
         return _reach.reached(pure, params, rest, has_aux=True)
+
+
+def _sampled(make: Callable[..., Any], loss_fn: Callable[..., Any], has_aux: bool, wrt: Any) -> _sampling.Sampled:
+    """What `make` makes of functions of pytrees, for a function of a module."""
+
+    def call(position: Any, model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def gradients(pure: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.partial(make(pure), position)
+
+        return _on_modules(gradients, loss_fn, has_aux, wrt, (model, args, kwargs))
+
+    return make(loss_fn)._calling(call)
+
+
+@nnx.update_context(_TAG)
+def _on_modules(
+    gradients: Callable[..., Any], loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]
+) -> tuple[Any, Any]:
+    """Calls `gradients(pure)` where `pure` is a function of pytrees, and carries over what happened to the arguments."""
+    pure, params, rest = _pure(loss_fn, has_aux, wrt, arguments)
+    (values, changed), grads = gradients(pure)(params, rest)
+    with nnx.merge_context(_TAG, inner=False) as context:
+        _, aux = context.merge(*changed)
+    return ((values, aux) if has_aux else values), grads
 
 
 def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]) -> tuple[Any, ...]:

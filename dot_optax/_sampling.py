@@ -1,0 +1,468 @@
+"""Gradients of several losses below their exact cost: each is taken only now and then, and is right on average.
+
+    sampled_losses       a loss at every k-th step, its gradient times k; the teacher only where a loss that is due needs it
+    sampled_difference   the sum of the gradients at every step, what tells them apart at every k-th
+    sampled_examples     a loss at every step, on every k-th row of the batch
+
+All are `value_and_grads` with the number of the step in front, and no optimizer needs to know of them.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dot_optax._checks import _describe
+from dot_optax._containers import LossNames, PerLoss, _entries_by_key
+from dot_optax._gradients import _forward, _output, _split_losses
+from dot_optax._reach import _leaf_mask
+
+_LONGEST = 2**16  # steps until all periods start together again
+
+
+class Sampled:
+    """What the functions of this module return: call it as `value_and_grads(loss_fn)`, with the step in front."""
+
+    def __init__(self, turns: "_Turns", call: Callable[..., Any], loss_fn: Callable[..., Any], skips: bool = False):
+        functools.update_wrapper(self, loss_fn)
+        self._turns, self._call, self._skips = turns, call, skips
+
+    def __call__(self, step: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Returns `(values, grads)`, or `((values, aux), grads)`, of the step with this number, or of a random one.
+
+        Args:
+            step: a whole number, counted from 0 and possibly traced; or a key of `jax.random`, for a step at random. Under
+                `shard_map` or `pmap` it must be the same on all devices. A Python number leaves no branches in the program.
+            *args: the arguments of `loss_fn`.
+            **kwargs: likewise.
+        """
+        return self._call(self._turns.position(step), *args, **kwargs)
+
+    def _calling(self, call: Callable[..., Any]) -> "Sampled":
+        """The same turns for another function."""
+        return Sampled(self._turns, call, self.__wrapped__, self._skips)
+
+    def kind(self, step: int) -> int:
+        """The first step at which the same is computed as at `step`: a static argument for those who compile kinds apart."""
+        return self._turns.first(self._turns.position(step))
+
+    def due(self, step: Any) -> dict[Any, Any]:
+        """Whether a loss is computed at this step, by name, for the losses that are not computed at every step."""
+        return self._turns.due(self._turns.position(step)) if self._skips else {}
+
+
+def sampled_losses(
+    loss_fn: Callable[..., Any],
+    periods: Mapping[Any, int] | Sequence[int],
+    *,
+    offsets: Mapping[Any, int] | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Sampled:
+    r"""`value_and_grads` that takes each loss only at every k-th step, with k times its gradient; zeros elsewhere.
+
+    .. math::
+        \hat g_i^{(t)} = \begin{cases} k_i \, \nabla_\theta \, \ell_i & t \bmod k_i = o_i \\ 0 & \text{else} \end{cases}
+
+    Over a turn of all periods the mean of :math:`\hat g_i` is the gradient. At a step where a loss is not due neither its
+    gradient is computed nor what only it needs, such as the teacher's forward pass inside `loss_fn`: the program branches
+    (`jax.lax.switch`). With F and T the forward passes of student and teacher, exact DOT costs T + 5F, plain
+    distillation T + 3F, `{'kd': k}` 3F + (T + 2F)/k, and the two losses in turn, `{'task': 2, 'kd': 2}`, 3F + T/2.
+
+    The price is noise, and a bound on the learning rate. See `benchmarks/sampled_gradients.py` before you choose k.
+
+    - **Stability.** A loss alone, of curvature :math:`\lambda`, with a momentum :math:`\beta`, is stable for
+      :math:`\eta \lambda k \frac{1 - \beta^k}{1 - \beta} < 2 (1 + \beta^k)`: for k well below 1/(1-β) a learning rate
+      k² times smaller than without sampling.
+    - **The first step** takes every loss of a period above 1 whose offset is 0, so that its momentum starts with k
+      gradients at once. A warm-up of the learning rate covers it, as would a later offset.
+    - **The last steps.** What a momentum holds is spent over later steps, at their learning rate, as without sampling:
+      a drop in the middle of a period needs no care.
+    - **Clipping** sees k gradients at once. It clips them sooner, and then the mean is no longer right.
+    - **Adam's** second moment sees them too: its steps become smaller. `sampled_difference` leaves the sum as it is.
+    - **MultiSteps.** Count calls of this function, not of the optimizer.
+
+    Args:
+        loss_fn: as for `value_and_grads`. The teacher's forward pass belongs inside it.
+        periods: k of each loss: a mapping, where a loss that is left out has 1, or a tuple in order.
+        offsets: at which of the k steps a loss is due, by name. Default: 0, 1, 2, ... in the order of `periods` (modulo k),
+            for those losses that have a period above 1; so two losses of period 2 alternate. Give losses that share a
+            teacher the same offset, and it runs for all of them at once.
+        argnums: as for `value_and_grads`.
+        has_aux: as for `value_and_grads`. The auxiliary data come from the one forward pass of each step, so the
+            statistics of BatchNorm move once a step. Leave the teacher's logits out of them, or it runs at every step.
+
+    Returns:
+        A function like that of `value_and_grads`, with the number of the step, or a key, before the other arguments. The
+        value of a loss that was not computed is NaN: `jnp.nanmean` over the steps is the mean of those that were. The
+        number is all that it remembers: restore the step, and the phase is right. With a key, one of the steps of a turn
+        is drawn: the same expectation, and losses that never meet still never meet.
+
+        `.kind(step)` is the first step at which the same losses are computed, and `.due(step)` says which these are.
+
+    Raises:
+        TypeError: if a period is not a whole number above 0; when called, as `value_and_grads`, or if the step is neither a
+            whole number nor a key.
+        ValueError: if an offset is not below its period, or the periods meet only after more than 65,536 steps; when called,
+            if a name is not that of a loss.
+
+    Example:
+        The distillation loss at every second step, and what is computed at which:
+
+        >>> import dot_optax
+        >>> def loss_fn(params, x):
+        ...     y = params['w'] * x
+        ...     return dot_optax.PerLoss(task=(y - 1.0) ** 2, kd=(y - 2.0) ** 2)
+        >>> sampled = dot_optax.sampled_losses(loss_fn, {'kd': 2})
+        >>> for step in range(3):
+        ...     values, grads = sampled(step, {'w': 3.0}, 1.0)
+        ...     print(values.task, values.kd, grads.task['w'], grads.kd['w'])
+        4.0 1.0 4.0 4.0
+        4.0 nan 4.0 0.0
+        4.0 1.0 4.0 4.0
+
+        A loop in Python, with one program for each kind of step:
+
+        >>> import functools, jax
+        >>> step_of_kind = jax.jit(lambda kind, *args: sampled(kind, *args), static_argnums=0)
+        >>> for step in range(6):
+        ...     values, grads = step_of_kind(sampled.kind(step), {'w': 3.0}, 1.0)
+
+    References:
+        Ours for distillation. Bohn et al., `M-ConFIG <https://arxiv.org/abs/2408.11104>`_, 2025, take losses in turn, each
+        with its own momentum.
+    """
+    where = "sampled_losses"
+    turns = _Turns(where, periods, offsets)
+
+    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+        def branch(due: Collection[Any]) -> Any:
+            taken = [key for key in like if key not in factors or key in due]
+            forward = _forward(loss_fn, argnums, has_aux, args, kwargs, where=where, wanted=taken)
+            losses = {key: forward.losses[key] if key in taken else _nan_like(like[key]) for key in like}
+            # The gradient of no loss is zeros.
+            grads = {key: _scale(factors.get(key, 1), forward.gradient([key] if key in taken else [])) for key in like}
+            return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
+
+        like, rebuild = _losses_like(loss_fn, has_aux, args, kwargs, where)
+        keys = turns.keys(like)
+        factors = {keys[name]: period for name, period in turns.periods.items()}
+        return turns.switch(position, [functools.partial(branch, [keys[n] for n in due]) for due in turns.kinds])
+
+    return Sampled(turns, call, loss_fn, skips=True)
+
+
+def sampled_difference(
+    loss_fn: Callable[..., Any],
+    period: int,
+    *,
+    reached: Any = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Sampled:
+    r"""`value_and_grads` with the exact sum of the gradients at every step, and what tells them apart at every k-th.
+
+    .. math::
+        s = \sum_i \nabla_\theta \, \ell_i, \qquad
+        \hat g_i^{(t)} = \frac{s}{N} +
+        \begin{cases} k \, (\nabla_\theta \, \ell_i - \frac{s}{N}) & t \bmod k = 0 \\ 0 & \text{else} \end{cases}
+
+    It has the least noise of the three forms, and saves the least: the teacher runs at every step, and of N backward
+    passes N - 1 at every k-th only. With two losses it costs T + 3F + 2F/k where plain distillation costs T + 3F. The sum is
+    exact, to rounding, so that what depends on the sum alone is as without sampling: Adam's second moment, plain
+    distillation, a clipped sum. All losses are computed at every step, and so is the first difference: at step 0.
+
+    Args:
+        loss_fn: as for `value_and_grads`.
+        period: k, one for all losses, without which the sum could not be exact.
+        reached: which loss reaches which parameter, as for `dot`. There s/N is divided among the losses that reach a
+            parameter, and a parameter that one loss alone reaches has its exact gradient at every step.
+        argnums: as for `value_and_grads`.
+        has_aux: as for `value_and_grads`.
+
+    Returns:
+        As `sampled_losses`; no value is NaN, and `.due` is empty.
+
+    Raises:
+        TypeError: as `sampled_losses`.
+        ValueError: when called, if `reached` does not fit the losses or the parameters.
+
+    Example:
+        >>> import dot_optax
+        >>> def loss_fn(params):
+        ...     return dot_optax.PerLoss(task=1.0 * params['w'], kd=3.0 * params['w'])
+        >>> sampled = dot_optax.sampled_difference(loss_fn, 4)
+        >>> for step in range(2):
+        ...     _, grads = sampled(step, {'w': 1.0})
+        ...     print(grads.task['w'], grads.kd['w'])
+        -2.0 6.0
+        2.0 2.0
+
+    References:
+        Ours.
+    """
+    where = "sampled_difference"
+    turns = _Turns(where, {"period": period})
+
+    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+        def branch(due: Collection[Any]) -> Any:
+            forward = _forward(loss_fn, argnums, has_aux, args, kwargs, where=where)
+            losses, rebuild = forward.losses, forward.rebuild
+            if due or period == 1:
+                grads = {key: forward.gradient([key]) for key in losses}
+            else:
+                grads = dict.fromkeys(losses, forward.gradient(losses))
+            if period > 1:
+                shares = _shares(rebuild(losses), reached, next(iter(grads.values())))
+                grads = (
+                    _spread(grads, shares, period) if due else {key: _share(grads[key], shares[key]) for key in grads}
+                )
+            return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
+
+        return turns.switch(position, [functools.partial(branch, due) for due in turns.kinds])
+
+    return Sampled(turns, call, loss_fn)
+
+
+def sampled_examples(
+    loss_fn: Callable[..., Any],
+    periods: Mapping[Any, int] | Sequence[int],
+    *,
+    batch_argnums: int | Sequence[int] = 1,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Sampled:
+    r"""`value_and_grads` that takes a loss at every step, but only on every k-th row of the batch.
+
+    .. math::
+        \hat g_i^{(t)} = \nabla_\theta \, \ell_i(x_{r}, x_{r + k}, x_{r + 2k}, \ldots), \qquad r = t \bmod k
+
+    The k parts of a batch divide it, so for a loss that is the mean over the rows the mean over them is the exact
+    gradient. There are no bursts: the noise is that of `sampled_losses` with the same k, but no learning rate becomes
+    unstable that was stable, and neither clipping nor Adam meets a gradient of another size. It costs more: a loss of
+    period k runs apart, on its rows, and has a student's forward pass of its own: 3F + (T + 3F)/k for `{'kd': k}`, where
+    plain distillation costs T + 3F.
+
+    BatchNorm normalizes each part by the part's own statistics; those that are kept come from the whole batch, or from
+    the largest part where no loss has a period of 1. A mean over some rows only (`where=`, padding) is not exact on
+    average unless each part has as many of them.
+
+    Args:
+        loss_fn: as for `value_and_grads`; its losses are means over the rows.
+        periods: k of each loss, as for `sampled_losses`.
+        batch_argnums: which positional arguments have the rows: all their arrays are cut along the first axis. On a mesh,
+            k must divide the rows of each device.
+        argnums: as for `value_and_grads`.
+        has_aux: as for `value_and_grads`.
+
+    Returns:
+        As `sampled_losses`; no value is NaN, each is that of the rows that were taken, and `.due` is empty.
+
+    Raises:
+        TypeError: as `sampled_losses`.
+        ValueError: as `sampled_losses`, and if k does not divide the number of rows.
+
+    Example:
+        >>> import dot_optax, jax.numpy as jnp
+        >>> def loss_fn(params, x):
+        ...     return dot_optax.PerLoss(task=jnp.mean(params['w'] * x), kd=jnp.mean(params['w'] * x))
+        >>> sampled = dot_optax.sampled_examples(loss_fn, {'kd': 2})
+        >>> for step in range(2):
+        ...     _, grads = sampled(step, {'w': 1.0}, jnp.array([1.0, 2.0, 3.0, 4.0]))
+        ...     print(grads.task['w'], grads.kd['w'])
+        2.5 2.0
+        2.5 3.0
+
+    References:
+        Ours.
+    """
+    indices = [batch_argnums] if isinstance(batch_argnums, int) else list(batch_argnums)
+
+    def cut(args: Sequence[Any], part: Callable[[Any, str], Any]) -> list[Any]:
+        def cut_argument(index: int) -> Any:
+            name = f"argument {index}"
+            return jax.tree.map_with_path(lambda path, x: part(x, name + jax.tree_util.keystr(path)), args[index])
+
+        wrong = [index for index in indices if not -len(args) <= index < len(args)]
+        if wrong:
+            raise TypeError(f"sampled_examples: batch_argnums={batch_argnums!r}, but there are {len(args)} arguments")
+        cut_indices = [range(len(args))[index] for index in indices]
+        return [cut_argument(i) if i in cut_indices else arg for i, arg in enumerate(args)]
+
+    return _sampled_examples(loss_fn, periods, cut, argnums, has_aux)
+
+
+def _sampled_examples(
+    loss_fn: Callable[..., Any], periods: Any, cut: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool
+) -> Sampled:
+    """`sampled_examples`, where `cut(args, part)` applies `part(array, name)` to the arrays that have the rows."""
+    where = "sampled_examples"
+    turns = _Turns(where, periods)
+
+    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+        like, rebuild = _losses_like(loss_fn, has_aux, args, kwargs, where)
+        keys = turns.keys(like)
+        period_of = dict.fromkeys(like, 1) | {keys[name]: period for name, period in turns.periods.items()}
+        losses, grads, aux = {}, {}, None
+        for period in sorted(set(period_of.values()), reverse=True):  # the whole batch last: its `aux` is kept
+            wanted = [key for key in like if period_of[key] == period]
+            rows = args if period == 1 else cut(args, functools.partial(_part, period, position % period))
+            forward = _forward(loss_fn, argnums, has_aux, rows, kwargs, where=where, wanted=wanted)
+            losses |= {key: forward.losses[key] for key in wanted}
+            grads |= {key: forward.gradient([key]) for key in wanted}
+            aux = forward.aux
+        return _output(
+            rebuild({key: losses[key] for key in like}), aux, rebuild({key: grads[key] for key in like}), has_aux
+        )
+
+    return Sampled(turns, call, loss_fn)
+
+
+class _Turns:
+    """Whose turn it is at each step: what is due when, and how it is looked up.
+
+    Attributes:
+        periods: of everything that is not due at every step, by name.
+        kinds: the different sets of names that are due together.
+    """
+
+    def __init__(self, where: str, periods: Any, offsets: Any = None):
+        given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
+        if not given:
+            raise TypeError(
+                f"{where}: periods must be a mapping, such as {{'kd': 4}}, or a tuple; got {_describe(periods)}"
+            )
+        for name, period in given.items():
+            what = name if name == "period" else f"periods[{name!r}]"
+            if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
+                raise TypeError(f"{where}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
+        self._where, self._in_order = where, isinstance(periods, tuple)
+        self.periods = {name: int(period) for name, period in given.items() if period > 1}
+        due_at = {name: i % period for i, (name, period) in enumerate(self.periods.items())}
+        for name, offset in (offsets or {}).items():
+            if name not in given or not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
+                raise ValueError(
+                    f"{where}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
+                )
+            due_at[name] = int(offset)
+        self._length = math.lcm(*self.periods.values())
+        if self._length > _LONGEST:
+            raise ValueError(
+                f"{where}: the periods {list(self.periods.values())} start together only every {self._length} steps: give"
+                f" periods with a smaller common multiple, of at most {_LONGEST}"
+            )
+        at = [tuple(n for n, k in self.periods.items() if t % k == due_at[n]) for t in range(self._length)]
+        self.kinds = list(dict.fromkeys(at))
+        self._kind_at = [self.kinds.index(names) for names in at]
+
+    def keys(self, losses: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The keys of the losses that the names of `periods` stand for."""
+        found, known = {}, list(losses)
+        by_position = known == list(range(len(known)))
+        for name in self.periods:
+            if name in losses:
+                found[name] = name
+            elif by_position and len(known) == 2 and name in PerLoss._fields:
+                found[name] = PerLoss._fields.index(name)
+            elif self._in_order and name in range(len(known)):
+                found[name] = known[name]
+            else:
+                raise ValueError(
+                    f"{self._where}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
+                )
+        return found
+
+    def position(self, step: Any) -> Any:
+        """The step within the turn, for a step's number or a key."""
+        dtype = getattr(step, "dtype", None)
+        if dtype is not None and (
+            jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and np.shape(step) == (2,))
+        ):
+            return jax.random.randint(step, (), 0, self._length)
+        if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
+            return int(step) % self._length
+        if dtype is None or np.shape(step) or not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(
+                f"{self._where}: the step must be a whole number or a key of jax.random; got {_describe(step)}"
+            )
+        return step % self._length
+
+    def first(self, position: int) -> int:
+        return self._kind_at.index(self._kind_at[position])
+
+    def due(self, position: Any) -> dict[Any, Any]:
+        kind = self._kind(position)
+        rows = {name: [name in names for names in self.kinds] for name in self.periods}
+        return {name: row[kind] if isinstance(kind, int) else jnp.array(row)[kind] for name, row in rows.items()}
+
+    def switch(self, position: Any, branches: Sequence[Callable[[], Any]]) -> Any:
+        """Runs the branch of the step's kind; one that is known in Python leaves no others in the program."""
+        if len(branches) == 1 or isinstance(position, int):
+            return branches[self._kind(position) if len(branches) > 1 else 0]()
+        return jax.lax.switch(self._kind(position), branches)
+
+    def _kind(self, position: Any) -> Any:
+        return self._kind_at[position] if isinstance(position, int) else jnp.array(self._kind_at)[position]
+
+
+def _losses_like(
+    loss_fn: Callable[..., Any], has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
+) -> tuple[dict[Any, Any], Callable[..., Any]]:
+    """The losses of `loss_fn` without their values, by key, and the function that puts them back into its container."""
+    return _entries_by_key(jax.eval_shape(lambda: _split_losses(loss_fn(*args, **kwargs), has_aux, where)[0]))
+
+
+def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
+    """Every k-th row of an array."""
+    x = jnp.asarray(x)
+    if not x.ndim or x.shape[0] % period:
+        raise ValueError(
+            f"sampled_examples: {name} must have a first axis of rows that the period {period} divides; got {_describe(x)}"
+        )
+    rows = x.reshape(x.shape[0] // period, period, *x.shape[1:])
+    return jax.lax.dynamic_index_in_dim(rows, phase, axis=1, keepdims=False)
+
+
+def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, list[float]]:
+    """Of each loss, by key: the part of the summed gradient that it gets, for each leaf of the parameters."""
+    keys = list(_entries_by_key(losses)[0])
+    if reached is None:
+        return dict.fromkeys(keys, [1 / len(keys)] * len(jax.tree.leaves(params)))
+    masks = LossNames.of(losses, "losses").entries(reached, "reached").values()
+    reads = [_leaf_mask(mask, params, f"reached, {key}") for key, mask in zip(keys, masks, strict=True)]
+    counts = [max(1, sum(leaf)) for leaf in zip(*reads, strict=True)]
+    return {key: [read / n for read, n in zip(row, counts, strict=True)] for key, row in zip(keys, reads, strict=True)}
+
+
+def _share(total: Any, shares: Sequence[float]) -> Any:
+    leaves, treedef = jax.tree.flatten(total)
+    return treedef.unflatten([_scale(share, leaf) for share, leaf in zip(shares, leaves, strict=True)])
+
+
+def _spread(grads: dict[Any, Any], shares: dict[Any, list[float]], period: int) -> dict[Any, Any]:
+    """Each gradient with k times its distance from its share of their sum."""
+    total = jax.tree.map(lambda *leaves: sum(leaves), *grads.values())
+
+    def spread(key: Any) -> Any:
+        def away(share: float, mean: jax.Array, leaf: jax.Array) -> jax.Array:
+            return mean + period * (leaf - mean) if 0 < share < 1 else mean
+
+        means, treedef = jax.tree.flatten(_share(total, shares[key]))
+        return treedef.unflatten(map(away, shares[key], means, jax.tree.leaves(grads[key])))
+
+    return {key: spread(key) for key in grads}
+
+
+def _scale(factor: float, tree: Any) -> Any:
+    return tree if factor == 1 else jax.tree.map(lambda leaf: factor * leaf, tree)
+
+
+def _nan_like(loss: jax.ShapeDtypeStruct) -> jax.Array:
+    """A value for a loss that is not computed, which varies over the same devices."""
+    nan = jnp.full((), jnp.nan, loss.dtype)
+    kind = loss.manual_axis_type
+    return jax.lax.pcast(nan, tuple(kind.varying), to="varying") if kind and kind.varying else nan
