@@ -82,10 +82,7 @@ def _forward(
     wanted: Collection[Any] | None = None,
 ) -> _Forward:
     """Runs `loss_fn`; of the losses that are not `wanted` nothing is kept, so that a compiler drops what they need."""
-    indices = _positions(argnums, len(args), where)
-    for index in indices:
-        _check_no_nnx_module(args[index], f"{where}: argument {index}", where)
-        _check_trainable(args[index], f"{where}: argument {index}")
+    indices = _differentiated(argnums, args, where)
 
     def losses_and_aux(*primals: Any) -> tuple[Any, Any]:
         replaced = list(args)
@@ -116,14 +113,17 @@ def _output(values: Any, aux: Any, grads: Any, has_aux: bool) -> tuple[Any, Any]
     return ((values, aux) if has_aux else values), grads
 
 
-def _positions(argnums: Any, count: int, where: str) -> list[int]:
-    """The positions of the arguments to differentiate, counted from the first."""
+def _differentiated(argnums: Any, args: Sequence[Any], where: str) -> list[int]:
+    """The positions of the arguments to differentiate, counted from the first, if these can be differentiated."""
     try:
-        positions = [range(count)[index] for index in jax.tree.leaves(argnums)]
+        positions = [range(len(args))[index] for index in jax.tree.leaves(argnums)]
     except (IndexError, TypeError):
         positions = []
     if not positions or len(set(positions)) < len(positions):
-        raise TypeError(f"{where}: argnums={argnums!r} must name some of the {count} arguments, each once")
+        raise TypeError(f"{where}: argnums={argnums!r} must name some of the {len(args)} arguments, each once")
+    for index in positions:
+        _check_no_nnx_module(args[index], f"{where}: argument {index}", where)
+        _check_trainable(args[index], f"{where}: argument {index}")
     return positions
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dot_optax._checks import _describe
 from dot_optax._containers import LossNames, PerLoss, _entries_by_key
-from dot_optax._gradients import _forward, _output, _split_losses
+from dot_optax._gradients import _differentiated, _forward, _output, _split_losses
 from dot_optax._reach import _leaf_mask
 
 _LONGEST = 2**16  # steps until all periods start together again
@@ -148,7 +148,7 @@ def sampled_losses(
             grads = {key: _scale(factors.get(key, 1), forward.gradient([key] if key in taken else [])) for key in like}
             return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
 
-        like, rebuild = _losses_like(loss_fn, has_aux, args, kwargs, where)
+        like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
         keys = turns.keys(like)
         factors = {keys[name]: period for name, period in turns.periods.items()}
         return turns.switch(position, [functools.partial(branch, [keys[n] for n in due]) for due in turns.kinds])
@@ -304,7 +304,7 @@ def _sampled_examples(
     turns = _Turns(where, periods)
 
     def call(position: Any, *args: Any, **kwargs: Any) -> Any:
-        like, rebuild = _losses_like(loss_fn, has_aux, args, kwargs, where)
+        like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
         keys = turns.keys(like)
         period_of = dict.fromkeys(like, 1) | {keys[name]: period for name, period in turns.periods.items()}
         losses, grads, aux = {}, {}, None
@@ -410,9 +410,10 @@ class _Turns:
 
 
 def _losses_like(
-    loss_fn: Callable[..., Any], has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
+    loss_fn: Callable[..., Any], argnums: Any, has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
 ) -> tuple[dict[Any, Any], Callable[..., Any]]:
     """The losses of `loss_fn` without their values, by key, and the function that puts them back into its container."""
+    _differentiated(argnums, args, where)
     return _entries_by_key(jax.eval_shape(lambda: _split_losses(loss_fn(*args, **kwargs), has_aux, where)[0]))
 
 

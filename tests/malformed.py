@@ -390,7 +390,70 @@ LOSSES = [
     ),
 ]
 
+
+def _two_losses(w, x=1.0):
+    return PerLoss(w * jnp.mean(x), w)
+
+
+def _sampled(make=dot_optax.sampled_losses, periods=None, step=0, args=(1.0,), **options):
+    periods = {"kd": 2} if periods is None else periods
+    return lambda: make(_two_losses, periods, **options)(step, *args)
+
+
+_examples = dot_optax.sampled_examples
+_ROWS = (1.0, jnp.ones(6))
+
+SAMPLING = [
+    Malformed(
+        "sampled_losses: an unknown loss", _sampled(periods={"hint": 2}), "has 'hint', but the losses are 'task', 'kd'"
+    ),
+    Malformed("sampled_losses: three periods for two losses", _sampled(periods=(1, 2, 2)), "has 2, but the losses are"),
+    Malformed(
+        "sampled_losses: a period of 0", _sampled(periods={"kd": 0}), r"periods\['kd'\] must be a whole number.* got 0"
+    ),
+    Malformed("sampled_losses: a period of 2.5", _sampled(periods={"kd": 2.5}), "must be a whole number.* got 2.5"),
+    Malformed("sampled_losses: one number", _sampled(periods=4), "periods must be a mapping, such as .*; got 4"),
+    Malformed("sampled_losses: nothing", _sampled(periods={}), "periods must be a mapping"),
+    Malformed(
+        "sampled_losses: an offset of k", _sampled(offsets={"kd": 2}), r"offsets\['kd'\] must be .* below the period"
+    ),
+    Malformed(
+        "sampled_losses: an offset without a period", _sampled(offsets={"task": 1}), r"offsets\['task'\] must be"
+    ),
+    Malformed(
+        "sampled_losses: periods that never meet", _sampled(periods=(65_537, 2)), "start together only every 131074"
+    ),
+    Malformed("sampled_losses: a step of 0.5", _sampled(step=0.5), "step must be a whole number or a key .* got 0.5"),
+    Malformed(
+        "sampled_losses: the parameters in the step's place", _sampled(step={"w": 1.0}), "step must be .* got a dict"
+    ),
+    Malformed("sampled_losses: several steps", _sampled(step=jnp.arange(3)), r"step must be .* shape \(3,\)"),
+    Malformed(
+        "sampled_losses: whole numbers", _sampled(args=(1,)), "sampled_losses: argument 0 must be floating point"
+    ),
+    Malformed(
+        "sampled_losses: losses that are no scalars", _sampled(args=(jnp.ones(2),)), "one real scalar per loss, such as"
+    ),
+    Malformed(
+        "sampled_difference: a mapping", _sampled(dot_optax.sampled_difference, {"kd": 2}), "period must be a whole"
+    ),
+    Malformed(
+        "sampled_difference: a period of True", _sampled(dot_optax.sampled_difference, True), "period must be a whole"
+    ),
+    Malformed(
+        "sampled_difference: a foreign `reached`",
+        _sampled(dot_optax.sampled_difference, 2, reached={"ce": True, "kd": True}),
+        "reached: expected .*'task', 'kd'",
+    ),
+    Malformed(
+        "sampled_examples: 6 rows by 4", _sampled(_examples, {"kd": 4}, args=_ROWS), r"argument 1.*4 divides.*\(6,\)"
+    ),
+    Malformed("sampled_examples: no such argument", _sampled(_examples), "batch_argnums=1, but there are 1 arguments"),
+    Malformed("sampled_examples: a number for rows", _sampled(_examples, args=(1.0, 2.0)), r"argument 1.* shape \(\)"),
+]
+
 GROUPS = {
+    "sampled gradients": SAMPLING,
     "containers and gradients": CONTAINERS,
     "the algebra": ALGEBRA,
     "hyperparameters": HYPERPARAMETERS,

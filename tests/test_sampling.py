@@ -337,6 +337,32 @@ def test_the_first_step_puts_k_gradients_into_a_momentum():
     assert [bool(later.due(step)["kd"]) for step in range(5)] == [False, False, False, True, False]
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.825, 0.975])
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_the_bound_on_the_learning_rate_of_a_burst(beta, k):
+    """On x^2 / 2 a turn of k steps is a matrix; the bound of the docstring is where its largest eigenvalue passes 1.
+
+    2% from the bound it is off 1 by at least 3e-5, at k = 8 and a momentum of 0.975; the matrices are exact to 1e-12.
+    """
+    sampled = dot_optax.sampled_losses(lambda x: {"loss": x**2 / 2}, {"loss": k})
+    momentum = dot_optax.scale_by_momenta({"loss": beta})
+    bound = 2 * (1 + beta**k) / (k * sum(beta**i for i in range(k)))
+
+    def radius(rate):
+        def turn(x, v):
+            state = optax.tree.set(momentum.init(x), trace=v)
+            for step in range(k):
+                _, grads = sampled(step, x)
+                updates, state = momentum.update(grads, state, x)
+                x = x - rate * updates
+            return x, optax.tree.get(state, "trace")
+
+        return np.abs(np.linalg.eigvals(np.transpose([turn(*map(jnp.float64, row)) for row in np.eye(2)]))).max()
+
+    with jax.enable_x64(True):
+        assert radius(0.98 * bound) < 1 < radius(1.02 * bound)
+
+
 def test_a_run_that_is_restored_goes_on_in_its_phase():
     tx = OPTIMIZERS["dot"]()
     step = jax.jit(functools.partial(_step, tx, KD_4))
