@@ -101,11 +101,11 @@ FORMS = {
 METHODS = {"kd": "KD", "kd_gain_matched": "KD, gain-matched", "dot": "DOT"}
 
 
-def arms():
-    """(method, form) of all arms; the sampled difference leaves plain KD as it is."""
+def arms(forms):
+    """(method, form) of the arms; the sampled difference leaves plain KD as it is."""
     yield "ce", "exact"
     for method in METHODS:
-        for form in FORMS:
+        for form in forms:
             if method != "kd" or not form.startswith("difference"):
                 yield method, form
 
@@ -425,10 +425,10 @@ def search(cells, method, form, start):
         best = better
 
 
-def run(name, problem, directory, teacher):
+def run(name, problem, directory, teacher, forms):
     """All cells of a problem: for each arm its cost, its learning rate, and the figures at equal steps and equal cost."""
     cells, results = Cells(name, problem, directory), {}
-    for method, form in arms():
+    for method, form in arms(forms):
         start = results.get((method, "exact"), {"learning rate": problem.learning_rate})["learning rate"]
         before = [result["learning rate"] for (m, f), result in results.items() if m == method and f[:4] == form[:4]]
         rate = search(cells, method, form, (before or [start])[-1])
@@ -534,6 +534,7 @@ def main(argv=None):
     parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs/sampled_gradients"))
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--teacher", type=float, default=7.2, help="T / F, the teacher's forward pass in the student's")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="'exact' is to compare with")
     parser.add_argument("--seeds", type=int, help="of every problem; at least 2: the standard error needs them")
     parser.add_argument("--epochs", type=int, help="of every problem")
     parser.add_argument("--json", type=pathlib.Path, help="also write every seed's figures to this file")
@@ -544,7 +545,7 @@ def main(argv=None):
     for name in args.problems:
         problem = PROBLEMS[name]
         problem = problem._replace(seeds=args.seeds or problem.seeds, epochs=args.epochs or problem.epochs)
-        results[name] = run(name, problem, args.directory, args.teacher)
+        results[name] = run(name, problem, args.directory, args.teacher, args.forms)
     for name, arms_ in results.items():
         for when in ("equal steps", "equal cost"):
             table(name, arms_, when)

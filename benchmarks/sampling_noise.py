@@ -177,7 +177,7 @@ def _forms():
 FORMS = _forms()
 
 
-def breaking_rates(problem, directory):
+def breaking_rates(problem, directory, forms):
     """For each method and form: the smallest learning rate, in steps of sqrt(2), at which training fails.
 
     It fails where one of 5 seeds ends, after a quarter of the epochs, with a task loss above that of a student that
@@ -186,7 +186,6 @@ def breaking_rates(problem, directory):
     problem = problem._replace(seeds=5, epochs=max(1, problem.epochs // 4))
     cells, found = sampled.Cells("digits, breaking", problem, directory, sampled.FORMS), {}
     print("\nThe smallest learning rate at which students of the digits fail, and as a part of the exact one\n")
-    forms = ("exact", *(f"losses, k={k}" for k in (2, 4, 8)), "examples, 1/4", "difference, k=4")
     sampled.row(["method", *forms])
     sampled.row(["---"] * (len(forms) + 1))
     for method in ("kd", "kd_gain_matched", "dot"):
@@ -206,6 +205,9 @@ def breaking_rates(problem, directory):
     return found
 
 
+BREAKING = ("exact", *(f"losses, k={k}" for k in (2, 4, 8)), "examples, 1/4", "difference, k=4")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs/sampling_noise"))
@@ -213,6 +215,10 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--teacher", type=float, default=7.2, help="T / F, the teacher's forward pass in the student's")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures to this file")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="ways to lessen the noise")
+    parser.add_argument(
+        "--breaking", nargs="*", choices=sampled.FORMS, default=BREAKING, help="whose limits are searched for"
+    )
     args = parser.parse_args(argv)
 
     print("The largest learning rate times curvature at which a momentum converges\n")
@@ -228,14 +234,14 @@ def main(argv=None):
     problem = sampled.PROBLEMS["digits, MLP"]._replace(seeds=args.seeds, epochs=args.epochs)
     cells = sampled.Cells("digits, MLP", problem, args.directory, FORMS)
     results = {}
-    for form in FORMS:
+    for form in args.forms:
         rate = sampled.search(cells, "dot", form, problem.learning_rate / 2)
         results[form] = {
             "cost": sampled.cost(problem, "dot", FORMS[form], args.teacher),
             "learning rate": rate,
             "equal steps": cells.get("dot", form, rate, cells.steps()),
         }
-    limits_on_digits = breaking_rates(problem, args.directory)
+    breaking = breaking_rates(problem, args.directory, args.breaking)
     print(f"\nDOT on the digits, {args.seeds} seeds, mean ± standard error\n")
     sampled.row(["form", "cost", "learning rate", *sampled.SHOWN])
     sampled.row(["---"] * (len(sampled.SHOWN) + 3))
@@ -243,7 +249,7 @@ def main(argv=None):
         figures = [sampled.figure(result["equal steps"][name]) for name in sampled.SHOWN]
         sampled.row([form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures])
     if args.json:
-        args.json.write_text(json.dumps({"limits": limits, "breaking": limits_on_digits, "digits": results}, indent=1))
+        args.json.write_text(json.dumps({"limits": limits, "breaking": breaking, "digits": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -397,6 +397,16 @@ SNIPPETS = [
         "optax.microbatching.microbatch(value_and_grads(loss_fn, has_aux=True), ...)",
         "test_flax.test_micro_batches_with_batch_norm",
     ),
+    Snippet(
+        "the teacher at every fourth step",
+        "values, grads = sampled_losses(loss_fn, {'kd': 4})(step, params, batch)",
+        "test_sampling.test_a_loop_in_one_program",
+    ),
+    Snippet(
+        "... on every fourth row",
+        "values, grads = sampled_examples(loss_fn, {'kd': 4})(step, params, batch)",
+        "test_sampling.test_each_step_is_what_it_is_by_hand",
+    ),
     Snippet("Flax NNX", "nnx.Optimizer(model, dot(lr), wrt=nnx.Param)", "test_flax.test_nnx_optimizer"),
     Snippet(
         "... its gradients",
