@@ -33,6 +33,7 @@ def alternate(forms: Mapping[Any, Callable[[], Any]], rounds: int, *, warmup: in
     for i in range(warmup + rounds):
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
+            time.sleep(0.005)  # threads of the form before may still be spinning
             start = time.perf_counter()
             jax.block_until_ready(forms[name]())
             taken = time.perf_counter() - start
@@ -94,6 +95,24 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "an unknown processor"
+
+
+def busy(seconds: float = 1.0) -> float:
+    """Returns which share of the processors works now; call it while this program waits.
+
+    Where other programs work, ratios of threads that wait for each other, as PyTorch's do, to threads that do not are
+    no longer those of the programs alone.
+    """
+
+    def times() -> tuple[int, int]:
+        ticks = [int(tick) for tick in pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)  # idle or waiting for a disk; all
+
+    try:
+        (idle, total), _, (idle_after, total_after) = times(), time.sleep(seconds), times()
+    except OSError:  # not Linux
+        return float("nan")
+    return 1 - (idle_after - idle) / max(total_after - total, 1)
 
 
 def write(path: pathlib.Path | None, figures: Any) -> None:
