@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def alternate(forms: Mapping[Any, Callable[[], Any]], rounds: int, *, warmup: int = 1) -> dict[Any, list[float]]:
     """Returns the seconds of every call of each form: one call of each in every round, each round in another order.
 
-    A call is over when the arrays that it returns are there (`jax.block_until_ready`). What computes elsewhere, such as
-    PyTorch on a GPU, must wait by itself. The first `warmup` rounds, in which things are compiled, do not count.
+    A call is over when the arrays that it returns are there, and what PyTorch has to do on a GPU is done. The first
+    `warmup` rounds, in which things are compiled, do not count.
     """
     names, seconds = list(forms), {name: [] for name in forms}
     for i in range(warmup + rounds):
@@ -35,11 +36,18 @@ def alternate(forms: Mapping[Any, Callable[[], Any]], rounds: int, *, warmup: in
         for name in names[turn:] + names[:turn]:
             time.sleep(0.005)  # threads of the form before may still be spinning
             start = time.perf_counter()
-            jax.block_until_ready(forms[name]())
+            _wait(forms[name]())
             taken = time.perf_counter() - start
             if i >= warmup:
                 seconds[name].append(taken)
     return seconds
+
+
+def _wait(result: Any) -> None:
+    jax.block_until_ready(result)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Ratio(NamedTuple):

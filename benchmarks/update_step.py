@@ -136,7 +136,6 @@ def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: b
         return [torch.zeros_like(leaf) for leaf in tensors(params)]
 
     g_task, g_kd = map(tensors, grads)
-    on_gpu = g_task[0].is_cuda
 
     def of(step: Callable[[list[Any]], Any]) -> Callable[[], Any]:
         theta = own(params)
@@ -144,8 +143,6 @@ def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: b
         @torch.no_grad()
         def take() -> Any:
             step(theta)
-            if on_gpu:
-                torch.cuda.synchronize()
             return theta
 
         return take
@@ -158,8 +155,6 @@ def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: b
 
         def take() -> Any:
             made.step()
-            if on_gpu:
-                torch.cuda.synchronize()
             return theta
 
         return take
@@ -274,8 +269,8 @@ def tpu() -> jax.sharding.Sharding | None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine it thinks it runs on.
     try:
         chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-    except Exception as error:  # there is no libtpu, or another program has it
-        print(f"No compiler for TPUs: {str(error).splitlines()[0]}")
+    except Exception:
+        print('Nothing is compiled for TPUs: libtpu is missing (pip install "jax[tpu]"), or another program uses it.')
         return None
     return jax.sharding.SingleDeviceSharding(chip.devices[0])
 
