@@ -1,12 +1,39 @@
 """The benchmarks run, and print what their docstrings show, on a small scale."""
 
+import ast
 import json
+import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import digits_learning_rates, gradient_cost, input_pipeline, pod_cost, recipe_cost
+from benchmarks import (
+    _measure,
+    digits_learning_rates,
+    gpu,
+    gradient_cost,
+    input_pipeline,
+    pod_cost,
+    recipe_cost,
+    update_step,
+)
+from examples.distill import models
+from tests.networks import abstract
+
+FOLDER = pathlib.Path(_measure.__file__).parent
+
+
+def test_the_readme_has_a_section_for_every_benchmark():
+    readme = (FOLDER / "README.md").read_text()
+    benchmarks = [path for path in FOLDER.glob("*.py") if "\ndef main(" in path.read_text()]
+    assert len(benchmarks) >= 7
+    for path in benchmarks:
+        question = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+        assert f"| [`{path.name}`](#{path.stem}py) | {question} |" in readme
+        _, _, section = readme.partition(f"\n## {path.name}\n")
+        assert f"python -m benchmarks.{path.stem}" in section.partition("\n## ")[0]
 
 
 @pytest.mark.slow
@@ -94,3 +121,141 @@ def test_pod_cost(tmp_path, tpu_compiler):
     assert set(dot["collective_mb"]) == {"all-reduce"}
     parameters = 4 * 4_231_976 / 1e6
     assert parameters < dot["collective_mb"]["all-reduce"] <= 1.01 * kd["collective_mb"]["all-reduce"]
+
+
+def test_ratios_are_taken_round_by_round():
+    # The machine slows down: the ratio of the medians would be 4 / 2.
+    assert _measure.ratio([3.0, 6.0, 12.0], [1.0, 2.0, 4.0]) == (3.0, 3.0, 3.0)
+    assert _measure.ratio([1.0, 2.0, 3.0, 4.0, 9.0], [1.0] * 5) == (3.0, 2.0, 4.0)
+    assert _measure.ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
+
+
+def test_every_form_is_called_once_in_a_round():
+    calls = []
+    seconds = _measure.alternate({name: lambda n=name: calls.append(n) for name in "abc"}, 2, warmup=1)
+    assert "".join(calls) == "abcbcacab"
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_tables():
+    assert _measure.table(["form", "x"], [["one", 1.5], ["three", 12]]) == (
+        "| form  |   x |\n| ----- | --: |\n| one   | 1.5 |\n| three |  12 |"
+    )
+
+
+# One kernel writes one array, as XLA compiles for CPUs. SGD: v reads g and v; theta reads theta and v. DOT: two such v, and
+# theta reads theta and both. AdamW: m and nu read g and themselves; theta reads all three. DOT has two m; nu reads both g.
+ONE_OUTPUT_PER_KERNEL = {
+    "optax.sgd": 4 * (3 + 3),
+    "dot_optax.dot": 4 * (2 * 3 + 4),
+    "optax.adamw": 4 * (2 * 3 + 4),
+    "dot_optax.dot_adamw": 4 * (2 * 3 + 4 + 5),
+}
+
+
+@pytest.mark.parametrize("name", update_step.UPDATES)
+def test_traffic_of_an_update(name):
+    update = update_step.UPDATES[name]
+    cost = update_step.compiled_cost(update, update_step.leaves(3, size=10_000))
+    # Reading or writing one array more would be 4 bytes; scalars are fewer than 0.1. A compiler may do better, to the limit.
+    assert update.limit - 0.1 < cost["bytes_per_parameter"] < ONE_OUTPUT_PER_KERNEL[name] + 0.1
+
+
+def test_limits_of_traffic():
+    limits = {name: update.limit / 4 for name, update in update_step.UPDATES.items()}
+    assert limits == {"optax.sgd": 5, "dot_optax.dot": 8, "optax.adamw": 7, "dot_optax.dot_adamw": 10}
+
+
+def test_the_networks_whose_updates_are_timed():
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(shapes())) for name, shapes in update_step.NETWORKS.items()
+    }
+    assert sizes["ResNet50"] == 25_557_032  # torchvision's
+    assert sizes["SmolLM2-135M"] == 134_515_008  # the model's card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", update_step.FAMILIES)
+def test_pytorch_takes_the_same_steps(family):
+    params, grads = update_step.arrays(update_step.leaves(3))
+    ends = {}
+    one, dot = update_step.FAMILIES[family]
+    forms = {name: update_step.jax_form(update_step.UPDATES[name], params, grads) for name in (one, dot)}
+    for name, take in (forms | update_step.torch_forms(params, grads, family)).items():
+        for _ in range(3):
+            end = take()
+        ends[name] = np.concatenate([np.asarray(leaf.detach()) for leaf in end] if "torch" in name else end[0])
+    start = np.concatenate(params)
+    for name, end in ends.items():
+        # Parameters are below 5: rounding each of two subtractions in three steps makes 6 * 5 * 2^-24 = 1.8e-6 at most.
+        # Of Adam's steps, 1 - 0.999^t in float32 is off by 2^-24 / 0.001 = 6e-5; PyTorch has it in float64. A wrong
+        # momentum would move parameters by some 1e-4.
+        expected = ends[dot if "DOT" in name or name == dot else one] - start
+        np.testing.assert_allclose(end - start, expected, rtol=6e-5, atol=2e-6, err_msg=name)
+    assert np.abs(ends[one] - ends[dot]).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_update_step(tmp_path, capsys):
+    path = tmp_path / "update.json"
+    arguments = "--networks small --rounds 2 --compile_leaves 3 --compile_rounds 1 --json"
+    update_step.main([*arguments.split(), str(path)])
+    figures = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    for family, names in update_step.FAMILIES.items():
+        ratios = figures["times"]["ratios"][family]["small"]
+        assert all(name in ratios and name in printed for name in names)
+        assert all(ratios[name][name] == [1, 1, 1] for name in names)
+        assert min(ratio for form in ratios.values() for low in form.values() for ratio in low) > 0
+    small = figures["costs"]["small"]
+    assert small["dot_optax.dot"]["cpu"]["kernels"] == 12  # three arrays to write for each of four parameters
+    assert figures["compile_times"]["optax.sgd"] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    with jax.numpy_rank_promotion("allow"):  # a layer adds its bias as people write it
+        gpu.main(["--smoke_test", "--json", str(path)])
+    figures = json.loads(path.read_text())
+    assert "only ratios" in capsys.readouterr().out
+    forms = figures["train_steps"]["forms"]
+    assert set(gpu.FORMS) < set(forms)
+    assert all(set(row) == {"ratio"} for row in forms.values())
+    flops = figures["train_steps"]["flops"]
+    # ResNet34 has 2.02 times the FLOPs of ResNet18: (2.02 + 5) / (2.02 + 3), and norms and losses of few images besides.
+    assert flops["exact DOT"] / flops["KD"] == pytest.approx(1.40, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, stage_sizes, gflop", [("resnet18", (2, 2, 2, 2), 2 * 1.81), ("resnet34", (3, 4, 6, 3), 2 * 3.66)]
+)
+def test_the_networks_of_the_gpu_benchmark_in_pytorch(name, stage_sizes, gflop):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    theirs = gpu.torch_resnet(stage_sizes)
+    ours = [leaf.size for leaf in jax.tree.leaves(models.split(abstract(name, 1000))[1])]
+    assert sorted(leaf.numel() for leaf in theirs.parameters()) == sorted(ours)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs.eval()(torch.zeros(1, 3, 224, 224))
+    assert counter.get_total_flops() == pytest.approx(
+        1e9 * gflop, rel=0.01
+    )  # torchvision states GFLOPs with two decimals
+
+
+def test_cards(monkeypatch, capsys):
+    def found(platform, kind, **given):
+        device = types.SimpleNamespace(platform=platform, device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        options = {"bandwidth": None, "flops": None, "dtype": "bfloat16"} | given
+        return gpu.card(**options), capsys.readouterr().out
+
+    assert found("gpu", "NVIDIA L4") == ((0.3e12, 121e12), "")
+    assert found("gpu", "NVIDIA L4", dtype="float32", bandwidth=1.0) == ((1.0, 60e12), "")
+    assert found("gpu", "another", bandwidth=1.0, flops=2.0) == ((1.0, 2.0), "")
+    peak, printed = found("gpu", "another", bandwidth=1.0)
+    assert peak is None and "'another'" in printed and "--flops" in printed
+    peak, printed = found("cpu", "cpu")
+    assert peak is None and "only ratios" in printed
