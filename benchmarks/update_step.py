@@ -141,6 +141,61 @@ def jax_form(update: Update, params: Any, grads: tuple[Any, Any]) -> Callable[[]
     return take
 
 
+def torch_dot_foreach(
+    g_task: list[Any], g_kd: list[Any], v_task: list[Any], v_kd: list[Any]
+) -> Callable[[list[Any]], None]:
+    import torch
+
+    def step(theta: list[Any]) -> None:
+        for v, g, beta in ((v_task, g_task, BETAS[0]), (v_kd, g_kd, BETAS[1])):
+            torch._foreach_mul_(v, beta)
+            torch._foreach_add_(v, g)
+            torch._foreach_add_(theta, v, alpha=-LEARNING_RATE)
+
+    return step
+
+
+def torch_dot_fused(
+    g_task: list[Any], g_kd: list[Any], v_task: list[Any], v_kd: list[Any]
+) -> Callable[[list[Any]], None]:
+    import torch
+
+    options = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
+
+    def step(theta: list[Any]) -> None:
+        for v, g, beta in ((v_task, g_task, BETAS[0]), (v_kd, g_kd, BETAS[1])):
+            torch._fused_sgd_(theta, g, v, momentum=beta, lr=LEARNING_RATE, **options)
+
+    return step
+
+
+def torch_dot_adamw_foreach(
+    g_task: list[Any], g_kd: list[Any], m_task: list[Any], m_kd: list[Any], nu: list[Any]
+) -> Callable[[list[Any]], None]:
+    import torch
+
+    t = 0
+
+    def step(theta: list[Any]) -> None:
+        nonlocal t
+        t += 1
+        for m, g, beta in ((m_task, g_task, BETAS[0]), (m_kd, g_kd, BETAS[1])):
+            torch._foreach_mul_(m, beta)
+            torch._foreach_add_(m, g, alpha=1 - MEAN_BETA)
+        total = torch._foreach_add(g_task, g_kd)
+        torch._foreach_mul_(nu, B2)
+        torch._foreach_addcmul_(nu, total, total, value=1 - B2)
+        numerator = torch._foreach_div(m_task, 1 - BETAS[0] ** t)
+        torch._foreach_add_(numerator, m_kd, alpha=1 / (1 - BETAS[1] ** t))
+        denominator = torch._foreach_sqrt(nu)
+        torch._foreach_div_(denominator, (1 - B2**t) ** 0.5)
+        torch._foreach_add_(denominator, EPS)
+        torch._foreach_mul_(theta, 1 - LEARNING_RATE * WEIGHT_DECAY)
+        torch._foreach_addcdiv_(theta, numerator, denominator, value=-LEARNING_RATE)
+
+    return step
+
+
 def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: bool = False) -> dict[str, Callable]:
     """The same updates in PyTorch, on the device of the arrays: functions that take one step and return the parameters."""
     import torch
@@ -178,62 +233,22 @@ def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: b
 
         return take
 
-    def dot_foreach(v_task: list[Any], v_kd: list[Any]) -> Callable[[list[Any]], None]:
-        def step(theta: list[Any]) -> None:
-            for v, g, beta in ((v_task, g_task, BETAS[0]), (v_kd, g_kd, BETAS[1])):
-                torch._foreach_mul_(v, beta)
-                torch._foreach_add_(v, g)
-                torch._foreach_add_(theta, v, alpha=-LEARNING_RATE)
-
-        return step
-
-    def dot_fused(v_task: list[Any], v_kd: list[Any]) -> Callable[[list[Any]], None]:
-        options = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
-
-        def step(theta: list[Any]) -> None:
-            for v, g, beta in ((v_task, g_task, BETAS[0]), (v_kd, g_kd, BETAS[1])):
-                torch._fused_sgd_(theta, g, v, momentum=beta, lr=LEARNING_RATE, **options)
-
-        return step
-
-    def dot_adamw_foreach(m_task: list[Any], m_kd: list[Any], nu: list[Any]) -> Callable[[list[Any]], None]:
-        t = 0
-
-        def step(theta: list[Any]) -> None:
-            nonlocal t
-            t += 1
-            for m, g, beta in ((m_task, g_task, BETAS[0]), (m_kd, g_kd, BETAS[1])):
-                torch._foreach_mul_(m, beta)
-                torch._foreach_add_(m, g, alpha=1 - MEAN_BETA)
-            total = torch._foreach_add(g_task, g_kd)
-            torch._foreach_mul_(nu, B2)
-            torch._foreach_addcmul_(nu, total, total, value=1 - B2)
-            numerator = torch._foreach_div(m_task, 1 - BETAS[0] ** t)
-            torch._foreach_add_(numerator, m_kd, alpha=1 / (1 - BETAS[1] ** t))
-            denominator = torch._foreach_sqrt(nu)
-            torch._foreach_div_(denominator, (1 - B2**t) ** 0.5)
-            torch._foreach_add_(denominator, EPS)
-            torch._foreach_mul_(theta, 1 - LEARNING_RATE * WEIGHT_DECAY)
-            torch._foreach_addcdiv_(theta, numerator, denominator, value=-LEARNING_RATE)
-
-        return step
-
     if family == "adamw":
         adamw = functools.partial(builtin, torch.optim.AdamW, betas=(MEAN_BETA, B2), eps=EPS, weight_decay=WEIGHT_DECAY)
         return {
             "torch AdamW, foreach": adamw(foreach=True),
             "torch AdamW, fused": adamw(fused=True),
-            "torch DOT-AdamW, foreach": of(dot_adamw_foreach(zeros(), zeros(), zeros())),
+            "torch DOT-AdamW, foreach": of(torch_dot_adamw_foreach(g_task, g_kd, zeros(), zeros(), zeros())),
         }
     sgd = functools.partial(builtin, torch.optim.SGD, momentum=MEAN_BETA)
     forms = {
         "torch SGD, foreach": sgd(foreach=True),
         "torch SGD, fused": sgd(fused=True),
-        "torch DOT, foreach": of(dot_foreach(zeros(), zeros())),
-        "torch DOT, fused SGD twice": of(dot_fused(zeros(), zeros())),
+        "torch DOT, foreach": of(torch_dot_foreach(g_task, g_kd, zeros(), zeros())),
+        "torch DOT, fused SGD twice": of(torch_dot_fused(g_task, g_kd, zeros(), zeros())),
     }
     if compiled:
-        forms["torch DOT, torch.compile"] = of(torch.compile(dot_foreach(zeros(), zeros())))
+        forms["torch DOT, torch.compile"] = of(torch.compile(torch_dot_foreach(g_task, g_kd, zeros(), zeros())))
     return forms
 
 
