@@ -267,7 +267,7 @@ def updates(family: str, args: Any, compare: bool, peak: float | None) -> dict[s
     params, grads = update_step.arrays(shapes)
     forms = {name: update_step.jax_form(UPDATES[name], params, grads) for name in update_step.FAMILIES[family]}
     if compare:
-        forms |= update_step.torch_forms(params, grads, family, compiled=args.torch_compile)
+        forms |= update_step.torch_forms(params, grads, family)
     one, dot = (UPDATES[name].limit for name in update_step.FAMILIES[family])
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     work = {name: size * args.repeat * (dot if "dot" in name.lower() else one) for name in forms}
@@ -299,7 +299,6 @@ def main(argv=None):
     parser.add_argument("--repeat", type=int, default=10, help="how many steps are timed at once")
     parser.add_argument("--bandwidth", type=float, help="of the card's memory, in bytes per second")
     parser.add_argument("--flops", type=float, help="of the card at most, per second, in --dtype")
-    parser.add_argument("--torch_compile", action="store_true", help="also the update of DOT with torch.compile")
     parser.add_argument("--smoke_test", action="store_true", help="on the smallest scale, to see whether it runs")
     args = parser.parse_args(argv)
     if args.smoke_test:

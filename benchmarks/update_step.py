@@ -196,7 +196,7 @@ def torch_dot_adamw_foreach(
     return step
 
 
-def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: bool = False) -> dict[str, Callable]:
+def torch_forms(params: Any, grads: tuple[Any, Any], family: str) -> dict[str, Callable]:
     """The same updates in PyTorch, on the device of the arrays: functions that take one step and return the parameters."""
     import torch
 
@@ -247,8 +247,6 @@ def torch_forms(params: Any, grads: tuple[Any, Any], family: str, *, compiled: b
         "torch DOT, foreach": of(torch_dot_foreach(g_task, g_kd, zeros(), zeros())),
         "torch DOT, fused SGD twice": of(torch_dot_fused(g_task, g_kd, zeros(), zeros())),
     }
-    if compiled:
-        forms["torch DOT, torch.compile"] = of(torch.compile(torch_dot_foreach(g_task, g_kd, zeros(), zeros())))
     return forms
 
 
@@ -271,7 +269,7 @@ def time_ratios(shapes: Any, family: str, args: argparse.Namespace) -> dict[str,
     params, grads = arrays(shapes)
     forms = {name: jax_form(UPDATES[name], params, grads) for name in FAMILIES[family]}
     if has_torch():
-        forms |= torch_forms(params, grads, family, compiled=args.torch_compile)
+        forms |= torch_forms(params, grads, family)
     seconds = _measure.alternate(forms, args.rounds, warmup=3)
     return {
         name: {reference: _measure.ratio(taken, seconds[reference]) for reference in FAMILIES[family]}
@@ -351,9 +349,6 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--compile_leaves", type=int, default=1000)
     parser.add_argument("--compile_rounds", type=int, default=3)
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="also DOT with torch.compile; needs a C++ compiler"
-    )
     args = parser.parse_args(argv)
 
     print(_measure.machine("optax", *(["torch"] if has_torch() else [])) + "\n")
