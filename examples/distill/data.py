@@ -175,6 +175,14 @@ def eval_batches(
         yield from iterator
 
 
+def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch to train on."""
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, *dataset.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
+    }
+
+
 def _to_device(batches: grain.IterDataset, put: Callable[[Any], Batch], workers: int = 0) -> grain.DatasetIterator:
     def copy_and_put(batch: dict[str, np.ndarray]) -> Batch:
         # What worker processes hand over lies in shared memory, which JAX would hold beyond the end of the program.

@@ -34,7 +34,13 @@ _FREE_FIELDS = (
     "dataset.in_memory",
     "dataset.workers",
 )
-_STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer")  # The teacher does not depend on these.
+_STUDENT_SECTIONS = (
+    "epochs",
+    "student",
+    "distillation",
+    "optimizer",
+    "sampling",
+)  # The teacher does not depend on these.
 _CHECKSUM = "teacher.checksum"  # in the record: of its variables, by which a teacher is known wherever it lies
 
 
@@ -119,5 +125,5 @@ def _depends(job: str, field: str, saved: list[str]) -> bool:
     if job == "teacher":
         return section not in _STUDENT_SECTIONS
     if job == "ce" and "teacher" not in saved:  # trained without one
-        return section not in ("teacher", "distillation")
+        return section not in ("teacher", "distillation", "sampling")
     return True

@@ -20,6 +20,7 @@ from examples.trainer import loop, parallel
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
 from examples.trainer.records import Record
+from examples.trainer.sampling import EXACT, Sampling, check_rows
 from examples.trainer.step import init_state
 
 METRICS = MetricNames(
@@ -27,6 +28,9 @@ METRICS = MetricNames(
     # cosine between these: below 0, the losses are in conflict. With --config.parallel=shard_map norms and cosine are
     # those of each device's own part of a batch, averaged: the gradients themselves are never averaged there, and the
     # noise of a smaller batch makes their norms larger. null: without a teacher, or without config.gradient_metrics.
+    # With --config.sampling the means are over the steps that know: a loss that they compute, gradients that are apart
+    # (with in_turn no step has both, and so no cosine). With form=examples the KD loss and its gradient are those of the
+    # rows that were taken, which are noisier: the norm is larger and the cosine closer to 0.
     training=("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine"),
     validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1
     best="top1",
@@ -46,15 +50,19 @@ class Shared(NamedTuple):
 def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher | None) -> Job:
     """The student of a method, which imitates a teacher whose variables are on all devices."""
     config = shared.config
+    sampling = _sampling(method, config) if teacher else EXACT
+    summed = _summed(method, sampling, config)
     return _job(
         method,
         shared,
         directory / method,
         model=config.student.model,
-        optimizer=_optimizer(method, config.optimizer, shared, config.epochs),
+        optimizer=_optimizer(method, config.optimizer, shared, config.epochs, weighted=summed is None),
         epochs=config.epochs,
         remedy="lower --config.optimizer.learning_rate (or, for dot, --config.optimizer.delta)",
         teacher=teacher,
+        sampling=sampling,
+        summed=summed,
     )
 
 
@@ -83,6 +91,7 @@ def check(names: Sequence[str], shared: Shared) -> None:
             4 * numbers, f"the {numbers:,} parameters of {model.name}", f"--config.{section}.model another size"
         )
         models.check_input(shapes, dataset.image_shape, model.name, dataset.num_classes)
+    check_rows(Sampling.from_config(config.sampling), config.batch_size, shared.layout.mesh.size)
     _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs)
     for name in names:
         optimizer = _optimizer(name, config.optimizer, shared, config.epochs)
@@ -108,9 +117,26 @@ def network_shapes(model: ConfigDict, shared: Shared) -> tuple[nnx.GraphDef, Any
     return nnx.eval_shape(lambda: network(model, shared))
 
 
-def _optimizer(method: str, config: ConfigDict, shared: Shared, epochs: int) -> optax.GradientTransformation:
-    distillation = shared.config.distillation
-    weights = dot_optax.PerLoss(task=distillation.task_weight, kd=distillation.kd_weight)
+def _sampling(method: str, config: ConfigDict) -> Sampling:
+    sampling = Sampling.from_config(config.sampling)
+    return sampling.for_task_alone() if method == "ce" else sampling
+
+
+def _weights(config: ConfigDict) -> dot_optax.PerLoss:
+    return dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
+
+
+def _summed(method: str, sampling: Sampling, config: ConfigDict) -> dot_optax.PerLoss | None:
+    """With which weights losses are summed before one backward pass; None where each needs its own."""
+    if config.gradient_metrics or not sampling.sum_is_exact:
+        return None
+    return methods.weights_of_the_sum(method, _weights(config))
+
+
+def _optimizer(
+    method: str, config: ConfigDict, shared: Shared, epochs: int, *, weighted: bool = True
+) -> optax.GradientTransformation:
+    weights = _weights(shared.config) if weighted else dot_optax.PerLoss(1.0, 1.0)
     steps_per_epoch = data.steps_per_epoch(shared.dataset, shared.config.batch_size)
     return methods.build(method, config, weights, steps_per_epoch, epochs)
 
@@ -125,6 +151,8 @@ def _job(
     epochs: int,
     remedy: str,
     teacher: Teacher | None = None,
+    sampling: Sampling = EXACT,
+    summed: dot_optax.PerLoss | None = None,
 ) -> Job:
     config, dataset, layout, _ = shared
     new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
@@ -135,8 +163,23 @@ def _job(
         temperature=config.distillation.temperature,
         mean=config.dataset.mean,
         std=config.dataset.std,
+        kd_gradient=config.gradient_metrics or name != "ce",
     )
-    step = steps.make_train_step(problem, optimizer, layout, gradient_metrics=config.gradient_metrics)
+    step = steps.make_train_step(
+        problem, optimizer, layout, gradient_metrics=config.gradient_metrics, sampling=sampling, summed=summed
+    )
+
+    def cost() -> Record:
+        """Of a step, on average: how often the teacher sees a batch, and the operations up to the gradients."""
+        teacher, *teacher_shapes = network_shapes(config.teacher.model, shared)
+        student, *student_shapes = network_shapes(model, shared)
+        here = problem._replace(student=student, teacher=problem.teacher and teacher)
+        args = (*student_shapes, tuple(teacher_shapes), data.batch_shapes(dataset, config.batch_size))
+        return {
+            "teacher_forwards": sampling.teacher_forwards if problem.teacher else 0.0,
+            "relative_flops": steps.relative_flops(here, here._replace(teacher=teacher), sampling, summed, *args),
+        }
+
     return Job(
         name=name,
         directory=directory,
@@ -152,6 +195,7 @@ def _job(
         metrics=METRICS,
         unit="images",
         remedy=remedy,
+        cost=cost,
     )
 
 

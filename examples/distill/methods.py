@@ -160,6 +160,14 @@ def weight_losses(weights: dot_optax.PerLoss) -> optax.GradientTransformationExt
     return dot_optax.per_loss(optax.scale(weights.task), optax.scale(weights.kd))
 
 
+def weights_of_the_sum(method: str, weights: dot_optax.PerLoss) -> dot_optax.PerLoss | None:
+    """The weights of a method that sees the weighted sum of the losses alone; None of one that sees more, or may.
+
+    Given the gradient of that sum and zeros, and weights of 1, it makes the same updates.
+    """
+    return weights if method == "kd" else None
+
+
 def summary(name: str) -> str:
     """The first line of a method's docstring, which `--help` shows."""
     return next(iter((METHODS[name].__doc__ or "").strip().splitlines()), "")

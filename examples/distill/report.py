@@ -17,6 +17,7 @@ import dot_optax
 from examples.distill import methods
 from examples.distill.settings import Settings
 from examples.trainer import loop, records
+from examples.trainer.sampling import EXACT, Sampling
 
 _TEST_FIGURES = ("test.top1", "test.top5", "test.count")
 _PANELS = (
@@ -77,6 +78,8 @@ def table(results: Results, plus_minus: str = "±") -> str:
         ("train KD loss", *(_figure(r["train"], "kd_loss", ".4f") for r in results.values())),
         ("test top-1", *(_accuracy(r["test"], "top1", plus_minus) for r in results.values())),
         ("test top-5", *(_accuracy(r["test"], "top5", plus_minus) for r in results.values())),
+        ("teacher forwards", *(_figure(r.get("cost", {}), "teacher_forwards", ".2f") for r in results.values())),
+        ("gradient FLOPs / KD", *(_figure(r.get("cost", {}), "relative_flops", ".2f") for r in results.values())),
         ("seconds", *(_figure(r, "seconds", ".1f") for r in results.values())),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -98,6 +101,12 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
         lines.append(
             "Every method has the same learning rate here, as in the paper; before you believe a difference, compare"
             " each method at the learning rate that is best for it."
+        )
+    sampling = Sampling.from_config(settings.config.sampling)
+    if sampling != EXACT:
+        lines.append(
+            f"Gradients were sampled, --config.sampling.form={sampling.form} with a period of {sampling.period}: compare"
+            " with exact ones at the same learning rate, and at the best for each, before you believe that it costs nothing."
         )
     note = settings.config.report_note
     return [*lines, note] if note else lines
@@ -130,7 +139,8 @@ def picture(curves: Curves, results: Results) -> bytes:
     BatchNorm, by the statistics of each batch. The diamonds are the losses of the table: the final student, evaluated
     on the whole training split, with running statistics. The two can rank methods differently.
     """
-    distilled = [method for method, lines in curves.items() if lines[-1]["kd_loss"] is not None]  # had a teacher
+    # Those that had a teacher; of a sampled loss, not every epoch need have a value.
+    distilled = [method for method, lines in curves.items() if any(line["kd_loss"] is not None for line in lines)]
     figure = Figure(figsize=(12 if distilled else 5, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]

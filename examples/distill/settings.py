@@ -11,6 +11,7 @@ from examples.distill import methods, models
 from examples.distill.configs import default
 from examples.trainer import settings
 from examples.trainer.errors import UserError
+from examples.trainer.sampling import Sampling
 from examples.trainer.settings import (
     COUNT,
     COUNTS,
@@ -57,6 +58,8 @@ def validated(config: ConfigDict) -> Settings:
             )
     wanted = methods.parse(config.method)
     methods.check(config, wanted)
+    # Of fields that have the same effect one form, since they tell what a working directory belongs to.
+    fields |= {f"sampling.{field}": value for field, value in Sampling.from_config(config.sampling)._asdict().items()}
     # The report needs the momenta, whichever methods are trained.
     return Settings(config, fields, wanted, methods.betas(config.optimizer))
 

@@ -22,6 +22,7 @@ from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, Variables
 from examples.trainer.preemption import Preempted
 from examples.trainer.records import Record
+from examples.trainer.sampling import Sampling, check_rows
 
 _STEPS = 4  # of which the first compiles
 _BATCHES = 2  # of an evaluation
@@ -37,16 +38,19 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     layout = parallel.make_layout(config)
     whole = data.load(config.dataset)
     data.steps_per_epoch(whole, config.batch_size)  # raises as the run would
-    devices = layout.mesh.size
+    sampling = Sampling.from_config(config.sampling)
+    check_rows(sampling, config.batch_size, layout.mesh.size)
+    steps = 1 + max(_STEPS - 1, sampling.turn)  # a whole turn without the step that compiles
+    unit = layout.mesh.size * (sampling.period if sampling.form == "examples" else 1)
 
     def divisible(size: int) -> int:
-        return max(size // devices, 1) * devices
+        return max(size // unit, 1) * unit
 
     most = divisible(_NUMBERS // math.prod(whole.image_shape))
-    batch_size = min(config.batch_size, most, divisible(len(whole.train) // _STEPS))
+    batch_size = min(config.batch_size, most, divisible(len(whole.train) // steps))
     eval_batch_size = min(config.eval_batch_size, most)
     images = {
-        "train": _STEPS * batch_size,
+        "train": steps * batch_size,
         "validation": _BATCHES * eval_batch_size,
         "test": _BATCHES * eval_batch_size,
     }
@@ -75,10 +79,12 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
 def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:
     """Trains a job for a few steps, and returns how long all of it would take."""
     steps, evaluations = [], []
-    timed = job._replace(epochs=1, step=_timed_step(job, steps), evaluate=_timed_evaluate(job, evaluations))
+    timed = job._replace(epochs=1, step=_timed_step(job, steps), evaluate=_timed_evaluate(job, evaluations), cost=dict)
     loop.fit(timed, loop.options(shared.config, shared.layout, shared.preempted))
-    # The first compiles; of a few images there is no second step.
-    an_image = statistics.median(steps[1:] or steps) / job.batch_size
+    # The first compiles; of a few images there is no second step. Sampled steps differ, and their turn has a mean.
+    turn = Sampling.from_config(shared.config.sampling).turn
+    mean = statistics.median if turn == 1 else statistics.fmean
+    an_image = mean(steps[1:][-turn if turn > 1 else 0 :] or steps) / job.batch_size
     evaluated_image = statistics.median(evaluations[1:])
     in_the_end = sum(len(getattr(whole, split)) for split in job.splits)
     trained = job.epochs * len(whole.train)

@@ -1,5 +1,6 @@
 """What the steps of this example compute: normalized images, both losses of each, and the evaluation of a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import dot_optax
 from examples.distill import models
 from examples.trainer import step
 from examples.trainer.parallel import Layout
+from examples.trainer.sampling import EXACT, Sampling, flops
 from examples.trainer.step import Metrics, TrainState
 
 
@@ -30,6 +32,7 @@ class Problem(NamedTuple):
     temperature: float
     mean: tuple[float, ...]  # of the stored pixels, per channel
     std: tuple[float, ...]
+    kd_gradient: bool = True  # else the distillation loss is there for the log alone
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -38,22 +41,29 @@ class Problem(NamedTuple):
 
 
 def make_train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, layout: Layout, *, gradient_metrics: bool = True
+    problem: Problem, optimizer: optax.GradientTransformation, layout: Layout, **options: Any
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, teacher_variables, batch) -> (state, metrics)`, see `step.make_train_step`.
 
     The metrics are the two losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
     gradients and the cosine between these; without a teacher, only those of the task.
     """
+    loss_fn = functools.partial(_train_losses, problem)
+    return step.make_train_step(loss_fn, optimizer, layout, reported=problem.losses, **options)
 
-    def loss_fn(params: Any, rest: Any, teacher_variables: Any, batch: Any) -> tuple[dot_optax.PerLoss, Any]:
-        images = _normalize(problem, batch["image"])
-        teacher_logits = _teacher_logits(problem, teacher_variables, images)
-        logits, rest = models.apply(problem.student, params, rest, images, train=True)
-        losses = _losses(problem, logits, teacher_logits, batch["label"])
-        return jax.tree.map(jnp.mean, losses), rest
 
-    return step.make_train_step(loss_fn, optimizer, layout, reported=problem.losses, gradient_metrics=gradient_metrics)
+def relative_flops(
+    problem: Problem, plain: Problem, sampling: Sampling, summed: dot_optax.PerLoss | None, *args: Any
+) -> float | None:
+    """The operations of a step up to its gradients, where those of plain distillation, the problem `plain`, are 1.
+
+    These are one gradient of the sum of both losses, the teacher's forward pass included. The last arguments are the
+    student's params and rest, the teacher's variables and a batch, or their shapes. None where XLA does not count.
+    """
+    both = dot_optax.PerLoss(1.0, 1.0)
+    found = flops(functools.partial(_train_losses, problem), sampling, summed, *args)
+    of_kd = flops(functools.partial(_train_losses, plain), EXACT, both, *args)
+    return found / of_kd if found and of_kd else None
 
 
 def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Metrics]:
@@ -76,6 +86,18 @@ def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Me
         return {name: jnp.sum(value, where=batch["valid"]) for name, value in per_example.items()}
 
     return eval_step
+
+
+def _train_losses(
+    problem: Problem, params: Any, rest: Any, teacher_variables: Any, batch: Any
+) -> tuple[dot_optax.PerLoss, Any]:
+    images = _normalize(problem, batch["image"])
+    teacher_logits = _teacher_logits(problem, teacher_variables, images)
+    logits, rest = models.apply(problem.student, params, rest, images, train=True)
+    losses = jax.tree.map(jnp.mean, _losses(problem, logits, teacher_logits, batch["label"]))
+    if not problem.kd_gradient:
+        losses = losses._replace(kd=jax.lax.stop_gradient(losses.kd))
+    return losses, rest
 
 
 def _normalize(problem: Problem, images: jax.Array) -> jax.Array:

@@ -47,3 +47,4 @@ class Job(NamedTuple):
     metrics: MetricNames
     unit: str  # of which a batch has `batch_size`, such as "images"
     remedy: str  # what to change when the loss is not finite
+    cost: Callable[[], Record] = dict  # what a step computes, to be written down with the result

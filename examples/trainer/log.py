@@ -8,11 +8,13 @@ A line of `metrics.jsonl` stands for an epoch and holds
     validation_...      the validation metrics of the job after the epoch
     seconds             spent so far, compilation and evaluation included, over all runs of the command
 
-null stands for what there is not, such as a mean over no step at all.
+null stands for what there is not, such as a mean over no step at all: a metric that a step does not know, such as a loss
+that it did not compute, is NaN there, and left out of the mean.
 """
 
 import collections
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -50,6 +52,7 @@ class Log:
         # ... and the sums of the metrics of the others, and how many had them
         self._totals = collections.Counter(state.get("totals", {}))
         self._counts = collections.Counter(state.get("counts", {}))
+        self._shown: dict[str, float] = {}  # beside the bar: the last means that there were
         self._job, self._path = job, job.directory / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         self._events = None
@@ -102,10 +105,12 @@ class Log:
             )
         else:
             self.skipped_in_a_row = 0
-            self._totals.update(values)
-            self._counts.update(values.keys())
-        means = self._means()
-        shown = [f"{label} {means[name]:.4f}" for name, label in self._job.metrics.shown.items() if name in means]
+            known = {name: value for name, value in values.items() if not math.isnan(value)}
+            self._totals.update(known)
+            self._counts.update(known.keys())
+        self._shown |= self._means()
+        means = self._job.metrics.shown.items()
+        shown = [f"{label} {self._shown[name]:.4f}" for name, label in means if name in self._shown]
         shown += [f"{self._skipped} skipped"] if self._skipped else []
         self._bar.set_postfix_str(f"epoch {self.current_epoch}/{self._job.epochs}, {', '.join(shown)}", refresh=False)
         self._bar.update(self._job.batch_size)

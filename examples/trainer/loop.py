@@ -89,7 +89,7 @@ def write_result(job: Job, variables: Variables, progress: checkpoint.Progress |
     if jax.process_index() == 0:
         with records.writing(job.directory):
             job.directory.mkdir(exist_ok=True)
-        records.write_json(job.directory / "result.json", result)
+        records.write_json(job.directory / "result.json", result | {"cost": job.cost()})
 
 
 def fetch(results: Iterable[Metrics]) -> Iterator[dict[str, np.ndarray]]:

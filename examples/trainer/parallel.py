@@ -23,14 +23,12 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from examples.trainer.errors import UserError
+from examples.trainer.sampling import Gradients
 
 AXIS = "data"
 
 # Smaller arrays are replicated even where parameters are sharded: they would save little, and be gathered in every step.
 _SMALLEST_SHARDED = 2**14
-
-
-LossFn = Callable[[Any], tuple[Any, Any]]  # params -> (losses, what else they compute)
 
 
 class Layout(NamedTuple):
@@ -41,7 +39,8 @@ class Layout(NamedTuple):
     gather: Callable[[Any], Any]  # ... and back
     put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part of a batch -> as a step takes them
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, constants, batch) -> (state, metrics)
-    value_and_grads: Callable[[LossFn], LossFn]  # losses -> losses, and their gradients as the optimizer takes them
+    # (what gives losses and their gradients, whether each is due if not always) -> the same as the optimizer takes them
+    value_and_grads: Callable[[Gradients, dict[str, Any]], Gradients]
     average_updates: optax.GradientTransformation  # the last link of the optimizer's chain, without a state
     axis_name: str | None  # of the devices, in a step that sees its device's part of a batch only
 
@@ -111,7 +110,7 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
         gather=lambda state: state,
         put_batch=functools.partial(divide, mesh),
         compile=compile,
-        value_and_grads=_value_and_grads,
+        value_and_grads=lambda gradients, due: gradients,
         average_updates=optax.identity(),
         axis_name=None,
     )
@@ -135,10 +134,15 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
     def gather(state: Any) -> Any:
         return multihost_utils.host_local_array_to_global_array(state, mesh, P()) if several_hosts else state
 
-    def value_and_grads(loss_fn: LossFn) -> LossFn:
-        def averaged(params: Any) -> tuple[Any, Any]:
-            values, grads = _value_and_grads(loss_fn)(params)
-            return values, jax.lax.pmean(grads, AXIS)
+    def mean(grad: Any) -> Any:
+        return jax.lax.pmean(grad, AXIS)
+
+    def value_and_grads(gradients: Gradients, due: dict[str, Any]) -> Gradients:
+        def averaged(params: Any, batch: Any) -> tuple[Any, Any]:
+            values, grads = gradients(params, batch)
+            # One that is not due is zeros everywhere, and stays where it is.
+            rare = {name: jax.lax.cond(is_due, mean, lambda g: g, getattr(grads, name)) for name, is_due in due.items()}
+            return values, mean(grads._replace(**dict.fromkeys(rare)))._replace(**rare)
 
         return averaged
 
@@ -189,9 +193,9 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
         state = replicate(mesh, state)
         return state._replace(opt_state=stack(state.opt_state))
 
-    def value_and_grads(loss_fn: LossFn) -> LossFn:
+    def value_and_grads(gradients: Gradients, due: dict[str, Any]) -> Gradients:
         # Of parameters that are the same on all devices JAX would add up the devices' gradients.
-        return lambda params: _value_and_grads(loss_fn)(jax.lax.pcast(params, AXIS, to="varying"))
+        return lambda params, batch: gradients(jax.lax.pcast(params, AXIS, to="varying"), batch)
 
     return Layout(
         mesh,
@@ -203,7 +207,3 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
         average_updates=dot_optax.average_over(AXIS),
         axis_name=AXIS,
     )
-
-
-def _value_and_grads(loss_fn: LossFn) -> LossFn:
-    return dot_optax.value_and_grads(loss_fn, has_aux=True)

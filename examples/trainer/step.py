@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.trainer.parallel import Layout
+from examples.trainer.sampling import EXACT, Sampling
 
 Metrics = dict[str, jax.Array]
 
@@ -33,11 +34,14 @@ def make_train_step(
     *,
     reported: Sequence[str],
     gradient_metrics: bool = True,
+    sampling: Sampling = EXACT,
+    summed: Any = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, constants, batch) -> (state, metrics)`; the old state's memory is reused.
 
     A step of which a loss, the update or a part of `rest` is not finite, on any device, is skipped: only `step`
-    changes, and no schedule of the optimizer moves on. The metric `skipped` says so: it is above 0 then.
+    changes, and no schedule of the optimizer moves on. The metric `skipped` says so: it is above 0 then. A metric that
+    this step does not know, such as a loss that it did not compute, is NaN.
 
     Args:
         loss_fn: `loss_fn(params, rest, constants, batch) -> (losses, rest)`, with the losses as means over the batch,
@@ -46,21 +50,29 @@ def make_train_step(
         layout: how devices share the work.
         reported: the losses whose metrics are returned: `NAME_loss`, and ...
         gradient_metrics: ... `NAME_grad_norm`; of two losses, also `grad_cosine`, the cosine between their gradients.
+        sampling: which gradients are taken at which step. Metrics are of the losses' own gradients, without factors k.
+        summed: weights of the losses, for an optimizer that adds up what it is given: it gets the gradient of the
+            weighted sum, from one backward pass, and zeros. Only without `gradient_metrics`, and where the sum is exact.
     """
+    assert summed is None or (sampling.sum_is_exact and not gradient_metrics)
     # The average has no state: a checkpoint holds that of the optimizer.
     optimizer = optax.chain(optimizer, layout.average_updates)
 
     def train_step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Metrics]:
-        def losses_of(params: Any) -> tuple[Any, Any]:
+        def losses_of(params: Any, batch: Any) -> tuple[Any, Any]:
             return loss_fn(params, state.rest, constants, batch)
 
-        (losses, rest), grads = layout.value_and_grads(losses_of)(state.params)
+        gradients, due = sampling.gradients(losses_of, state.step, summed)
+        (losses, rest), grads = layout.value_and_grads(gradients, due)(state.params, batch)
         opt_state = (state.opt_state, optax.EmptyState())
         updates, (opt_state, _) = optimizer.update(grads, opt_state, state.params)
         metrics = {f"{name}_loss": getattr(losses, name) for name in reported}
         if gradient_metrics:
-            metrics |= _gradient_metrics([getattr(grads, name) for name in reported], reported)
-        skipped = jnp.float32(~_all_finite((losses, updates, rest)))
+            of_losses, known = sampling.of_the_losses(grads, state.step, due)
+            metrics |= _gradient_metrics([getattr(of_losses, name) for name in reported], reported, known)
+        # A loss that is not due is NaN.
+        computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in losses._asdict().items()]
+        skipped = jnp.float32(~_all_finite((computed, updates, rest)))
         metrics = layout.average_metrics(metrics | {"skipped": skipped})
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), rest, opt_state)
         # One condition: into a `where` for every array XLA would fuse the whole check, and compile for a minute.
@@ -74,11 +86,14 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _gradient_metrics(grads: Sequence[Any], names: Sequence[str]) -> Metrics:
-    norms = [optax.tree.norm(grad) for grad in grads]
+def _gradient_metrics(grads: Sequence[Any], names: Sequence[str], known: dict[str, Any]) -> Metrics:
+    norms = [
+        jnp.where(known.get(name, True), optax.tree.norm(grad), jnp.nan)
+        for name, grad in zip(names, grads, strict=True)
+    ]
     metrics = {f"{name}_grad_norm": norm for name, norm in zip(names, norms, strict=True)}
     if len(grads) == 2:
         product = norms[0] * norms[1]
         # A gradient that vanishes has a cosine of 0 with any other.
-        metrics["grad_cosine"] = optax.tree.vdot(*grads) / jnp.where(product > 0, product, 1.0)
+        metrics["grad_cosine"] = optax.tree.vdot(*grads) / jnp.where(product == 0, 1.0, product)
     return metrics

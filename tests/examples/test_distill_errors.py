@@ -118,6 +118,21 @@ CONFIGS = [
         ),
         (["--config.student.model.hidden=10000000000"], "error: the 750,000,000,010 parameters of mlp take 3000.0 GB"),
         (["--config.teacher.model.hidden=10000000000", "--smoke_test"], "error: the 750,000,000,010 parameters of mlp"),
+        (
+            ["--config.sampling.form=loss"],
+            "error: bad --config.sampling.form='loss': give one of none, losses, in_turn, difference, examples",
+        ),
+        (["--config.sampling.period=0"], "error: bad --config.sampling.period=0: give a whole number from 1 to 65,536"),
+        (["--config.sampling.period=65537"], "error: bad --config.sampling.period=65537: give a whole number from 1"),
+        (
+            ["--config.sampling.form=in_turn", "--config.sampling.period=4"],
+            "error: bad --config.sampling.period=4: in turn, each of the two losses is due at every second step",
+        ),
+        (
+            ["--config.sampling.form=examples", "--config.sampling.period=3", "--config.devices=2"],
+            "error: bad --config.sampling.period=3: with --config.sampling.form=examples it must divide the 32 rows that"
+            " each device has of a batch",
+        ),
         (["--config.batch_size=1000"], "error: batch size 1000 is larger than the training split (900 images)"),
     ],
 )
@@ -212,6 +227,11 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher", "kd"), "optimizer.delta", True),
         (("teacher", "kd"), "checkpoint_every_steps", False),
         (("ce",), "teacher.epochs", False),
+        (("teacher",), "sampling.form", False),
+        (("teacher", "kd"), "sampling.form", True),
+        (("teacher", "kd"), "sampling.period", True),
+        (("ce",), "sampling.form", False),
+        (("teacher", "ce"), "sampling.form", True),
         (("ce",), "epochs", True),
         (("teacher", "ce"), "teacher.epochs", True),
     ],

@@ -24,7 +24,8 @@ BUILT_IN = ["ce", "kd", "kd_gain_matched", "dot"]
 def _results(names=BUILT_IN, scale=1.0):
     def result(name, number):
         train = {"task_loss": 0.01 * scale * number} | ({} if name == "ce" else {"kd_loss": 0.05 * scale * number})
-        return {"seconds": 12.34, "train": train, "test": {"top1": 0.9, "top5": 1.0, "count": 450}}
+        cost = {} if name == "ce" else {"cost": {"teacher_forwards": 0.25, "relative_flops": 0.5288}}
+        return {"seconds": 12.34, "train": train, "test": {"top1": 0.9, "top5": 1.0, "count": 450}} | cost
 
     return {name: result(name, number) for number, name in enumerate(names, start=1)}
 
@@ -55,12 +56,14 @@ def directory(tmp_path):
 
 def test_the_table():
     assert report.table(_results(["ce", "dot"])).splitlines() == [
-        "                               CE               DOT",
-        "train task loss            0.0100            0.0200",
-        "train KD loss                   -            0.1000",
-        "test top-1        0.9000 ± 0.0141   0.9000 ± 0.0141",
-        "test top-5        1.0000 ± 0.0000   1.0000 ± 0.0000",
-        "seconds                      12.3              12.3",
+        "                                   CE               DOT",
+        "train task loss                0.0100            0.0200",
+        "train KD loss                       -            0.1000",
+        "test top-1            0.9000 ± 0.0141   0.9000 ± 0.0141",
+        "test top-5            1.0000 ± 0.0000   1.0000 ± 0.0000",
+        "teacher forwards                    -              0.25",
+        "gradient FLOPs / KD                 -              0.53",
+        "seconds                          12.3              12.3",
     ]
 
 
@@ -76,6 +79,20 @@ def test_what_is_said_of_the_gains():
     assert "a steady task gradient by 0.571 and a KD gradient by 4, where AdamW multiplies both by 1" in adamw
     assert "L2" not in adamw
     assert "momenta" not in " ".join(report.notes(_settings(), _results(["ce", "kd"])))
+
+
+def test_what_is_said_of_sampling():
+    settings = _settings()
+    assert "sampled" not in " ".join(report.notes(settings, _results()))
+    settings.config.sampling.update({"form": "losses", "period": 4})
+    assert "--config.sampling.form=losses with a period of 4" in " ".join(report.notes(settings, _results()))
+
+
+def test_a_loss_that_not_every_epoch_has(figures):
+    curves = _curves(["dot"])
+    curves["dot"][-1]["kd_loss"] = None  # no step of the last epoch computed it
+    report.picture(curves, _results(["dot"]))
+    assert len(figures[0].axes) == 3
 
 
 def test_what_is_said_of_digits_is_their_configs():

@@ -39,6 +39,26 @@ def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
     assert lines[1]["validation_top1"] == 0.5 and lines[1]["grad_cosine"] is None
 
 
+def test_a_mean_is_over_the_steps_that_know(tmp_path, capsys, monkeypatch):
+    """The bar shows the last mean that there was, also while an epoch has none yet."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with contextlib.closing(Log(_job(tmp_path, steps_per_epoch=3, batch_size=2))) as log:
+        for kd in (4.0, np.nan, 8.0, np.nan, np.nan, np.nan):
+            log.step({"task_loss": 1.0, "kd_loss": np.float32(kd), "grad_cosine": np.nan, "skipped": 0.0})
+            state = log.state()
+            if log.epoch_is_complete:
+                log.epoch({"top1": 0.5}, seconds=1.0)
+        time.sleep(0.11)
+        log.step({"task_loss": 1.0, "kd_loss": np.nan, "skipped": 0.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["task_loss"], line["kd_loss"], line["grad_cosine"]) for line in lines] == [
+        (1, 6, None),
+        (1, None, None),
+    ]
+    assert (state["totals"], state["counts"]) == ({"task_loss": 3}, {"task_loss": 3})
+    assert "epoch 3/3, task loss 1.0000, KD loss 6.0000" in capsys.readouterr().err.split("\r")[-1]
+
+
 def test_the_bar_shows_images_per_second_what_is_left_and_both_losses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with contextlib.closing(Log(_job(tmp_path, steps_per_epoch=2, batch_size=50))) as log:

@@ -15,7 +15,7 @@ def default() -> ConfigDict:
     config.parallel = "jit"  # how devices share the work: jit, pmap or shard_map; see parallel.py
     config.devices = 0  # how many to use; 0: all
     config.shard_params = False  # with jit: divide large parameters and momenta among the devices
-    config.gradient_metrics = True  # log both gradients' norms and their cosine; for ce it costs one more backward pass
+    config.gradient_metrics = True  # log both gradients' norms and cosine, at one more backward pass for ce and kd
     config.checkpoint_every_steps = None  # besides every epoch that validates better than all before, and the last
     config.keep_checkpoints = 2  # the latest, besides the best
     config.max_consecutive_skips = 10  # after so many steps in a row that were not finite, and skipped, training stops
@@ -51,6 +51,12 @@ def default() -> ConfigDict:
     config.distillation.temperature = None
     config.distillation.task_weight = None
     config.distillation.kd_weight = None
+
+    config.sampling = ConfigDict()  # of the students' gradients, below their exact cost; see trainer/sampling.py
+    config.sampling.form = "none"  # or losses, in_turn, difference, examples
+    config.sampling.period = (
+        2  # the distillation loss, or the difference, at every second step, or on every second image
+    )
 
     config.optimizer = _optimizer()
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)

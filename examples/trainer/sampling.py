@@ -1,0 +1,149 @@
+"""Gradients below their exact cost: what `--config.sampling` makes of the two losses of a step, task and KD.
+
+    losses        KD at every k-th step, with k times its gradient; elsewhere neither its backward pass nor the teacher runs
+    in_turn       the same of both losses, which alternate: k is 2
+    difference    the sum of both gradients at every step, what tells them apart at every k-th; the teacher at every step
+    examples      KD at every step, on every k-th row of the batch
+
+k is `sampling.period`. The phase is that of the number of the step, so a run that goes on is in the right one. Why each is
+right on average, and what its noise does, is said of `dot_optax.sampled_losses` and of the other two.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import dot_optax
+from examples.trainer.errors import UserError
+
+LossFn = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (losses, what else they compute)
+Gradients = Callable[[Any, Any], tuple[tuple[Any, Any], Any]]  # the same, and a gradient of each loss
+
+
+class Sampling(NamedTuple):
+    """Which gradients are taken at which step. What has the same effect is equal."""
+
+    form: str = "none"  # all, at every step
+    period: int = 2
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Sampling":
+        """Returns what a section `sampling` asks for."""
+        if config.form == "in_turn" and config.period != EXACT.period:
+            raise UserError(
+                f"bad --config.sampling.period={config.period}: in turn, each of the two losses is due at every second step;"
+                " give 2, or another --config.sampling.form"
+            )
+        return EXACT if config.form in ("", EXACT.form) or config.period == 1 else cls(config.form, config.period)
+
+    @property
+    def turn(self) -> int:
+        """After how many steps it begins again."""
+        return 1 if self.form == "none" else self.period
+
+    @property
+    def teacher_forwards(self) -> float:
+        """How often the teacher sees a batch, on average over the steps."""
+        return 1.0 if self.form == "difference" else 1 / self.turn
+
+    @property
+    def sum_is_exact(self) -> bool:
+        """Whether the sum of the gradients is that of the exact ones, at every step."""
+        return self.form in ("none", "difference")
+
+    def for_task_alone(self) -> "Sampling":
+        """The same for a method without a KD gradient: the task's stays exact, and KD is there for the log."""
+        return {"in_turn": Sampling("losses", 2), "difference": EXACT}.get(self.form, self)
+
+    def gradients(self, loss_fn: LossFn, step: Any, summed: Any = None) -> tuple[Gradients, dict[str, Any]]:
+        """What takes the gradients at a step, and whether a loss is computed there, for those that are not always."""
+        if summed is not None:
+            return gradient_of_the_sum(loss_fn, summed), {}
+        if self == EXACT:
+            return dot_optax.value_and_grads(loss_fn, has_aux=True), {}
+        sampled = self._sampled(loss_fn)
+        return functools.partial(sampled, step), sampled.due(step)
+
+    def kinds(self) -> list[int]:
+        """For each step of a turn, the first one that costs the same; one for all if all do."""
+        if self.form in ("none", "examples"):
+            return [0]
+        sampled = self._sampled(lambda params, batch: None)
+        return [sampled.kind(step) for step in range(self.turn)]
+
+    def _sampled(self, loss_fn: LossFn) -> Any:
+        if self.form == "difference":
+            return dot_optax.sampled_difference(loss_fn, self.period, has_aux=True)
+        if self.form == "examples":
+            return dot_optax.sampled_examples(loss_fn, {"kd": self.period}, has_aux=True)
+        periods = {"kd": self.period} if self.form == "losses" else {"task": 2, "kd": 2}
+        return dot_optax.sampled_losses(loss_fn, periods, has_aux=True)
+
+    def of_the_losses(self, grads: Any, step: jax.Array, due: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The gradients of the losses out of those that the optimizer gets, and whether each is known at this step."""
+        k = self.period
+        if self.form == "difference":
+            known = step % k == 0
+            share = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *grads)
+            grads = grads._make(jax.tree.map(lambda g, s: s + (g - s) / k, grad, share) for grad in grads)
+            return grads, dict.fromkeys(grads._fields, known)
+        return grads._replace(**{name: jax.tree.map(lambda g: g / k, getattr(grads, name)) for name in due}), due
+
+
+EXACT = Sampling()
+FORMS = ("", "none", "losses", "in_turn", "difference", "examples")
+
+
+def check_rows(sampling: Sampling, batch_size: int, devices: int) -> None:
+    """Raises if a batch cannot be divided as `examples` does, on each device for itself."""
+    rows = batch_size // devices
+    if sampling.form == "examples" and rows % sampling.period:
+        raise UserError(
+            f"bad --config.sampling.period={sampling.period}: with --config.sampling.form=examples it must divide the"
+            f" {rows} rows that each device has of a batch"
+        )
+
+
+def gradient_of_the_sum(loss_fn: LossFn, weights: Collection[float]) -> Gradients:
+    """One backward pass for an optimizer that sums: the gradient of the weighted sum in the place of the first loss's.
+
+    The others are zeros.
+    """
+
+    def gradients(params: Any, batch: Any) -> tuple[tuple[Any, Any], Any]:
+        def total(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+            losses, rest = loss_fn(params, batch)
+            return sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight), (losses, rest)
+
+        (_, (losses, rest)), grad = jax.value_and_grad(total, has_aux=True)(params)
+        return (losses, rest), losses._make([grad] + [optax.tree.zeros_like(grad)] * (len(losses) - 1))
+
+    return gradients
+
+
+def flops(
+    loss_fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]], sampling: Sampling, summed: Any, *args: Any
+) -> float | None:
+    """The operations of the gradients of a step, on average, as XLA counts them before it optimizes; None: it does not.
+
+    Nothing is compiled or run. Other arguments are those of `step.make_train_step`, and of its `loss_fn`, or their shapes.
+    """
+
+    def count(kind: int) -> float:
+        def gradients(params: Any, rest: Any, constants: Any, batch: Any) -> Any:
+            def losses_of(params: Any, batch: Any) -> tuple[Any, Any]:
+                return loss_fn(params, rest, constants, batch)
+
+            return sampling.gradients(losses_of, kind, summed)[0](params, batch)
+
+        return (jax.jit(gradients).lower(*args).cost_analysis() or {}).get("flops", np.nan)
+
+    kinds = sampling.kinds()
+    of_kind = {kind: count(kind) for kind in set(kinds)}
+    mean = sum(of_kind[kind] for kind in kinds) / len(kinds)
+    return None if np.isnan(mean) else float(mean)
