@@ -29,7 +29,7 @@ class Sampled:
 
     def __init__(self, turns: "_Turns", call: Callable[..., Any], loss_fn: Callable[..., Any], skips: bool = False):
         functools.update_wrapper(self, loss_fn)
-        self._turns, self._call, self._skips = turns, call, skips
+        self._turns, self._call, self._loss_fn, self._skips = turns, call, loss_fn, skips
 
     def __call__(self, step: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Returns `(values, grads)`, or `((values, aux), grads)`, of the step with this number, or of a random one.
@@ -44,7 +44,7 @@ class Sampled:
 
     def _calling(self, call: Callable[..., Any]) -> "Sampled":
         """The same turns for another function."""
-        return Sampled(self._turns, call, self.__wrapped__, self._skips)
+        return Sampled(self._turns, call, self._loss_fn, self._skips)
 
     def kind(self, step: int) -> int:
         """The first step at which the same is computed as at `step`: a static argument for those who compile kinds apart."""
@@ -391,7 +391,11 @@ class _Turns:
             )
         return step % self._length
 
-    def first(self, position: int) -> int:
+    def first(self, position: Any) -> int:
+        if not isinstance(position, int):
+            raise TypeError(
+                f"{self._where}: kind(step) is for a loop in Python: the step must be an int, and was an array"
+            )
         return self._kind_at.index(self._kind_at[position])
 
     def due(self, position: Any) -> dict[Any, Any]:

@@ -405,6 +405,11 @@ _ROWS = (1.0, jnp.ones(6))
 
 SAMPLING = [
     Malformed(
+        "sampled_losses: the kind of an array",
+        lambda: dot_optax.sampled_losses(_two_losses, {"kd": 2}).kind(jnp.int32(1)),
+        "the step must be an int",
+    ),
+    Malformed(
         "sampled_losses: an unknown loss", _sampled(periods={"hint": 2}), "has 'hint', but the losses are 'task', 'kd'"
     ),
     Malformed("sampled_losses: three periods for two losses", _sampled(periods=(1, 2, 2)), "has 2, but the losses are"),
