@@ -7,9 +7,11 @@ import pathlib
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dot_optax
 from benchmarks import (
     _measure,
     digits_learning_rates,
@@ -19,6 +21,8 @@ from benchmarks import (
     input_pipeline,
     pod_cost,
     recipe_cost,
+    sampled_gradients,
+    sampling_noise,
     update_step,
 )
 from examples.distill import models
@@ -307,3 +311,120 @@ def test_end_to_end_sees_other_settings(run_in_pytorch_too, field, value):
     other.config.optimizer[field] = value
     right, wrong = (end_to_end.in_float64(run)[end_to_end.REFERENCE] for run in (run_in_pytorch_too, other))
     assert max(end_to_end.deviations(wrong, right)) > 5e-6
+
+
+@pytest.mark.slow
+def test_sampled_gradients(tmp_path, capsys, monkeypatch):
+    command = ["--problems", "digits, MLP", "--forms", "exact", "examples, 1/2", "--seeds", "2", "--epochs", "1"]
+    command += ["--directory", str(tmp_path), "--json", str(tmp_path / "report.json")]
+    with jax.numpy_rank_promotion("allow"):  # a layer adds its bias as people write it
+        sampled_gradients.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())["digits, MLP"]
+    assert report["kd, exact"]["cost"] == 1 and report["ce, exact"]["cost"] == pytest.approx(3 / 10.2)
+    assert report["dot, exact"]["cost"] == pytest.approx(1.196, abs=1e-3)  # ResNet50 -> MobileNetV1: DESIGN's 1.20
+    assert report["dot, examples, 1/2"]["cost"] == pytest.approx((3 + 10.2 / 2) / 10.2)
+    for name, arm in report.items():
+        assert len(arm["equal steps"]["test loss"]) == 2 and np.isfinite(arm["equal steps"]["test loss"]).all(), name
+    assert (tmp_path / "sampled_gradients.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| DOT | examples, 1/2 | 0.79 |" in printed
+
+    def fail(*args):
+        raise AssertionError(f"{args[1:]} is there already")
+
+    monkeypatch.setattr(sampled_gradients.Cells, "_run", fail)
+    with jax.numpy_rank_promotion("allow"):
+        sampled_gradients.main(command)  # goes on where it was: at the end
+    assert capsys.readouterr().out == printed
+
+
+def test_differences_are_corrected_for_their_number():
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=8)
+    arm = lambda shift: {"equal steps": {"test loss": plain + shift + 0.1 * rng.normal(size=8)}}  # noqa: E731
+    shifts = {("kd", "exact"): 0.0, ("dot", "exact"): 1.0, **{("dot", f"losses, k={k}"): 0.0 for k in range(20)}}
+    results = {name: arm(shift) for name, shift in shifts.items()}
+    found = sampled_gradients.differences(results, "equal steps")
+    raw = {
+        name: sampled_gradients.stats.ttest_rel(
+            result["equal steps"]["test loss"], results["kd", "exact"]["equal steps"]["test loss"]
+        ).pvalue
+        for name, result in results.items()
+        if name != ("kd", "exact")
+    }
+    by_size = sorted(raw, key=raw.get)
+    assert by_size[0] == ("dot", "exact") and found["dot", "exact"] == pytest.approx(21 * raw["dot", "exact"])
+    assert found[by_size[1]] == pytest.approx(min(1, max(20 * raw[by_size[1]], found["dot", "exact"])))
+    assert min(raw[name] for name in by_size[1:]) < 0.1 < min(found[name] for name in by_size[1:])
+
+
+@pytest.mark.slow
+def test_the_convolutions_of_the_sampled_benchmark():
+    params, statistics = sampled_gradients._init_cnn((4, 8), 14, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (3, 14, 14, 1))
+    with jax.numpy_rank_promotion("allow"):
+        _, new = sampled_gradients._cnn(params, statistics, x, train=True)
+    kernel = params["conv0"]["kernel"].reshape(3, 3, 1, 4)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
+    # The statistics of a first step are a tenth of the batch's and nine tenths of the initial ones.
+    np.testing.assert_allclose(new["conv0"]["mean"], 0.1 * y.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new["conv0"]["var"], 0.9 + 0.1 * y.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_the_arithmetic_of_sampling_noise():
+    for beta in (0.9, 0.975):
+        for k in (1, 2, 8):
+            burst = sampling_noise.largest_rate("k times, at once", beta, k)
+            assert burst == pytest.approx(sampling_noise.formula(beta, k), rel=1e-6)
+            assert sampling_noise.largest_rate("at every step", beta, k) == pytest.approx(2 * (1 + beta), rel=1e-6)
+            if k > 1:
+                assert sampling_noise.largest_rate("held", beta, k) < burst
+
+
+@pytest.mark.slow
+def test_rows_by_importance_are_right_on_average():
+    problem = sampled_gradients.PROBLEMS["digits, MLP"]
+    params, _ = problem.init(jax.random.key(0))
+    x, y = jax.random.normal(jax.random.key(1), (64, 64)), jnp.arange(64) % 10
+    teacher = jax.random.normal(jax.random.key(2), (64, 10))
+
+    def loss_fn(params, statistics, x, y, teacher):
+        return jax.tree.map(
+            jnp.mean, sampled_gradients.losses_of(problem.apply(params, {}, x, True)[0], y, teacher)
+        ), {}
+
+    def norms(gradients):
+        call = lambda step: gradients(step, params, {}, x, y, teacher)[1].kd  # noqa: E731
+        grads = jax.jit(jax.vmap(call))(jnp.arange(4096))
+        return jax.tree.map(lambda g: (g.mean(0), g.std(0) / 64), grads)
+
+    with jax.numpy_rank_promotion("allow"):
+        exact = dot_optax.value_and_grads(loss_fn, has_aux=True)(params, {}, x, y, teacher)[1].kd
+        means = norms(sampling_noise._importance(loss_fn))
+    for value, (mean, error) in zip(jax.tree.leaves(exact), _pairs(means), strict=True):
+        deviations = np.abs(mean - value) / np.maximum(error, 1e-7)
+        # Of some 2,000 numbers the largest lies 3.5 standard errors away; a weight that is left out moves them by dozens.
+        assert deviations.max() < 5.5
+
+
+def _pairs(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+@pytest.mark.slow
+def test_sampling_noise(tmp_path, capsys):
+    command = [
+        "--forms",
+        "..., the momentum held",
+        "twice the rows, every 8th step",
+        "..., by importance",
+        "--breaking",
+    ]
+    command += ["--seeds", "2", "--epochs", "1", "--directory", str(tmp_path), "--json", str(tmp_path / "report.json")]
+    with jax.numpy_rank_promotion("allow"):
+        sampling_noise.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["digits"]) == command[1:4] and len(report["limits"]) == 10
+    assert report["digits"]["twice the rows, every 8th step"]["cost"] == pytest.approx((3 + 10.2 / 4) / 10.2)
+    assert "| ..., by importance | 0.54 |" in capsys.readouterr().out
