@@ -112,18 +112,20 @@ def compile_step(
         put(teacher, sharding),
         put(batch, lambda leaf: parts),
     )
+    known = number is not None
+    counter = [] if known else [put(jax.ShapeDtypeStruct((), jnp.int32), lambda leaf: jax.NamedSharding(mesh, jax.P()))]
+    # `shard_map` would make an array of a number that it is given.
+    program = functools.partial(step, number) if known else step
+    options = {}
     if local:
         of_state = jax.P(AXIS) if stays else jax.P()
-        specs = (jax.P(), jax.P(), of_state, jax.P(), jax.P(AXIS))
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(jax.P(), of_state, jax.P()))
-        out = None
+        specs = (*[jax.P() for _ in counter], jax.P(), of_state, jax.P(), jax.P(AXIS))
+        program = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(jax.P(), of_state, jax.P()))
     else:
-        out = (jax.tree.map(sharding, params), jax.tree.map(sharding, state), jax.NamedSharding(mesh, jax.P()))
-    options = {} if out is None else {"out_shardings": out}
-    if number is None:
-        counter = put(jax.ShapeDtypeStruct((), jnp.int32), lambda leaf: jax.NamedSharding(mesh, jax.P()))
-        return jax.jit(step, donate_argnums=(1, 2), **options).lower(counter, *placed).compile()
-    return jax.jit(functools.partial(step, number), donate_argnums=(0, 1), **options).lower(*placed).compile()
+        replicated = jax.NamedSharding(mesh, jax.P())
+        options["out_shardings"] = (jax.tree.map(sharding, params), jax.tree.map(sharding, state), replicated)
+    donated = (len(counter), len(counter) + 1)
+    return jax.jit(program, donate_argnums=donated, **options).lower(*counter, *placed).compile()
 
 
 def collectives(hlo: str) -> list[dict[str, list[int]]]:
