@@ -22,7 +22,7 @@ TIMES = ("flops", "bytes", "memory", "moved")
 
 def points(chips: Sequence[int], widths: Sequence[int], losses: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Each of the three is changed alone."""
-    base_chips, base_width, base_losses = BASE
+    base_chips, base_width, base_losses = min(BASE[0], jax.device_count()), *BASE[1:]
     everything = [(n, base_width, base_losses) for n in chips]
     everything += [(base_chips, width, base_losses) for width in widths]
     everything += [(base_chips, base_width, n) for n in losses]

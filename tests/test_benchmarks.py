@@ -14,6 +14,7 @@ import pytest
 import dot_optax
 from benchmarks import (
     _measure,
+    collectives,
     digits_learning_rates,
     end_to_end,
     gpu,
@@ -23,6 +24,8 @@ from benchmarks import (
     recipe_cost,
     sampled_gradients,
     sampling_noise,
+    scaling,
+    train_step,
     update_step,
 )
 from examples.distill import models
@@ -428,3 +431,116 @@ def test_sampling_noise(tmp_path, capsys):
     assert list(report["digits"]) == command[1:4] and len(report["limits"]) == 10
     assert report["digits"]["twice the rows, every 8th step"]["cost"] == pytest.approx((3 + 10.2 / 4) / 10.2)
     assert "| ..., by importance | 0.54 |" in capsys.readouterr().out
+
+
+def _small_step(form, layout, devices):
+    """A compiled step of a MLP, and how many parameters it has; those of the matrices weigh more than 8 rows of a batch."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (collectives.AXIS,))
+    shapes = collectives.Shapes(width=64, depth=1)
+    way = train_step.forms(collectives.loss_fn(2), 4)[form]
+    *_, (number, _) = way.kinds.values()
+    optimizer = collectives.optimizers()[way.optimizer]
+    compiled = collectives.compile_step(way, number, mesh, layout, shapes, optimizer)
+    return compiled, sum(leaf.size for leaf in jax.tree.leaves(shapes.params()))
+
+
+def test_what_a_second_gradient_adds_to_a_step():
+    """The second backward pass and the second momentum, nothing else: counted by hand."""
+    (kd, size), (dot, _) = (_small_step(form, "jit", 1) for form in ("KD", "DOT"))
+    kd, dot = train_step.costs(kd), train_step.costs(dot)
+    backward = 2 * (2 * 8 * size) - 2 * 8 * 64 * 256  # nobody needs the gradient of the first layer's input
+    momentum = 3 * size  # times beta, plus the gradient, plus the other momentum
+    # The loss: some 4 FLOPs for each of 8 x 100 logits.
+    assert dot["flops"] - kd["flops"] == pytest.approx(backward + momentum, rel=0.01)
+    # Reads the weights and writes a gradient; of the momentum, reads both, writes it, and reads it for the parameters.
+    # The activations of 8 rows are 2% of that.
+    assert dot["bytes"] - kd["bytes"] == pytest.approx(6 * 4 * size, rel=0.02)
+    assert dot["memory"] - kd["memory"] == pytest.approx(4 * size, rel=0.02)  # a momentum; a gradient takes turns
+
+
+@pytest.mark.parametrize(
+    "form, layout, trees",
+    [
+        pytest.param("KD", "jit", 1, marks=pytest.mark.slow),
+        ("DOT", "jit", 2),
+        ("losses, 4", "jit", 1),  # at a step of the task alone
+        ("DOT", "shard_map, average_over", 1),
+    ],
+)
+def test_what_a_step_moves_between_devices(form, layout, trees):
+    compiled, size = _small_step(form, layout, 4)
+    [always] = collectives.collectives(compiled.as_text())
+    assert set(always) == {"all-reduce"}
+    assert 0 <= always["all-reduce"][1] - trees * 4 * size <= 8  # the two losses, as float32
+
+
+def test_collectives_of_branches():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def body(which, x):
+        branches = [
+            lambda x: jax.lax.psum(x, "data"),
+            lambda x: jax.lax.psum(x[:3], "data").sum() + jax.lax.psum(x, "data"),
+        ]
+        total = jax.lax.psum(x.sum(), "data")
+        return total + jax.lax.switch(which, branches, x)
+
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P()))
+    text = step.lower(jnp.int32(0), jnp.ones(16)).compile().as_text()
+    always, *branches = collectives.collectives(text)
+    assert always == {"all-reduce": [1, 4]}
+    assert [branch["all-reduce"][1] for branch in branches] == [4 * 8, 4 * (8 + 3)]
+
+
+@pytest.mark.slow
+def test_train_step(tmp_path, capsys):
+    path = tmp_path / "train_step.json"
+    with jax.numpy_rank_promotion("allow"):  # a layer adds its bias as people write it
+        train_step.main(["--configs", "fashion_mnist_vit", "--rows", "8", "--rounds", "1", "--json", str(path)])
+    rows = json.loads(path.read_text())
+    plain, checkpointed = (
+        {(row["form"], row["step"]): row for row in rows if row["checkpoint"] is remat} for remat in (False, True)
+    )
+    assert len(plain) == 15 and len(checkpointed) == 12
+    assert all(min(row["seconds"]) > 0 and row["memory"] > 0 for row in rows)
+    flops = {key: row["flops"] for key, row in plain.items() if "flops" in row}
+    kd = flops["KD", "both"]
+    assert flops["losses, 4", "on average"] == pytest.approx(
+        (flops["losses, 4", "both"] + 3 * flops["losses, 4", "task"]) / 4
+    )
+    # What is computed is the same; the update and the scaling of a gradient cost up to some FLOPs for each parameter.
+    assert flops["difference, 4", "sum"] == pytest.approx(kd, rel=0.02)
+    assert flops["losses in turn", "KD"] == pytest.approx(kd, rel=0.02)
+    assert flops["losses, 4", "both"] == pytest.approx(flops["DOT", "both"], rel=0.02)
+    assert flops["losses in turn", "task"] < kd < flops["DOT", "both"]
+    assert all(checkpointed[key]["flops"] > value for key, value in flops.items())
+    assert "| losses, 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_collectives(tmp_path):
+    path = tmp_path / "collectives.json"
+    collectives.main(["--topologies", "cpu", "--layouts", "jit", "shard_map, average_over", "--json", str(path)])
+    moved = {}
+    for row in json.loads(path.read_text()):
+        each = [collectives.moved(row, found) for found in (row["always"], *row["branches"])]
+        moved[row["layout"], row["form"], row["step"]] = each[0], max(each[1:], default=0)
+    averaged = [each for (layout, _, _), each in moved.items() if layout != "jit"]
+    assert averaged == [(pytest.approx(1, abs=1e-3), 0)] * len(averaged)
+    assert moved["jit", "DOT", "both"] == (pytest.approx(2, abs=1e-3), 0)
+    assert moved["jit", "losses in turn", "KD"] == (pytest.approx(1, abs=1e-3), 0)
+    assert moved["jit", "difference, 4", train_step.ONE] == (0, pytest.approx(2, abs=1e-3))
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    path = tmp_path / "scaling.json"
+    scaling.main(["--chips", "1", "4", "--widths", "256", "--losses", "3", "--json", str(path)])
+    rows = json.loads(path.read_text())
+    assert len(rows) == 4 * 3
+    assert {row["chips"] for row in rows} == {1, 4, 8}
+    for kd, dot, sampled in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert (kd["form"], dot["form"], sampled["form"]) == ("KD", "DOT", "losses, 4")
+        assert sampled["flops"] < kd["flops"] < dot["flops"]
+        assert dot["moved"] <= kd["moved"] and sampled["moved"] <= kd["moved"]
+        assert (kd["moved"] == 0) == (kd["chips"] == 1)
