@@ -1,4 +1,15 @@
-"""What do the devices of a data-parallel training step say to each other, of each way to take gradients?  Compiled only."""
+"""What do the devices of a data-parallel training step say to each other, of each way to take gradients?  Compiled only.
+
+    python -m benchmarks.collectives --topologies cpu                  4 virtual devices
+    python -m benchmarks.collectives --topologies v5e:16x16            256 chips that need not be there; needs jax[tpu]
+
+prints for a residual MLP, in each layout and of each kind of step, how often the bytes of the parameters come out of
+collectives on a device, and which these are. The tables that were printed are in benchmarks/README.md.
+
+The layouts: `jit` with replicated or with divided parameters; `shard_map`, where JAX adds the gradients up, where the
+user averages them, or where `dot_optax.average_over` averages the update. In "one program for all" a `lax.switch` chooses
+the kind of step: "bytes" is what moves at every step, "bytes in branches" what further moves in a step of each kind.
+"""
 
 import functools
 import os

@@ -1,4 +1,21 @@
-"""What does a training step cost, of each way to take the gradients of both losses, against plain distillation?"""
+"""What does a training step cost, of each way to take the gradients of both losses, against plain distillation?
+
+    python -m benchmarks.train_step                                    compiles, and times few rows on the CPU
+    python -m benchmarks.train_step --tpu --checkpoint no              compiles for a TPU v5e that need not be there
+    python -m benchmarks.train_step --trainer                          what the example's trainer adds to a step
+
+prints, for ResNet50 -> MobileNetV1, ResNet32x4 -> ResNet8x4 and a CNN -> ViT, FLOPs, bytes and memory from the compiler and
+times, all in units of plain KD. The tables that were printed are in benchmarks/README.md.
+
+The forms are `dot_optax.value_and_grads` and the three of `dot_optax._sampling`, with k = 4. Each kind of step is compiled apart
+(the step's number is a Python number), and "on average" is over a turn: of FLOPs, bytes and times the mean, of memory the
+most. "one program for all" has a `lax.switch` between the kinds; its time is a turn's, divided by the length of the turn, and
+its FLOPs and bytes are left out, since the compiler counts branches that no step takes together. With checkpoints, each block of
+the student is computed anew in a backward pass (`nnx.remat`, which is `jax.checkpoint`).
+
+The FLOPs of MobileNetV1 are right with --tpu only: for CPUs the compiler counts the gradient of a depthwise convolution as that
+of a dense one. The memory that checkpoints save is seen there, too: the compiler for CPUs joins what was computed twice.
+"""
 
 import functools
 import math
@@ -14,8 +31,10 @@ from flax import nnx
 
 import dot_optax
 from benchmarks import _measure
-from examples.distill import models
+from examples.distill import methods, models, steps
 from examples.distill.command_line import parse
+from examples.trainer import parallel
+from examples.trainer.step import init_state
 
 CONFIGS = ("imagenet_r50_mobilenetv1", "cifar100_r32x4_r8x4", "fashion_mnist_vit")
 ROWS = {
@@ -241,6 +260,29 @@ def measure(config: str, args: Any, *, remat: bool, place: Callable[[Any], Any])
     return [{"config": config, "rows": rows, "checkpoint": remat} | row for row in table]
 
 
+def measure_trainer(config: str, args: Any) -> list[dict[str, Any]]:
+    """What the step of the example's trainer costs: it also logs norms, and skips a step that is not finite."""
+    settings = parse([f"--config={config}"]).config
+    dataset, size = settings.dataset, settings.dataset.image_size
+    rows, shape, classes = args.rows or ROWS[config], (size, size, len(dataset.mean)), CLASSES[dataset.name]
+    student, params, rest = network(settings.student.model, classes, shape)
+    teacher, *variables = network(settings.teacher.model, classes, shape)
+    weights = dot_optax.PerLoss(settings.distillation.task_weight, settings.distillation.kd_weight)
+    whole = steps.Problem(student, teacher, settings.distillation.temperature, dataset.mean, dataset.std)
+    layout = parallel.jit_layout(jax.sharding.Mesh(np.array(jax.devices()[:1]), (parallel.AXIS,)))
+    image, label = jax.ShapeDtypeStruct((rows, *shape), jnp.uint8), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    table = []
+    for method in ("kd", "dot"):
+        optimizer = methods.build(method, settings.optimizer, weights, steps_per_epoch=1000, epochs=settings.epochs)
+        state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params, rest)
+        for logged in (False, True):
+            step = steps.make_train_step(whole, optimizer, layout, gradient_metrics=logged)
+            found = costs(step.lower(state, tuple(variables), {"image": image, "label": label}).compile())
+            kind = "both, and their norms" if logged else "both"
+            table.append({"form": f"trainer, {method}", "step": kind} | found)
+    return [{"config": config, "rows": rows, "checkpoint": False} | row for row in table]
+
+
 def several(call: Callable[[], Any], count: int) -> Any:
     for _ in range(count):
         result = call()
@@ -299,10 +341,21 @@ def main(argv: Any = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0: compile only")
     parser.add_argument("--checkpoint", nargs="+", default=("no", "yes"), choices=("no", "yes"))
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e, in bfloat16; nothing is timed")
+    parser.add_argument("--trainer", action="store_true", help="compile the steps of examples/trainer instead")
     args = parser.parse_args(argv)
     place = tpu_chip() if args.tpu else lambda tree: tree
     tables = []
     print(_measure.machine(), end="\n\n")
+    if args.trainer:
+        for config in args.configs:
+            bare = problem(config)
+            rows = args.rows or ROWS[config]
+            plain = costs(compile_step(bare, forms(bare.loss_fn, args.period)["KD"], 0, rows, lambda tree: tree))
+            kd = {"config": config, "rows": rows, "checkpoint": False, "form": "KD", "step": "both"} | plain
+            tables += [[kd, *measure_trainer(config, args)]]
+            print(show(tables[-1]), flush=True)
+        _measure.write(args.json, [row for table in tables for row in table])
+        return
     for config in args.configs:
         for checkpoint in args.checkpoint:
             tables += [measure(config, args, remat=checkpoint == "yes", place=place)]
