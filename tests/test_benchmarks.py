@@ -542,5 +542,6 @@ def test_scaling(tmp_path):
     for kd, dot, sampled in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert (kd["form"], dot["form"], sampled["form"]) == ("KD", "DOT", "losses, 4")
         assert sampled["flops"] < kd["flops"] < dot["flops"]
-        assert dot["moved"] <= kd["moved"] and sampled["moved"] <= kd["moved"]
-        assert (kd["moved"] == 0) == (kd["chips"] == 1)
+        # One tree, whatever the number of losses; the losses themselves are a float32 each.
+        for row in (kd, dot, sampled):
+            assert 0 <= row["moved"] - 4 * row["parameters"] <= 4 * row["losses"]
