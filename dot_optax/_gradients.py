@@ -68,7 +68,7 @@ class _Forward(NamedTuple):
     losses: dict[Any, Any]  # by key; None for a loss that is not asked for
     aux: Any
     rebuild: Callable[[Mapping[Any, Any]], Any]  # the user's container
-    gradient: Callable[[Collection[Any]], Any]  # of the sum of the losses with these keys
+    gradient: Callable[..., Any]  # of the sum of the losses with these keys, times a factor
 
 
 def _forward(
@@ -96,14 +96,14 @@ def _forward(
     values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
     losses, rebuild = _entries_by_key(values)
 
-    def gradient(keys: Collection[Any]) -> Any:
+    def gradient(keys: Collection[Any], factor: float = 1) -> Any:
         # Transposing some outputs leaves the other losses out, where a zero cotangent for them would be multiplied
         # through their backward passes.
         def outputs(*tangents: Any) -> list[Any]:
             tangents_out, _ = _entries_by_key(jvp(*tangents))
             return [tangents_out[key] for key in keys]
 
-        grads = jax.linear_transpose(outputs, *primals)([jnp.ones_like(losses[key]) for key in keys])
+        grads = jax.linear_transpose(outputs, *primals)([jnp.full_like(losses[key], factor) for key in keys])
         return grads[0] if isinstance(argnums, int) else grads
 
     return _Forward(losses, aux, rebuild, gradient)

@@ -145,7 +145,7 @@ def sampled_losses(
             forward = _forward(loss_fn, argnums, has_aux, args, kwargs, where=where, wanted=taken)
             losses = {key: forward.losses[key] if key in taken else _nan_like(like[key]) for key in like}
             # The gradient of no loss is zeros.
-            grads = {key: _scale(factors.get(key, 1), forward.gradient([key] if key in taken else [])) for key in like}
+            grads = {key: forward.gradient([key] if key in taken else [], factors.get(key, 1)) for key in like}
             return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
 
         like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
@@ -445,7 +445,7 @@ def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, list[float]]:
 
 def _share(total: Any, shares: Sequence[float]) -> Any:
     leaves, treedef = jax.tree.flatten(total)
-    return treedef.unflatten([_scale(share, leaf) for share, leaf in zip(shares, leaves, strict=True)])
+    return treedef.unflatten([leaf if share == 1 else share * leaf for share, leaf in zip(shares, leaves, strict=True)])
 
 
 def _spread(grads: dict[Any, Any], shares: dict[Any, list[float]], period: int) -> dict[Any, Any]:
@@ -460,10 +460,6 @@ def _spread(grads: dict[Any, Any], shares: dict[Any, list[float]], period: int) 
         return treedef.unflatten(map(away, shares[key], means, jax.tree.leaves(grads[key])))
 
     return {key: spread(key) for key in grads}
-
-
-def _scale(factor: float, tree: Any) -> Any:
-    return tree if factor == 1 else jax.tree.map(lambda leaf: factor * leaf, tree)
 
 
 def _nan_like(loss: jax.ShapeDtypeStruct) -> jax.Array:
