@@ -437,7 +437,7 @@ def run(name, problem, directory, teacher, forms):
             "cost": price,
             "learning rate": rate,
             "equal steps": cells.get(method, form, rate, cells.steps()),
-            "equal cost": cells.get(method, form, rate, cells.steps(price)) if method != "ce" else None,
+            "equal cost": cells.get(method, form, rate, cells.steps(price)),
         }
         print(f"{name}: {method}, {form}: learning rate {rate:g}, cost {price:.2f}", flush=True)
     return results
@@ -455,30 +455,39 @@ def row(cells):
     print("| " + " | ".join(cells) + " |")
 
 
-def differences(results, when):
-    """p-values of test losses that differ from plain KD's by chance alone: paired by seed, with Holm's correction."""
-    plain = np.array(results["kd", "exact"][when]["test loss"])
-    arms_ = [arm for arm in results if arm != ("kd", "exact") and results[arm][when]]
-    raw = np.array([stats.ttest_rel(results[arm][when]["test loss"], plain).pvalue for arm in arms_])
-    order = np.argsort(raw)
-    adjusted = np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1))
-    return dict(zip([arms_[i] for i in order], np.minimum(adjusted, 1.0), strict=True))
+def differences(results, when, base):
+    """How much larger an arm's test loss is than that of the arm `base(arm)`, paired by seed, for the arms that have one.
+
+    Returns the mean difference, its standard error and the p-value with Holm's correction, by arm.
+    """
+    found = {}
+    for arm in results:
+        if base(arm) in results and base(arm) != arm:
+            ours, theirs = (np.array(results[a][when]["test loss"]) for a in (arm, base(arm)))
+            error = np.std(ours - theirs, ddof=1) / len(ours) ** 0.5
+            found[arm] = np.mean(ours - theirs), error, stats.ttest_rel(ours, theirs).pvalue
+    order = sorted(found, key=lambda arm: found[arm][-1])
+    corrected = np.minimum(1, np.maximum.accumulate([found[a][-1] * (len(order) - i) for i, a in enumerate(order)]))
+    return {arm: (*found[arm][:-1], p) for arm, p in zip(order, corrected, strict=True)}
 
 
 def table(name, results, when):
-    """One row for each arm; a star where the test loss differs from plain KD's."""
-    seeds = len(results["kd", "exact"]["equal steps"]["test loss"])
-    print(f"\n{name}, {when}, {seeds} seeds, mean ± standard error; *: p < 0.05 for the test loss against plain KD\n")
-    row(["method", "gradients", "cost", "learning rate", *SHOWN])
-    row(["---"] * (len(SHOWN) + 4))
-    p = differences(results, when)
+    """One row for each arm, with how its test loss differs from plain KD's, and from its own with exact gradients."""
+    seeds = len(results["kd", "exact"][when]["test loss"])
+    print(f"\n{name}, {when}, {seeds} seeds, mean ± standard error; *: a paired difference with p < 0.05, corrected\n")
+    compared = {
+        "less that of KD": differences(results, when, lambda arm: ("kd", "exact")),
+        "less that of exact gradients": differences(results, when, lambda arm: (arm[0], "exact")),
+    }
+    row(["method", "gradients", "cost", "learning rate", *SHOWN, *compared])
+    row(["---"] * (len(SHOWN) + len(compared) + 4))
     for (method, form), result in results.items():
-        if result[when] is None:
-            continue
-        figures = {measure: figure(result[when][measure]) for measure in SHOWN}
-        figures["test loss"] += " *" if p.get((method, form), 1.0) < 0.05 else ""
+        figures = [figure(result[when][measure]) for measure in SHOWN]
+        for found in compared.values():
+            mean, error, p = found.get((method, form), (0, 0, 1))
+            figures.append(f"{mean:+.4f} ± {error:.4f}{' *' * (p < 0.05)}" if error else "")
         label = methods.STYLES[method].label
-        row([label, form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures.values()])
+        row([label, form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures])
 
 
 MARKERS = {"exact": "*", "difference": "D", "losses": "o", "alternating": "X", "examples": "s"}
