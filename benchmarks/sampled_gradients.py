@@ -485,7 +485,7 @@ def table(name, results, when):
         figures = [figure(result[when][measure]) for measure in SHOWN]
         for found in compared.values():
             mean, error, p = found.get((method, form), (0, 0, 1))
-            figures.append(f"{mean:+.4f} ± {error:.4f}{' *' * (p < 0.05)}" if error else "")
+            figures.append(f"{mean:+.4f} ± {error:.4f}{' *' if p < 0.05 else ''}" if error else "")
         label = methods.STYLES[method].label
         row([label, form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures])
 
@@ -523,8 +523,11 @@ def picture(results, path):
                         axes.errorbar(
                             x, y, error, color=color, marker=marker, linestyle=line, linewidth=1, markersize=6
                         )
+            ce = arms_["ce", "exact"]
+            if measure != "train KD":  # far above all that have a teacher
+                axes.plot(ce["cost"], np.mean(ce[when][measure]), color="black", marker="P", markersize=7)
             exact = [np.mean(arm[when][measure]) for (m, form), arm in arms_.items() if form == "exact" and m != "ce"]
-            shown = [np.mean(arm[when][measure]) for (m, _), arm in arms_.items() if m != "ce"]
+            shown = [np.mean(arm[when][measure]) for (m, _), arm in arms_.items() if m != "ce" or measure != "train KD"]
             if measure == "test accuracy":  # forms that fail would leave nothing to see of the others
                 axes.set_ylim(max(min(shown), min(exact) - 0.06) - 0.005, max(shown) + 0.005)
             else:
@@ -534,6 +537,7 @@ def picture(results, path):
         for m, line in zip(METHODS, ("-", "--", ":"), strict=True)
     ]
     handles += [Line2D([], [], color="gray", marker=mark, linestyle="", label=name) for name, mark in MARKERS.items()]
+    handles.append(Line2D([], [], color="black", marker="P", linestyle="", label="CE, no teacher"))
     figure_.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure_.savefig(path, dpi=110)
 

@@ -273,12 +273,16 @@ def measure_trainer(config: str, args: Any) -> list[dict[str, Any]]:
     image, label = jax.ShapeDtypeStruct((rows, *shape), jnp.uint8), jax.ShapeDtypeStruct((rows,), jnp.int32)
     table = []
     for method in ("kd", "dot"):
-        optimizer = methods.build(method, settings.optimizer, weights, steps_per_epoch=1000, epochs=settings.epochs)
-        state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params, rest)
         for logged in (False, True):
-            step = steps.make_train_step(whole, optimizer, layout, gradient_metrics=logged)
+            summed = None if logged else methods.weights_of_the_sum(method, weights)
+            weights_left = dot_optax.PerLoss(1.0, 1.0) if summed else weights
+            optimizer = methods.build(
+                method, settings.optimizer, weights_left, steps_per_epoch=1000, epochs=settings.epochs
+            )
+            state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params, rest)
+            step = steps.make_train_step(whole, optimizer, layout, gradient_metrics=logged, summed=summed)
             found = costs(step.lower(state, tuple(variables), {"image": image, "label": label}).compile())
-            kind = "both, and their norms" if logged else "both"
+            kind = "both, and their norms" if logged else "sum" if summed else "both"
             table.append({"form": f"trainer, {method}", "step": kind} | found)
     return [{"config": config, "rows": rows, "checkpoint": False} | row for row in table]
 
