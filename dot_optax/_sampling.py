@@ -47,7 +47,10 @@ class Sampled:
         return Sampled(self._turns, call, self._loss_fn, self._skips)
 
     def kind(self, step: int) -> int:
-        """The first step at which the same is computed as at `step`: a static argument for those who compile kinds apart."""
+        """The first step at which the same is computed as at `step`: a static argument for those who compile kinds apart.
+
+        Of `sampled_examples` every step of a turn is a kind of its own, since each takes other rows.
+        """
         return self._turns.first(self._turns.position(step))
 
     def due(self, step: Any) -> dict[Any, Any]:
@@ -301,7 +304,7 @@ def _sampled_examples(
 ) -> Sampled:
     """`sampled_examples`, where `cut(args, part)` applies `part(array, name)` to the arrays that have the rows."""
     where = "sampled_examples"
-    turns = _Turns(where, periods)
+    turns = _Turns(where, periods, rows=True)
 
     def call(position: Any, *args: Any, **kwargs: Any) -> Any:
         like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
@@ -328,9 +331,11 @@ class _Turns:
     Attributes:
         periods: of everything that is not due at every step, by name.
         kinds: the different sets of names that are due together.
+
+    With `rows`, what is due is a part of the rows, another one at each step of a turn.
     """
 
-    def __init__(self, where: str, periods: Any, offsets: Any = None):
+    def __init__(self, where: str, periods: Any, offsets: Any = None, *, rows: bool = False):
         given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
         if not given:
             raise TypeError(
@@ -340,7 +345,7 @@ class _Turns:
             what = name if name == "period" else f"periods[{name!r}]"
             if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
                 raise TypeError(f"{where}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
-        self._where, self._in_order = where, isinstance(periods, tuple)
+        self._where, self._in_order, self._rows = where, isinstance(periods, tuple), rows
         self.periods = {name: int(period) for name, period in given.items() if period > 1}
         due_at = {name: i % period for i, (name, period) in enumerate(self.periods.items())}
         for name, offset in (offsets or {}).items():
@@ -394,9 +399,9 @@ class _Turns:
     def first(self, position: Any) -> int:
         if not isinstance(position, int):
             raise TypeError(
-                f"{self._where}: kind(step) is for a loop in Python: the step must be an int, and was an array"
+                f"{self._where}: kind(step) is for a loop in Python: the step must be an int, and was an array; give int(step)"
             )
-        return self._kind_at.index(self._kind_at[position])
+        return position if self._rows else self._kind_at.index(self._kind_at[position])
 
     def due(self, position: Any) -> dict[Any, Any]:
         kind = self._kind(position)

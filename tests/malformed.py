@@ -407,7 +407,7 @@ SAMPLING = [
     Malformed(
         "sampled_losses: the kind of an array",
         lambda: dot_optax.sampled_losses(_two_losses, {"kd": 2}).kind(jnp.int32(1)),
-        "the step must be an int",
+        r"the step must be an int, .* give int\(step\)",
     ),
     Malformed(
         "sampled_losses: an unknown loss", _sampled(periods={"hint": 2}), "has 'hint', but the losses are 'task', 'kd'"

@@ -482,6 +482,13 @@ def test_a_loop_in_python_compiles_each_kind_once():
     assert [DIFFERENCE_4.kind(step) for step in (0, 1, 3, 4)] == [0, 1, 1, 0]
 
 
+def test_of_examples_each_step_of_a_turn_is_a_kind():
+    """Each takes other rows: one kind for several steps would leave rows out."""
+    for step in range(5):
+        _, grads = QUARTERS(QUARTERS.kind(step), PARAMS, X, Y)
+        close(grads, by_hand("examples", step, PARAMS))
+
+
 def test_losses_are_named_or_in_order():
     unnamed = lambda *args: tuple(loss_fn(*args))  # noqa: E731
     for function, periods in ((loss_fn, (1, 4)), (loss_fn, PerLoss(1, 4)), (unnamed, {"kd": 4}), (unnamed, {1: 4})):
