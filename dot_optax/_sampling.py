@@ -28,7 +28,8 @@ class Sampled:
     """What the functions of this module return: call it as `value_and_grads(loss_fn)`, with the step in front."""
 
     def __init__(self, turns: "_Turns", call: Callable[..., Any], loss_fn: Callable[..., Any], skips: bool = False):
-        functools.update_wrapper(self, loss_fn)
+        functools.update_wrapper(self, loss_fn, updated=())
+        vars(self).pop("__wrapped__")  # by which `jax.jit` would number the arguments: those of `loss_fn` have no step
         self._turns, self._call, self._loss_fn, self._skips = turns, call, loss_fn, skips
 
     def __call__(self, step: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +61,7 @@ class Sampled:
 
 def sampled_losses(
     loss_fn: Callable[..., Any],
-    periods: Mapping[Any, int] | Sequence[int],
+    periods: Mapping[Any, int] | tuple[int, ...],
     *,
     offsets: Mapping[Any, int] | None = None,
     argnums: int | Sequence[int] = 0,
@@ -233,7 +234,7 @@ def sampled_difference(
 
 def sampled_examples(
     loss_fn: Callable[..., Any],
-    periods: Mapping[Any, int] | Sequence[int],
+    periods: Mapping[Any, int] | tuple[int, ...],
     *,
     batch_argnums: int | Sequence[int] = 1,
     argnums: int | Sequence[int] = 0,
@@ -257,8 +258,8 @@ def sampled_examples(
     Args:
         loss_fn: as for `value_and_grads`; its losses are means over the rows.
         periods: k of each loss, as for `sampled_losses`.
-        batch_argnums: which positional arguments have the rows: all their arrays are cut along the first axis. On a mesh,
-            k must divide the rows of each device.
+        batch_argnums: which positional arguments have the rows, all of them: `(1, 2)` for a `loss_fn(params, x, y)`. All
+            their arrays are cut along the first axis. On a mesh, k must divide the rows of each device.
         argnums: as for `value_and_grads`.
         has_aux: as for `value_and_grads`.
 

@@ -5,6 +5,7 @@ another order multiplies that by less than ten.
 """
 
 import functools
+import inspect
 import re
 
 import chex
@@ -487,6 +488,21 @@ def test_of_examples_each_step_of_a_turn_is_a_kind():
     for step in range(5):
         _, grads = QUARTERS(QUARTERS.kind(step), PARAMS, X, Y)
         close(grads, by_hand("examples", step, PARAMS))
+
+
+def test_the_step_is_the_first_argument_for_jit():
+    """Which names and numbers arguments by the signature; that of `loss_fn` is without the step."""
+    values, _ = jax.jit(KD_4, static_argnums=(0, 4))(1, PARAMS, X, Y, teacher)
+    close(values.task, EXACT[0].task)
+    assert list(inspect.signature(KD_4).parameters) == ["step", "args", "kwargs"]
+
+
+def test_attributes_of_the_loss_function_do_not_hide_methods():
+    def losses(params):
+        return PerLoss(params, params)
+
+    losses.kind = "regression"
+    assert dot_optax.sampled_losses(losses, {"kd": 2}).kind(3) == 1
 
 
 def test_losses_are_named_or_in_order():
