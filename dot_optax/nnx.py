@@ -185,7 +185,7 @@ def sampled_examples(
     Args:
         loss_fn: as for `value_and_grads`.
         periods: as for `dot_optax.sampled_examples`.
-        batch_argnums: which arguments have the rows; the model is number 0.
+        batch_argnums: which positional arguments have the rows, all of them; the model is number 0.
         has_aux: whether `loss_fn` returns auxiliary data.
         wrt: as for `value_and_grads`.
 
@@ -213,6 +213,13 @@ def sampled_examples(
 
     def cut(arguments: Sequence[Any], part: Callable[[Any, str], Any]) -> list[Any]:
         params, rest = arguments
+        paths = [_reach._names(path) for path, _ in jax.tree.leaves_with_path(rest)]
+        found = {path[1] + 1 for path in paths if path[0] == 1}
+        if not indices <= found:
+            raise TypeError(
+                f"sampled_examples: batch_argnums={batch_argnums!r} must name positional arguments with arrays, which are"
+                f" {sorted(found)} here; the model is number 0"
+            )
 
         def cut_leaf(path: Any, leaf: Any) -> Any:
             names = _reach._names(path)  # 1 for the positional arguments behind the model, then which of them

@@ -575,3 +575,15 @@ def test_the_part_of_a_module_loss_is_that_of_its_rows():
         _, expected = dot_optax.nnx.value_and_grads(losses)(model, X[rows], Y[rows])
         close(nnx.to_pure_dict(grads.kd), nnx.to_pure_dict(expected.kd))
         close(values.task, losses(model, X, Y).task)
+
+
+@pytest.mark.parametrize("argnums", [0, -1, 3, (1, 3)])
+def test_arguments_of_a_module_loss_that_have_no_rows(argnums):
+    """They would leave the batch whole, and the loss as dear as before."""
+    losses = functools.partial(module_losses, teacher_model=teacher)
+    sampled = dot_optax.nnx.sampled_examples(
+        lambda model, x, y: losses(model, x=x, y=y), {"kd": 4}, batch_argnums=argnums
+    )
+    model = nnx.Linear(WIDTH, CLASSES, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"batch_argnums=.* arguments with arrays, which are \[1, 2\] here"):
+        sampled(0, model, X, Y)
