@@ -450,8 +450,12 @@ def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, list[float]]:
 
 
 def _share(total: Any, shares: Sequence[float]) -> Any:
+    def part(share: float, leaf: jax.Array) -> jax.Array:
+        # Zero times a gradient that overflowed would be NaN.
+        return jnp.zeros_like(leaf) if share == 0 else leaf if share == 1 else share * leaf
+
     leaves, treedef = jax.tree.flatten(total)
-    return treedef.unflatten([leaf if share == 1 else share * leaf for share, leaf in zip(shares, leaves, strict=True)])
+    return treedef.unflatten(map(part, shares, leaves))
 
 
 def _spread(grads: dict[Any, Any], shares: dict[Any, list[float]], period: int) -> dict[Any, Any]:

@@ -139,6 +139,17 @@ def test_what_one_loss_alone_reaches_has_its_exact_gradient_in_the_difference():
             assert not other[name].any()
 
 
+def test_a_loss_that_overflows_leaves_alone_what_only_others_reach():
+    def losses(params):
+        return PerLoss(task=jnp.inf * params["head"], kd=3.0 * params["projector"])
+
+    params = {"head": jnp.ones(()), "projector": jnp.ones(())}
+    sampled = dot_optax.sampled_difference(losses, 2, reached=dot_optax.reached(losses, params))
+    for step in range(2):
+        _, grads = sampled(step, params)
+        assert grads.kd == {"head": 0, "projector": 3} and grads.task["projector"] == 0
+
+
 @pytest.mark.parametrize(
     "sampled",
     [
