@@ -112,7 +112,7 @@ def sampled_losses(
         TypeError: if a period is not a whole number above 0; when called, as `value_and_grads`, or if the step is neither a
             whole number nor a key.
         ValueError: if an offset is not below its period, or the periods meet only after more than 65,536 steps; when called,
-            if a name is not that of a loss.
+            if a name is not that of a loss, or a tuple has more or fewer entries than there are losses.
 
     Example:
         The distillation loss at every second step, and what is computed at which:
@@ -347,10 +347,13 @@ class _Turns:
             if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
                 raise TypeError(f"{where}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
         self._where, self._in_order, self._rows = where, isinstance(periods, tuple), rows
+        self._given = list(given)
         self.periods = {name: int(period) for name, period in given.items() if period > 1}
         due_at = {name: i % period for i, (name, period) in enumerate(self.periods.items())}
         for name, offset in (offsets or {}).items():
-            if name not in given or not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
+            if name not in given:
+                raise ValueError(f"{where}: offsets has {name!r}, but periods has {', '.join(map(repr, given))}")
+            if not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
                 raise ValueError(
                     f"{where}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
                 )
@@ -368,8 +371,12 @@ class _Turns:
     def keys(self, losses: Mapping[Any, Any]) -> dict[Any, Any]:
         """The keys of the losses that the names of `periods` stand for."""
         found, known = {}, list(losses)
+        if self._in_order and len(self._given) != len(known):
+            raise ValueError(
+                f"{self._where}: periods has {len(self._given)} entries, but there are {len(known)} losses"
+            )
         by_position = known == list(range(len(known)))
-        for name in self.periods:
+        for name in self._given:
             if name in losses:
                 found[name] = name
             elif by_position and len(known) == 2 and name in PerLoss._fields:

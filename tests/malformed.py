@@ -412,7 +412,13 @@ SAMPLING = [
     Malformed(
         "sampled_losses: an unknown loss", _sampled(periods={"hint": 2}), "has 'hint', but the losses are 'task', 'kd'"
     ),
-    Malformed("sampled_losses: three periods for two losses", _sampled(periods=(1, 2, 2)), "has 2, but the losses are"),
+    Malformed(
+        "sampled_losses: three periods for two losses", _sampled(periods=(1, 2, 1)), "has 3 entries, but there are 2"
+    ),
+    Malformed("sampled_losses: one period for two losses", _sampled(periods=(2,)), "has 1 entries, but there are 2"),
+    Malformed(
+        "sampled_losses: a period of 1 for an unknown loss", _sampled(periods={"hint": 1}), "has 'hint', but the"
+    ),
     Malformed(
         "sampled_losses: a period of 0", _sampled(periods={"kd": 0}), r"periods\['kd'\] must be a whole number.* got 0"
     ),
@@ -423,7 +429,7 @@ SAMPLING = [
         "sampled_losses: an offset of k", _sampled(offsets={"kd": 2}), r"offsets\['kd'\] must be .* below the period"
     ),
     Malformed(
-        "sampled_losses: an offset without a period", _sampled(offsets={"task": 1}), r"offsets\['task'\] must be"
+        "sampled_losses: an offset without a period", _sampled(offsets={"task": 1}), "has 'task', but periods has 'kd'"
     ),
     Malformed(
         "sampled_losses: periods that never meet", _sampled(periods=(65_537, 2)), "start together only every 131074"
