@@ -1,6 +1,6 @@
 """What several benchmarks share: timing forms against each other, and printing and writing what came out.
 
-Machines are noisy, and more so as time goes by. So no benchmark prints a bare time: `alternate` times all forms once in
+Machines are noisy, and more so as time goes by. So benchmarks compare forms within a run: `alternate` times all forms once in
 every round, and `ratio` compares them round by round and takes the median.
 """
 

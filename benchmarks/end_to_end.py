@@ -2,11 +2,11 @@
 
     pip install -e ".[examples]" torch && JAX_PLATFORMS=cpu python -m benchmarks.end_to_end
 
-trains with DOT the digits' MLP and Fashion-MNIST's CNN with BatchNorm (of the latter a part,
-for few epochs; options say how much): with the example's train step, with the library alone, and in an eager PyTorch loop. All have
-the same weights, batches and schedule, and take turns by epoch. Reading and augmenting images is not timed. The second and the third speed
-are by the clock, without and with the first step, which in JAX compiles. By CPU time is the fairer one where other
-programs run; it is that of the work only with one thread, which is the default.
+trains with DOT the digits' MLP and Fashion-MNIST's CNN with BatchNorm (of the latter a part, for few epochs; options say
+how much): with the example's train step, with the library alone, and in an eager PyTorch loop. All have the same weights,
+batches and schedule, and take turns by epoch. Reading and augmenting images is not timed. "By the clock" leaves out the first
+step, which in JAX compiles; "of the whole run" includes it. Where other programs run, the speed by CPU time is the fairer one.
+It measures the work only with one thread, which is the default.
 
     python -m benchmarks.end_to_end --runs digits --digits_epochs 16
 
@@ -33,8 +33,7 @@ prints (one core of an AMD EPYC on which much else ran, JAX 0.10.2, PyTorch 2.13
     | both in float64, from each other    | 0e+00 | 1e-16 | 0e+00 | 1e-16 | 5e-16 |   9e-16 |
 
 The losses agree: in float64 to the last bits, so both do the same arithmetic. In float32 they part by what float32
-rounds, which grows with the steps: they are about as far from each other
-as from themselves in float64. The two momenta are
+rounds, which grows with the steps: they are about as far from each other as from themselves in float64. The two momenta are
 those of float32 everywhere, since the gain 1 / (1 - 0.975) of the rounded number is off by 1e-6.
 """
 

@@ -89,6 +89,8 @@ def sampled_losses(
     - **Clipping** sees k gradients at once. It clips them sooner, and then the mean is no longer right.
     - **Adam's** second moment sees them too: its steps become smaller. `sampled_difference` leaves the sum as it is.
     - **MultiSteps.** Count calls of this function, not of the optimizer.
+    - **vmap** over the step computes all branches, and saves nothing.
+    - **`jax_debug_nans`** stops at the NaN of a loss that is not due.
 
     Args:
         loss_fn: as for `value_and_grads`. The teacher's forward pass belongs inside it.
@@ -175,10 +177,11 @@ def sampled_difference(
         \hat g_i^{(t)} = \frac{s}{N} +
         \begin{cases} k \, (\nabla_\theta \, \ell_i - \frac{s}{N}) & t \bmod k = 0 \\ 0 & \text{else} \end{cases}
 
-    It has the least noise of the three forms, and saves the least: the teacher runs at every step, and of N backward
-    passes N - 1 at every k-th only. With two losses it costs T + 3F + 2F/k where plain distillation costs T + 3F. The sum is
-    exact, to rounding, so that what depends on the sum alone is as without sampling: Adam's second moment, plain
-    distillation, a clipped sum. All losses are computed at every step, and so is the first difference: at step 0.
+    It has the least noise of the three forms, and saves the least: the teacher runs at every step. At every k-th step each
+    loss has its backward pass, at the others the sum has one. With two losses it costs T + 3F + 2F/k where plain
+    distillation costs T + 3F. The sum is exact, to rounding, so that what depends on the sum alone is as without sampling:
+    Adam's second moment, plain distillation, a clipped sum. All losses are computed at every step. The first
+    difference is that of step 0.
 
     Args:
         loss_fn: as for `value_and_grads`.

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     gather: Callable[[Any], Any]  # ... and back
     put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part of a batch -> as a step takes them
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]  # step(state, constants, batch) -> (state, metrics)
-    # (what gives losses and their gradients, whether each is due if not always) -> the same as the optimizer takes them
+    # (losses and gradients of the device's part, whether each loss is due) -> those that the optimizer takes
     value_and_grads: Callable[[Gradients, dict[str, Any]], Gradients]
     average_updates: optax.GradientTransformation  # the last link of the optimizer's chain, without a state
     axis_name: str | None  # of the devices, in a step that sees its device's part of a batch only

@@ -5,8 +5,8 @@
     difference    the sum of both gradients at every step, what tells them apart at every k-th; the teacher at every step
     examples      KD at every step, on every k-th row of the batch
 
-k is `sampling.period`. The phase is that of the number of the step, so a run that goes on is in the right one. Why each is
-right on average, and what its noise does, is said of `dot_optax.sampled_losses` and of the other two.
+k is `sampling.period`. The number of the step alone says what is due, so an interrupted run goes on in the right phase.
+`dot_optax.sampled_losses` and the other two say why each form is right on average, and what its noise does.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Sampling":
         """Returns what a section `sampling` asks for."""
-        if config.form == "in_turn" and config.period != EXACT.period:
+        if config.form == "in_turn" and config.period != 2:
             raise UserError(
                 f"bad --config.sampling.period={config.period}: in turn, each of the two losses is due at every second step;"
                 " give 2, or another --config.sampling.form"

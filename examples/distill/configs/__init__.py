@@ -54,9 +54,7 @@ def default() -> ConfigDict:
 
     config.sampling = ConfigDict()  # of the students' gradients, below their exact cost; see trainer/sampling.py
     config.sampling.form = "none"  # or losses, in_turn, difference, examples
-    config.sampling.period = (
-        2  # the distillation loss, or the difference, at every second step, or on every second image
-    )
+    config.sampling.period = 2  # k: the KD loss, or the difference, at every k-th step, or on every k-th image
 
     config.optimizer = _optimizer()
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
