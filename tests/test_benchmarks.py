@@ -390,6 +390,25 @@ def test_the_arithmetic_of_sampling_noise():
                 assert sampling_noise.largest_rate("held", beta, k) < burst
 
 
+def test_where_training_breaks(monkeypatch, capsys, tmp_path):
+    """Each form's figure is in its own column, whatever their order; what never fails has no figure."""
+    limits = {"exact": 1.0, "losses, k=2": 0.25, "examples, 1/4": np.inf}
+
+    def get(self, method, form, rate, steps):
+        return {"train task": [np.nan if rate >= limits.get(form, 0.5) else 0.1]}
+
+    monkeypatch.setattr(sampling_noise.sampled.Cells, "get", get)
+    monkeypatch.setattr(sampling_noise.sampled.Cells, "steps", lambda self: 1)
+    problem = sampled_gradients.PROBLEMS["digits, MLP"]
+    forms = ("exact", "difference, k=4", "losses, k=2", "examples, 1/4")
+    found = sampling_noise.breaking_rates(problem, tmp_path, forms)
+    assert found["dot"]["examples, 1/4"] is None and "difference, k=4" not in found["kd"]
+    assert all(limits["exact"] <= of_method["exact"] < 2**0.5 * limits["exact"] for of_method in found.values())
+    printed = capsys.readouterr().out
+    assert "| KD | 1.28 (1 / 1) | - | 0.32 (1 / 4) | above 3.62 |" in printed
+    assert "| DOT | 1.28 (1 / 1) | 0.64 (1 / 2) | 0.32 (1 / 4) | above 3.62 |" in printed
+
+
 @pytest.mark.slow
 def test_rows_by_importance_are_right_on_average():
     problem = sampled_gradients.PROBLEMS["digits, MLP"]
