@@ -27,6 +27,7 @@ import dot_optax
 from benchmarks import _measure, update_step
 from benchmarks.update_step import BETAS, LEARNING_RATE, MEAN_BETA, UPDATES
 from examples.distill import models
+from examples.trainer.sampling import counted_flops
 
 TASK_WEIGHT, KD_WEIGHT, TEMPERATURE = 0.5, 0.5, 4.0
 SMALL = {"batch_size": 2, "image_size": 32, "rounds": 1, "repeat": 2, "network": "small"}
@@ -147,7 +148,7 @@ def jax_steps(images: jax.Array, labels: jax.Array, dtype: str) -> tuple[dict[st
         params, rest = jax.tree.map(jnp.copy, student_variables)
         carried, batch = (params, rest, form.optimizer.init(params)), (teacher_variables, images, labels)
         # Before the compiler has turned convolutions into calls of a library, whose FLOPs it may not know.
-        flops = step.lower(*carried, *batch).cost_analysis()["flops"]
+        flops = counted_flops(step, *carried, *batch)
 
         def take() -> Any:
             nonlocal carried

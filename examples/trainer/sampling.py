@@ -126,12 +126,26 @@ def gradient_of_the_sum(loss_fn: LossFn, weights: Collection[float]) -> Gradient
     return gradients
 
 
+def counted_flops(jitted: Any, *args: Any) -> float | None:
+    """The operations of a call, as XLA counts them before it optimizes. Nothing is compiled or run; `args` may be shapes.
+
+    They are counted for the CPU, since JAX does not count for GPUs and TPUs before it compiles. None: there is no CPU.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
+    with jax.default_device(cpu):
+        return (jitted.lower(*shapes).cost_analysis() or {}).get("flops")
+
+
 def flops(
     loss_fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]], sampling: Sampling, summed: Any, *args: Any
 ) -> float | None:
-    """The operations of the gradients of a step, on average, as XLA counts them before it optimizes; None: it does not.
+    """The operations of the gradients of a step, on average; see `counted_flops`.
 
-    Nothing is compiled or run. Other arguments are those of `step.make_train_step`, and of its `loss_fn`, or their shapes.
+    Other arguments are those of `step.make_train_step`, and of its `loss_fn`, or their shapes.
     """
 
     def count(kind: int) -> float:
@@ -141,7 +155,7 @@ def flops(
 
             return sampling.gradients(losses_of, kind, summed)[0](params, batch)
 
-        return (jax.jit(gradients).lower(*args).cost_analysis() or {}).get("flops", np.nan)
+        return counted_flops(jax.jit(gradients), *args) or np.nan
 
     kinds = sampling.kinds()
     of_kind = {kind: count(kind) for kind in set(kinds)}
