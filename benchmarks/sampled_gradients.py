@@ -5,12 +5,13 @@
 
 Three problems: scikit-learn's digits with an MLP (SGD, 20 seeds), and Fashion-MNIST with a CNN that has BatchNorm (SGD) and
 with a vision transformer (AdamW), 5 seeds each.  Arms: CE; plain KD, gain-matched KD and DOT, each with exact gradients and
-with every form of `dot_optax.sampled_...`; and, on the digits, ways to lessen the noise.
+with every form of `dot_optax.sampled_...`.  Ways to lessen the noise are in `sampling_noise.py`.
 
-The protocol: a cosine schedule; the learning rate of each arm is the one of a common grid (a factor of 2 apart) with the
-lowest mean validation loss, and a grid whose best rate lies at an end is extended; the test split is read for that rate alone.
-"Equal cost" trains for as many steps as plain KD's FLOPs pay for, at the same learning rate.  All arms have the same batches and
-initial weights, seed by seed.
+The protocol: a cosine schedule; a learning rate for each arm, of a common grid (a factor of 2 apart): the one whose mean
+validation loss is lower than at half and at twice of it.  The search begins at the best rate of the same method with a similar
+form, or with exact gradients, and follows the lower loss.  The table and the picture show the test split at that rate alone.
+"Equal cost" trains for as many steps as plain KD's FLOPs pay for, at the same learning rate.  All arms have the same batches
+and initial weights, seed by seed.
 
 A student's forward pass costs F and its backward pass 2F; the teacher's forward pass T = 7.2 F, as for ResNet50 ->
 MobileNetV1 (`--teacher` for another ratio).  The teacher's logits are computed once here, since no image is augmented: costs are

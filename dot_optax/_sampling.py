@@ -133,8 +133,8 @@ def sampled_losses(
 
         A loop in Python, with one program for each kind of step:
 
-        >>> import functools, jax
-        >>> step_of_kind = jax.jit(lambda kind, *args: sampled(kind, *args), static_argnums=0)
+        >>> import jax
+        >>> step_of_kind = jax.jit(sampled, static_argnums=0)
         >>> for step in range(6):
         ...     values, grads = step_of_kind(sampled.kind(step), {'w': 3.0}, 1.0)
 
