@@ -248,12 +248,3 @@ def test_with_inject_hyperparams():
     updates, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-4)
     assert {"beta_task", "beta_kd", "b2", "eps", "weight_decay"} <= set(state.hyperparams)
-
-
-def test_powers_are_taken_once_for_all_parameters():
-    tx = dot_optax.scale_by_dot_adam()
-    for count in (1, 20):
-        params = [jnp.ones(2)] * count
-        program = jax.make_jaxpr(tx.update)(PerLoss(params, params), tx.init(params), params)
-        # those of both momenta and of b2
-        assert sum("pow" in equation.primitive.name for equation in program.eqns) == 3
