@@ -69,7 +69,7 @@ class Form(NamedTuple):
     make: Callable[[Any], Callable[..., Any]]  # of a loss function, as dot_optax.value_and_grads
     cost: Callable[[float, int], float]  # (T, backward passes where both losses are due) -> in units of F
     optimizer: Callable[..., optax.GradientTransformation] | None = None  # in the place of that of the method
-    batches: int = 1  # that a step is given at once: its own, and those of later steps
+    batches: int = 1  # that a step is given at once: its own, and that of 4 steps later
 
 
 def _every(k):
@@ -431,7 +431,8 @@ def run(name, problem, directory, teacher, forms):
     cells, results = Cells(name, problem, directory), {}
     for method, form in arms(forms):
         start = results.get((method, "exact"), {"learning rate": problem.learning_rate})["learning rate"]
-        before = [result["learning rate"] for (m, f), result in results.items() if m == method and f[:4] == form[:4]]
+        family = form.partition(",")[0]
+        before = [r["learning rate"] for (m, f), r in results.items() if m == method and f.startswith(family)]
         rate = search(cells, method, form, (before or [start])[-1])
         price = cost(problem, method, FORMS[form], teacher)
         results[method, form] = {

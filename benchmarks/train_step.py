@@ -76,7 +76,7 @@ def forms(loss_fn: Callable[..., Any], period: int) -> dict[str, Form]:
         "KD": Form(plain, {"both": (0, 1)}, "kd"),
         "DOT": Form(exact, {"both": (0, 1)}),
         f"losses, {k}": Form(losses({"kd": k}), {"both": (0, 1 / k), "task": (1, rest)}),
-        "losses in turn": Form(losses({"task": 2, "kd": 2}), {"task": (0, 0.5), "KD": (1, 0.5)}),
+        "alternating": Form(losses({"task": 2, "kd": 2}), {"task": (0, 0.5), "KD": (1, 0.5)}),
         f"difference, {k}": Form(
             dot_optax.sampled_difference(loss_fn, k, has_aux=True), {"both": (0, 1 / k), "sum": (1, rest)}
         ),

@@ -298,6 +298,11 @@ def sampled_examples(
         if wrong:
             raise TypeError(f"sampled_examples: batch_argnums={batch_argnums!r}, but there are {len(args)} arguments")
         cut_indices = [range(len(args))[index] for index in indices]
+        both = set(cut_indices).intersection(_differentiated(argnums, args, "sampled_examples"))
+        if both:
+            raise TypeError(
+                f"sampled_examples: argument {min(both)} is in batch_argnums and is differentiated: give one of both"
+            )
         return [cut_argument(i) if i in cut_indices else arg for i, arg in enumerate(args)]
 
     return _sampled_examples(loss_fn, periods, cut, argnums, has_aux)

@@ -405,6 +405,11 @@ _ROWS = (1.0, jnp.ones(6))
 
 SAMPLING = [
     Malformed(
+        "sampled_examples: the parameters as rows",
+        _sampled(dot_optax.sampled_examples, batch_argnums=0),
+        "argument 0 is in batch_argnums and",
+    ),
+    Malformed(
         "sampled_losses: the kind of an array",
         lambda: dot_optax.sampled_losses(_two_losses, {"kd": 2}).kind(jnp.int32(1)),
         r"the step must be an int, .* give int\(step\)",

@@ -534,9 +534,9 @@ def test_train_step(tmp_path, capsys):
     )
     # What is computed is the same; the update and the scaling of a gradient cost up to some FLOPs for each parameter.
     assert flops["difference, 4", "sum"] == pytest.approx(kd, rel=0.02)
-    assert flops["losses in turn", "KD"] == pytest.approx(kd, rel=0.02)
+    assert flops["alternating", "KD"] == pytest.approx(kd, rel=0.02)
     assert flops["losses, 4", "both"] == pytest.approx(flops["DOT", "both"], rel=0.02)
-    assert flops["losses in turn", "task"] < kd < flops["DOT", "both"]
+    assert flops["alternating", "task"] < kd < flops["DOT", "both"]
     assert all(checkpointed[key]["flops"] > value for key, value in flops.items())
     assert "| losses, 4" in capsys.readouterr().out
 
@@ -552,7 +552,7 @@ def test_collectives(tmp_path):
     averaged = [each for (layout, _, _), each in moved.items() if layout != "jit"]
     assert averaged == [(pytest.approx(1, abs=1e-3), 0)] * len(averaged)
     assert moved["jit", "DOT", "both"] == (pytest.approx(2, abs=1e-3), 0)
-    assert moved["jit", "losses in turn", "KD"] == (pytest.approx(1, abs=1e-3), 0)
+    assert moved["jit", "alternating", "KD"] == (pytest.approx(1, abs=1e-3), 0)
     assert moved["jit", "difference, 4", train_step.ONE] == (0, pytest.approx(2, abs=1e-3))
 
 
@@ -569,3 +569,20 @@ def test_scaling(tmp_path):
         # One tree, whatever the number of losses; the losses themselves are a float32 each.
         for row in (kd, dot, sampled):
             assert 0 <= row["moved"] - 4 * row["parameters"] <= 4 * row["losses"]
+
+
+@pytest.mark.parametrize(("start", "best"), [(0.04, 0.08), (0.64, 0.08), (0.08, 0.08), (0.01, 0.08)])
+def test_the_search_of_a_learning_rate(start, best):
+    tried = []
+
+    class Cells:
+        def steps(self):
+            return 7
+
+        def get(self, method, form, rate, steps):
+            assert (method, form, steps) == ("kd", "exact", 7)
+            tried.append(rate)
+            return {"validation loss": [abs(np.log2(rate / best)) + 1, np.nan if rate > 0.2 else 1.0]}
+
+    assert sampled_gradients.search(Cells(), "kd", "exact", start) == best
+    assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))

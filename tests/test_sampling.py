@@ -598,3 +598,44 @@ def test_arguments_of_a_module_loss_that_have_no_rows(argnums):
     model = nnx.Linear(WIDTH, CLASSES, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"batch_argnums=.* arguments with arrays, which are \[1, 2\] here"):
         sampled(0, model, X, Y)
+
+
+def test_examples_of_three_losses_at_three_periods():
+    """Each loss on its own part of the rows; what the forward pass changes comes from the largest part."""
+
+    def stateful(params, x, y):
+        return three_losses(params, x, y), x.sum(0)
+
+    sampled = dot_optax.sampled_examples(stateful, {"ce": 2, "hint": 4, "kd": 8}, batch_argnums=(1, 2), has_aux=True)
+    for step in (0, 5):
+        (values, aux), grads = jax.jit(sampled)(jnp.int32(step), PARAMS, X, Y)
+        for name, k in (("ce", 2), ("hint", 4), ("kd", 8)):
+            rows = slice(step % k, None, k)
+            close(values[name], three_losses(PARAMS, X[rows], Y[rows])[name])
+            close(grads[name], jax.grad(lambda p, r=rows, n=name: three_losses(p, X[r], Y[r])[n])(PARAMS))
+        close(aux, X[step % 2 :: 2].sum(0))
+    assert [sampled.kind(step) for step in (0, 3, 7, 8)] == [0, 3, 7, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["losses", "difference"])
+def test_shard_map_that_checks_nothing(form):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+
+    def body(step, params, x, y):
+        values, grads = FORMS[form][0](step, params, x, y)
+        return jax.lax.pmean(grads, "data")
+
+    specs = (P(), P(), P("data"), P("data"))
+    call = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    for step in range(2):
+        close(jax.block_until_ready(call(jnp.int32(step), PARAMS, X, Y)), by_hand(form, step, PARAMS))
+
+
+def test_an_explicit_mesh():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        put = functools.partial(jax.device_put, device=jax.NamedSharding(mesh, P("data")))
+        for step in range(2):
+            _, grads = jax.block_until_ready(jax.jit(KD_4)(jnp.int32(step), PARAMS, put(X), put(Y)))
+            close(grads, by_hand("losses", step, PARAMS))

@@ -29,7 +29,7 @@ METRICS = MetricNames(
     # those of each device's own part of a batch, averaged: the gradients themselves are never averaged there, and the
     # noise of a smaller batch makes their norms larger. null: without a teacher, or without config.gradient_metrics.
     # With --config.sampling the means are over the steps that know: a loss that they compute, gradients that are apart
-    # (with in_turn no step has both, and so no cosine). With form=examples the KD loss and its gradient are those of the
+    # (with alternating no step has both, and so no cosine). With form=examples the KD loss and its gradient are those of the
     # rows that were taken, which are noisier: the norm is larger and the cosine closer to 0.
     training=("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine"),
     validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1

@@ -25,6 +25,7 @@ from examples.trainer.records import Record
 from examples.trainer.sampling import Sampling, check_rows
 
 _STEPS = 4  # of which the first compiles
+_MOST_STEPS = 32
 _BATCHES = 2  # of an evaluation
 _NUMBERS = 2**19  # in the images of a batch: 3 images of ImageNet, or 170 of CIFAR
 
@@ -40,7 +41,8 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     data.steps_per_epoch(whole, config.batch_size)  # raises as the run would
     sampling = Sampling.from_config(config.sampling)
     check_rows(sampling, config.batch_size, layout.mesh.size)
-    steps = 1 + max(_STEPS - 1, sampling.turn)  # a whole turn without the step that compiles
+    turn = _turn(sampling)
+    steps = 1 + max(_STEPS - 1, turn)  # a whole turn without the step that compiles
     unit = layout.mesh.size * (sampling.period if sampling.form == "examples" else 1)
 
     def divisible(size: int) -> int:
@@ -76,13 +78,18 @@ def run(settings: Settings, name: str, preempted: Callable[[], bool]) -> None:
     )
 
 
+def _turn(sampling: Sampling) -> int:
+    """How many steps to try for their mean: those that differ, of which a longer turn has only one that is rare."""
+    return min(len(sampling.kinds()), _MOST_STEPS)
+
+
 def _seconds(job: Job, shared: Shared, whole: data.Dataset) -> float:
     """Trains a job for a few steps, and returns how long all of it would take."""
     steps, evaluations = [], []
     timed = job._replace(epochs=1, step=_timed_step(job, steps), evaluate=_timed_evaluate(job, evaluations), cost=dict)
     loop.fit(timed, loop.options(shared.config, shared.layout, shared.preempted))
     # The first compiles; of a few images there is no second step. Sampled steps differ, and their turn has a mean.
-    turn = Sampling.from_config(shared.config.sampling).turn
+    turn = _turn(Sampling.from_config(shared.config.sampling))
     mean = statistics.median if turn == 1 else statistics.fmean
     an_image = mean(steps[1:][-turn if turn > 1 else 0 :] or steps) / job.batch_size
     evaluated_image = statistics.median(evaluations[1:])

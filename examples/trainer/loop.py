@@ -63,16 +63,19 @@ def finished_epochs(directory: epath.Path) -> int:
 def fit(job: Job, options: Options) -> None:
     """Trains to the last epoch and writes the result."""
     try:
+        cost = job.cost()  # First: should it fail, nothing is lost.
         variables, progress = _train(job, options)
-        write_result(job, variables, progress)
+        write_result(job, variables, progress, cost)
     except (KeyboardInterrupt, Preempted) as end:
         raise type(end)(_how_to_go_on(job)) from None
 
 
-def write_result(job: Job, variables: Variables, progress: checkpoint.Progress | None = None) -> None:
+def write_result(
+    job: Job, variables: Variables, progress: checkpoint.Progress | None = None, cost: records.Record | None = None
+) -> None:
     """Evaluates a network on whole splits and writes `result.json`, which declares the job finished.
 
-    `progress` is that of a network which was trained here.
+    `progress` and `cost` are those of a network which was trained here.
     """
     best = progress and progress.best
     means: dict[str, records.Record] = {}
@@ -84,12 +87,13 @@ def write_result(job: Job, variables: Variables, progress: checkpoint.Progress |
         "epochs": progress and job.epochs,
         "seconds": progress and progress.seconds,
         "best": best and {"step": best.step, job.metrics.best: best.value},
+        "cost": cost or {},
         **{name: means[split] for name, split in job.splits.items()},
     }
     if jax.process_index() == 0:
         with records.writing(job.directory):
             job.directory.mkdir(exist_ok=True)
-        records.write_json(job.directory / "result.json", result | {"cost": job.cost()})
+        records.write_json(job.directory / "result.json", result)
 
 
 def fetch(results: Iterable[Metrics]) -> Iterator[dict[str, np.ndarray]]:

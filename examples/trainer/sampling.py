@@ -1,7 +1,7 @@
 """Gradients below their exact cost: what `--config.sampling` makes of the two losses of a step, task and KD.
 
     losses        KD at every k-th step, with k times its gradient; elsewhere neither its backward pass nor the teacher runs
-    in_turn       the same of both losses, which alternate: k is 2
+    alternating       the same of both losses, which alternate: k is 2
     difference    the sum of both gradients at every step, what tells them apart at every k-th; the teacher at every step
     examples      KD at every step, on every k-th row of the batch
 
@@ -26,7 +26,7 @@ Gradients = Callable[[Any, Any], tuple[tuple[Any, Any], Any]]  # the same, and a
 
 
 class Sampling(NamedTuple):
-    """Which gradients are taken at which step. What has the same effect is equal."""
+    """Which gradients are taken at which step. Configs with the same effect give equal values."""
 
     form: str = "none"  # all, at every step
     period: int = 2
@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Sampling":
         """Returns what a section `sampling` asks for."""
-        if config.form == "in_turn" and config.period != 2:
+        if config.form == "alternating" and config.period != 2:
             raise UserError(
                 f"bad --config.sampling.period={config.period}: in turn, each of the two losses is due at every second step;"
                 " give 2, or another --config.sampling.form"
@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
 
     def for_task_alone(self) -> "Sampling":
         """The same for a method without a KD gradient: the task's stays exact, and KD is there for the log."""
-        return {"in_turn": Sampling("losses", 2), "difference": EXACT}.get(self.form, self)
+        return {"alternating": Sampling("losses", 2), "difference": EXACT}.get(self.form, self)
 
     def gradients(self, loss_fn: LossFn, step: Any, summed: Any = None) -> tuple[Gradients, dict[str, Any]]:
         """What takes the gradients at a step, and whether a loss is computed there, for those that are not always."""
@@ -96,7 +96,7 @@ class Sampling(NamedTuple):
 
 
 EXACT = Sampling()
-FORMS = ("", "none", "losses", "in_turn", "difference", "examples")
+FORMS = ("", "none", "losses", "alternating", "difference", "examples")
 
 
 def check_rows(sampling: Sampling, batch_size: int, devices: int) -> None:

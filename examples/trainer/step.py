@@ -70,7 +70,7 @@ def make_train_step(
         if gradient_metrics:
             of_losses, known = sampling.of_the_losses(grads, state.step, due)
             metrics |= _gradient_metrics([getattr(of_losses, name) for name in reported], reported, known)
-        # A loss that is not due is NaN.
+        # A loss that is not due is NaN, which is no failure.
         computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in losses._asdict().items()]
         skipped = jnp.float32(~_all_finite((computed, updates, rest)))
         metrics = layout.average_metrics(metrics | {"skipped": skipped})

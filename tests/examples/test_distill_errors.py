@@ -120,12 +120,12 @@ CONFIGS = [
         (["--config.teacher.model.hidden=10000000000", "--smoke_test"], "error: the 750,000,000,010 parameters of mlp"),
         (
             ["--config.sampling.form=loss"],
-            "error: bad --config.sampling.form='loss': give one of none, losses, in_turn, difference, examples",
+            "error: bad --config.sampling.form='loss': give one of none, losses, alternating, difference, examples",
         ),
         (["--config.sampling.period=0"], "error: bad --config.sampling.period=0: give a whole number from 1 to 65,536"),
         (["--config.sampling.period=65537"], "error: bad --config.sampling.period=65537: give a whole number from 1"),
         (
-            ["--config.sampling.form=in_turn", "--config.sampling.period=4"],
+            ["--config.sampling.form=alternating", "--config.sampling.period=4"],
             "error: bad --config.sampling.period=4: in turn, each of the two losses is due at every second step",
         ),
         (

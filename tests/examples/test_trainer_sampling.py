@@ -30,7 +30,7 @@ from tests.tiers import slow_but
 DEVICES, ROWS, CLASSES = 4, 16, 3
 FORMS = {
     "losses": Sampling("losses", 4),
-    "in_turn": Sampling("in_turn", 2),
+    "alternating": Sampling("alternating", 2),
     "difference": Sampling("difference", 4),
     "examples": Sampling("examples", 4),
 }
@@ -127,13 +127,13 @@ def _by_hand(form, count, optimizer):
             losses, grads = (losses[0], kd_loss), (grads[0], kd_grad)
         elif form == "losses":
             computed = apart = [True, due]
-        elif form == "in_turn":
+        elif form == "alternating":
             computed = apart = [step % 2 == 0, step % 2 == 1]
         else:
             apart = [due, due]
         factors = {
             "losses": [[1, 0], [0, 4 * due]],
-            "in_turn": [[2 * computed[0], 0], [0, 2 * computed[1]]],
+            "alternating": [[2 * computed[0], 0], [0, 2 * computed[1]]],
             "difference": [[2.5, -1.5], [-1.5, 2.5]] if due else [[0.5, 0.5], [0.5, 0.5]],
             "examples": [[1, 0], [0, 1]],
         }[form]
@@ -170,7 +170,7 @@ _CASES = [(layout, form) for layout in LAYOUTS for form in FORMS]
         ("jit", "difference"),
         ("jit", "examples"),
         ("pmap", "losses"),
-        ("shard_map", "in_turn"),
+        ("shard_map", "alternating"),
     ),
 )
 def test_training_is_what_it_is_by_hand(case):
@@ -238,7 +238,7 @@ def test_what_is_not_finite_is_skipped_and_what_is_not_computed_is_not():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
-@pytest.mark.parametrize("form", slow_but(FORMS, "in_turn"))
+@pytest.mark.parametrize("form", slow_but(FORMS, "alternating"))
 def test_without_a_gradient_of_the_distillation_loss_the_tasks_is_exact(form):
     sampling = FORMS[form].for_task_alone()
     state, metrics = _train(4, sampling, optimizer=_optimizer("ce"))
@@ -246,7 +246,7 @@ def test_without_a_gradient_of_the_distillation_loss_the_tasks_is_exact(form):
     jax.tree.map(close, (state.params, state.rest), (expected.params, expected.rest))
     close([m["task_loss"] for m in metrics], [m["task_loss"] for m in exact])
     computed = [not np.isnan(m["kd_loss"]) for m in metrics]
-    assert computed == {"losses": [True, False, False, False], "in_turn": [True, False] * 2}.get(form, [True] * 4)
+    assert computed == {"losses": [True, False, False, False], "alternating": [True, False] * 2}.get(form, [True] * 4)
 
 
 @pytest.mark.parametrize("sampling", slow_but([EXACT, FORMS["difference"]], EXACT))
@@ -334,10 +334,10 @@ def test_with_pmap_devices_exchange_no_gradient_that_is_not_due():
     assert collectives(text)["all-reduce"] >= 2 * gradient
 
 
-@pytest.mark.parametrize("form", slow_but(["losses", "in_turn", "difference", "examples"], "losses"))
+@pytest.mark.parametrize("form", slow_but(["losses", "alternating", "difference", "examples"], "losses"))
 def test_a_run_that_was_interrupted_goes_on_in_its_phase(form, finished, distill, tmp_path, monkeypatch, capsys):
     """The log and the report are those of a whole run."""
-    period = {"in_turn": 2, "examples": 4}.get(form, 3)
+    period = {"alternating": 2, "examples": 4}.get(form, 3)
     flags = ["--config.method=dot", f"--config.sampling.form={form}", f"--config.sampling.period={period}"]
     flags += ["--config.checkpoint_every_steps=25", "--config.epochs=3"]
     append_line = records.append_line
@@ -368,7 +368,7 @@ def test_a_run_that_was_interrupted_goes_on_in_its_phase(form, finished, distill
     ]
     assert logs[0] == logs[1]
     unknown = {name for line in logs[0] for name, value in line.items() if value is None}
-    assert unknown == ({"grad_cosine"} if form == "in_turn" else set())
+    assert unknown == ({"grad_cosine"} if form == "alternating" else set())
     assert all(line["skipped_steps"] == 0 for line in logs[0])
     cost = records.read_json(tmp_path / "run" / "dot" / "result.json")["cost"]
     table = {row.split("  ")[0]: row.split()[-1] for row in printed.splitlines() if row.strip()}

@@ -53,7 +53,7 @@ def default() -> ConfigDict:
     config.distillation.kd_weight = None
 
     config.sampling = ConfigDict()  # of the students' gradients, below their exact cost; see trainer/sampling.py
-    config.sampling.form = "none"  # or losses, in_turn, difference, examples
+    config.sampling.form = "none"  # or losses, alternating, difference, examples
     config.sampling.period = 2  # k: the KD loss, or the difference, at every k-th step, or on every k-th image
 
     config.optimizer = _optimizer()
