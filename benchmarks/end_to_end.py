@@ -8,33 +8,10 @@ batches and schedule, and take turns by epoch. Reading and augmenting images is 
 step, which in JAX compiles; "of the whole run" includes it. Where other programs run, the speed by CPU time is the fairer one.
 It measures the work only with one thread, which is the default.
 
-    python -m benchmarks.end_to_end --runs digits --digits_epochs 16
-
-prints (one core of an AMD EPYC on which much else ran, JAX 0.10.2, PyTorch 2.13.0)
-
-    digits: 16 epochs of 14 steps of 64 images, threads: 1
-
-    |                       |   speed by CPU time |        by the clock | of the whole run | first step, in epochs of PyTorch | train task loss | train KD loss |
-    | --------------------- | ------------------: | ------------------: | ---------------: | -------------------------------: | --------------: | ------------: |
-    | PyTorch, eager        | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |             1.00 |                              1.1 |         0.05097 |       0.33271 |
-    | the trainer, a step   | 1.28 (1.21 to 1.37) | 1.29 (0.86 to 2.00) |             0.04 |                            549.7 |         0.05097 |       0.33271 |
-    | the library, a step   | 2.49 (2.37 to 2.58) | 2.58 (2.35 to 3.42) |             0.04 |                            549.6 |         0.05097 |       0.33271 |
-    | the library, an epoch | 4.19 (4.05 to 4.31) | 4.81 (4.12 to 7.25) |             0.05 |                            482.6 |         0.05097 |       0.33271 |
-
-    how far the mean losses of an epoch are from each other, relative
-
-    | epoch                               |     1 |     2 |     4 |     8 |    16 | largest |
-    | ----------------------------------- | ----: | ----: | ----: | ----: | ----: | ------: |
-    | the trainer, a step, from PyTorch   | 2e-08 | 1e-08 | 5e-08 | 3e-07 | 7e-07 |   7e-07 |
-    | the library, a step, from PyTorch   | 4e-08 | 9e-09 | 2e-08 | 1e-07 | 8e-07 |   8e-07 |
-    | the library, an epoch, from PyTorch | 4e-08 | 9e-09 | 2e-08 | 1e-07 | 8e-07 |   8e-07 |
-    | PyTorch, from itself in float64     | 2e-08 | 3e-08 | 1e-07 | 2e-07 | 3e-07 |   4e-07 |
-    | the library, from itself in float64 | 2e-08 | 2e-08 | 1e-07 | 1e-07 | 9e-07 |   9e-07 |
-    | both in float64, from each other    | 0e+00 | 1e-16 | 0e+00 | 1e-16 | 5e-16 |   9e-16 |
-
-The losses agree: in float64 to the last bits, so both do the same arithmetic. In float32 they part by what float32
-rounds, which grows with the steps: they are about as far from each other as from themselves in float64. The two momenta are
-those of float32 everywhere, since the gain 1 / (1 - 0.975) of the rounded number is off by 1e-6.
+The latest tables are in `README.md`. The losses agree: in float64 to the last bits, so both do the same arithmetic. In
+float32 they part by what float32 rounds, which grows with the steps: they are about as far from each other as from themselves
+in float64. The two momenta are those of float32 everywhere, since the gain 1 / (1 - 0.975) of the rounded number is off by
+1e-6.
 """
 
 import copy

@@ -402,7 +402,8 @@ def _step(tx, sampled, params, state, number):
 def test_devices_share_the_work(form, averaged):
     """Each of four devices has a quarter of the rows; the rows of a part are those of the whole batch in another order."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
-    tx, sampled = dot_optax.dot(0.02), FORMS[form][0]
+    sampled, by_hand_tx = FORMS[form][0], dot_optax.dot(0.02)
+    tx = optax.chain(by_hand_tx, dot_optax.average_over("data")) if averaged == "updates" else by_hand_tx
     # The device d has the rows d, d + 4, ... as rows 0, 1, ...; its part r is then the row r of each device.
     order = np.arange(ROWS).reshape(4, 4).T if form != "examples" else np.arange(ROWS).reshape(4, 4)
     x, y = X[order.reshape(-1)], Y[order.reshape(-1)]
@@ -416,7 +417,6 @@ def test_devices_share_the_work(form, averaged):
         elif averaged != "updates":
             grads = jax.lax.pmean(grads, "data")
         updates, state = tx.update(grads, state, params)
-        updates = jax.lax.pmean(updates, "data") if averaged == "updates" else updates
         params = optax.apply_updates(params, updates)
         return params, jax.tree.map(lambda leaf: leaf[None], state), jax.lax.pmean(values, "data")
 
@@ -429,11 +429,11 @@ def test_devices_share_the_work(form, averaged):
         step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
     copies = 4 if averaged == "updates" else 1
     state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (copies, *leaf.shape)), tx.init(PARAMS))
-    params, by_hand_params, by_hand_state = PARAMS, PARAMS, tx.init(PARAMS)
+    params, by_hand_params, by_hand_state = PARAMS, PARAMS, by_hand_tx.init(PARAMS)
     for number in range(5):
         params, state, values = jax.block_until_ready(step(params, state, jnp.int32(number), x, y))
         grads = by_hand(form, number, by_hand_params)
-        updates, by_hand_state = tx.update(grads, by_hand_state, by_hand_params)
+        updates, by_hand_state = by_hand_tx.update(grads, by_hand_state, by_hand_params)
         by_hand_params = optax.apply_updates(by_hand_params, updates)
         close(params, by_hand_params)
         assert np.isnan(values.kd) == ((form == "losses" and number % 4 > 0) or (form == "in turn" and number % 2 == 0))
