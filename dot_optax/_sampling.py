@@ -77,7 +77,8 @@ def sampled_losses(
     (`jax.lax.switch`). With F and T the forward passes of student and teacher, exact DOT costs T + 5F, plain
     distillation T + 3F, `{'kd': k}` 3F + (T + 2F)/k, and the two losses in turn, `{'task': 2, 'kd': 2}`, 3F + T/2.
 
-    The price is noise, and a bound on the learning rate. See `benchmarks/sampled_gradients.py` before you choose k.
+    The price is noise, and a bound on the learning rate. Try `{'task': 2, 'kd': 2}` first, at half the learning rate: at
+    equal FLOPs it was never worse than exact gradients in `benchmarks/sampled_gradients.py`, where k = 4 often was.
 
     - **Stability.** A loss alone, of curvature :math:`\lambda`, with a momentum :math:`\beta`, is stable for
       :math:`\eta \lambda k \frac{1 - \beta^k}{1 - \beta} < 2 (1 + \beta^k)`: for k well below 1/(1-β) a learning rate
@@ -249,10 +250,10 @@ def sampled_examples(
         \hat g_i^{(t)} = \nabla_\theta \, \ell_i(x_{r}, x_{r + k}, x_{r + 2k}, \ldots), \qquad r = t \bmod k
 
     The k parts of a batch divide it, so for a loss that is the mean over the rows the mean over them is the exact
-    gradient. There are no bursts: the noise is that of `sampled_losses` with the same k, but no learning rate becomes
-    unstable that was stable, and neither clipping nor Adam meets a gradient of another size. It costs more: a loss of
-    period k runs apart, on its rows, and has a student's forward pass of its own: 3F + (T + 3F)/k for `{'kd': k}`, where
-    plain distillation costs T + 3F.
+    gradient. There are no bursts: the noise is that of `sampled_losses` with the same k, without its bound on the learning
+    rate, and neither clipping nor Adam meets a gradient of another size. It costs more: a loss of period k runs apart, on
+    its rows, and has a student's forward pass of its own: 3F + (T + 3F)/k for `{'kd': k}`, where plain distillation costs
+    T + 3F. Noise alone still asks for a smaller learning rate: `benchmarks/sampling_noise.py`.
 
     BatchNorm normalizes each part by the part's own statistics; those that are kept come from the whole batch, or from
     the largest part where no loss has a period of 1. A mean over some rows only (`where=`, padding) is not exact on
