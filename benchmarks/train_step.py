@@ -81,7 +81,7 @@ def forms(loss_fn: Callable[..., Any], period: int) -> dict[str, Form]:
             dot_optax.sampled_difference(loss_fn, k, has_aux=True), {"both": (0, 1 / k), "sum": (1, rest)}
         ),
         f"examples, {k}": Form(
-            dot_optax.sampled_examples(loss_fn, {"kd": k}, has_aux=True), {"task, part of KD": (0, 1)}
+            dot_optax.sampled_examples(loss_fn, {"kd": k}, batch_argnums=1, has_aux=True), {"task, part of KD": (0, 1)}
         ),
     }
 

@@ -43,6 +43,9 @@ class Sampled:
         """
         return self._call(self._turns.position(step), *args, **kwargs)
 
+    def __repr__(self) -> str:
+        return f"<{self._turns.where} of {getattr(self._loss_fn, '__name__', self._loss_fn)}, periods {self._turns.periods}>"
+
     def _calling(self, call: Callable[..., Any]) -> "Sampled":
         """The same turns for another function."""
         return Sampled(self._turns, call, self._loss_fn, self._skips)
@@ -78,15 +81,18 @@ def sampled_losses(
     distillation T + 3F, `{'kd': k}` 3F + (T + 2F)/k, and the two losses in turn, `{'task': 2, 'kd': 2}`, 3F + T/2.
 
     The price is noise, and a bound on the learning rate. Try `{'task': 2, 'kd': 2}` first, at half the learning rate: at
-    equal FLOPs it was never worse than exact gradients in `benchmarks/sampled_gradients.py`, where k = 4 often was.
+    equal FLOPs it was never significantly worse than exact gradients in `benchmarks/sampled_gradients.py`; k = 4 often was.
 
     - **Stability.** A loss alone, of curvature :math:`\lambda`, with a momentum :math:`\beta`, is stable for
       :math:`\eta \lambda k \frac{1 - \beta^k}{1 - \beta} < 2 (1 + \beta^k)`: for k well below 1/(1-β) a learning rate
       k² times smaller than without sampling.
     - **The first step** takes every loss of a period above 1 whose offset is 0, so that its momentum starts with k
-      gradients at once. A warm-up of the learning rate covers it, as would a later offset.
+      gradients at once. On the digits it made no difference; a warm-up of the learning rate or a later offset avoids it.
     - **The last steps.** What a momentum holds is spent over later steps, at their learning rate, as without sampling:
       a drop in the middle of a period needs no care.
+    - **Logs.** The value of a loss that was not computed is NaN: take means with `jnp.nanmean`.
+    - **Auxiliary data** are computed at every step. With the teacher's logits among them the teacher runs at every step,
+      and nothing is saved.
     - **Clipping** sees k gradients at once. It clips them sooner, and then the mean is no longer right.
     - **Adam's** second moment sees them too: its steps become smaller. `sampled_difference` leaves the sum as it is.
     - **MultiSteps.** Count calls of this function, not of the optimizer.
@@ -100,8 +106,8 @@ def sampled_losses(
             for those losses that have a period above 1; so two losses of period 2 alternate. Give losses that share a
             teacher the same offset, and it runs for all of them at once.
         argnums: as for `value_and_grads`.
-        has_aux: as for `value_and_grads`. The auxiliary data come from the one forward pass of each step, so the
-            statistics of BatchNorm move once a step. Leave the teacher's logits out of them, or it runs at every step.
+        has_aux: as for `value_and_grads`. The auxiliary data, which must be arrays, come from the one forward pass of each
+            step, so the statistics of BatchNorm move once a step.
 
     Returns:
         A function like that of `value_and_grads`, with the number of the step, or a key, before the other arguments. The
@@ -109,7 +115,8 @@ def sampled_losses(
         number is all that it remembers: restore the step, and the phase is right. With a key, one of the steps of a turn
         is drawn: the same expectation, and losses that never meet still never meet.
 
-        `.kind(step)` is the first step at which the same losses are computed, and `.due(step)` says which these are.
+        `.kind(step)` is the first step at which the same losses are computed. `.due(step)` says of each loss with a period
+        above 1 whether it is computed.
 
     Raises:
         TypeError: if a period is not a whole number above 0; when called, as `value_and_grads`, or if the step is neither a
@@ -240,7 +247,7 @@ def sampled_examples(
     loss_fn: Callable[..., Any],
     periods: Mapping[Any, int] | tuple[int, ...],
     *,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Sampled:
@@ -250,10 +257,10 @@ def sampled_examples(
         \hat g_i^{(t)} = \nabla_\theta \, \ell_i(x_{r}, x_{r + k}, x_{r + 2k}, \ldots), \qquad r = t \bmod k
 
     The k parts of a batch divide it, so for a loss that is the mean over the rows the mean over them is the exact
-    gradient. There are no bursts: the noise is that of `sampled_losses` with the same k, without its bound on the learning
-    rate, and neither clipping nor Adam meets a gradient of another size. It costs more: a loss of period k runs apart, on
-    its rows, and has a student's forward pass of its own: 3F + (T + 3F)/k for `{'kd': k}`, where plain distillation costs
-    T + 3F. Noise alone still asks for a smaller learning rate: `benchmarks/sampling_noise.py`.
+    gradient. There are no bursts, and so no bound that falls with k², and neither clipping nor Adam meets a gradient of
+    another size. The noise alone still asks for a smaller learning rate: students of the digits fail at rates 2 to 3 times
+    smaller for k = 4 (`benchmarks/sampling_noise.py`). It costs more: a loss of period k runs apart, on its rows, and has a
+    student's forward pass of its own: 3F + (T + 3F)/k for `{'kd': k}`, where plain distillation costs T + 3F.
 
     BatchNorm normalizes each part by the part's own statistics; those that are kept come from the whole batch, or from
     the largest part where no loss has a period of 1. A mean over some rows only (`where=`, padding) is not exact on
@@ -262,13 +269,15 @@ def sampled_examples(
     Args:
         loss_fn: as for `value_and_grads`; its losses are means over the rows.
         periods: k of each loss, as for `sampled_losses`.
-        batch_argnums: which positional arguments have the rows, all of them: `(1, 2)` for a `loss_fn(params, x, y)`. All
-            their arrays are cut along the first axis. On a mesh, k must divide the rows of each device.
+        batch_argnums: which arguments of `loss_fn` have the rows, all of them, counted from 0 and without the step: 1 for
+            `loss_fn(params, batch)`, `(1, 2)` for `loss_fn(params, x, y)`. Give them by position. All their arrays are cut
+            along the first axis. On a mesh, k must divide the rows of each device.
         argnums: as for `value_and_grads`.
         has_aux: as for `value_and_grads`.
 
     Returns:
-        As `sampled_losses`; no value is NaN, each is that of the rows that were taken, and `.due` is empty.
+        As `sampled_losses`; no value is NaN, each is that of the rows that were taken, and `.due` is empty. Each step of a
+        turn is a `.kind` of its own, since it takes other rows; all cost the same, so a traced step serves better.
 
     Raises:
         TypeError: as `sampled_losses`.
@@ -278,7 +287,7 @@ def sampled_examples(
         >>> import dot_optax, jax.numpy as jnp
         >>> def loss_fn(params, x):
         ...     return dot_optax.PerLoss(task=jnp.mean(params['w'] * x), kd=jnp.mean(params['w'] * x))
-        >>> sampled = dot_optax.sampled_examples(loss_fn, {'kd': 2})
+        >>> sampled = dot_optax.sampled_examples(loss_fn, {'kd': 2}, batch_argnums=1)
         >>> for step in range(2):
         ...     _, grads = sampled(step, {'w': 1.0}, jnp.array([1.0, 2.0, 3.0, 4.0]))
         ...     print(grads.task['w'], grads.kd['w'])
@@ -297,7 +306,10 @@ def sampled_examples(
 
         wrong = [index for index in indices if not -len(args) <= index < len(args)]
         if wrong:
-            raise TypeError(f"sampled_examples: batch_argnums={batch_argnums!r}, but there are {len(args)} arguments")
+            raise TypeError(
+                f"sampled_examples: batch_argnums={batch_argnums!r} counts the arguments of loss_fn from 0, without the step and"
+                f" those by keyword, and there are {len(args)}"
+            )
         cut_indices = [range(len(args))[index] for index in indices]
         both = set(cut_indices).intersection(_differentiated(argnums, args, "sampled_examples"))
         if both:
@@ -339,6 +351,7 @@ class _Turns:
     """Whose turn it is at each step: what is due when, and how it is looked up.
 
     Attributes:
+        where: the name of the function, for errors.
         periods: of everything that is not due at every step, by name.
         kinds: the different sets of names that are due together.
 
@@ -355,10 +368,12 @@ class _Turns:
             what = name if name == "period" else f"periods[{name!r}]"
             if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
                 raise TypeError(f"{where}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
-        self._where, self._in_order, self._rows = where, isinstance(periods, tuple), rows
+        self.where, self._in_order, self._rows = where, isinstance(periods, tuple), rows
         self._given = list(given)
         self.periods = {name: int(period) for name, period in given.items() if period > 1}
         due_at = {name: i % period for i, (name, period) in enumerate(self.periods.items())}
+        if not isinstance(offsets or {}, Mapping):
+            raise TypeError(f"{where}: offsets must be a mapping, such as {{'kd': 1}}; got {_describe(offsets)}")
         for name, offset in (offsets or {}).items():
             if name not in given:
                 raise ValueError(f"{where}: offsets has {name!r}, but periods has {', '.join(map(repr, given))}")
@@ -370,8 +385,8 @@ class _Turns:
         self._length = math.lcm(*self.periods.values())
         if self._length > _LONGEST:
             raise ValueError(
-                f"{where}: the periods {list(self.periods.values())} start together only every {self._length} steps: give"
-                f" periods with a smaller common multiple, of at most {_LONGEST}"
+                f"{where}: the periods {list(self.periods.values())} start together only every {self._length} steps: the most"
+                f" is {_LONGEST}; give smaller ones, or periods with a smaller common multiple"
             )
         at = [tuple(n for n, k in self.periods.items() if t % k == due_at[n]) for t in range(self._length)]
         self.kinds = list(dict.fromkeys(at))
@@ -381,9 +396,7 @@ class _Turns:
         """The keys of the losses that the names of `periods` stand for."""
         found, known = {}, list(losses)
         if self._in_order and len(self._given) != len(known):
-            raise ValueError(
-                f"{self._where}: periods has {len(self._given)} entries, but there are {len(known)} losses"
-            )
+            raise ValueError(f"{self.where}: periods has {len(self._given)} entries, but there are {len(known)} losses")
         by_position = known == list(range(len(known)))
         for name in self._given:
             if name in losses:
@@ -394,7 +407,7 @@ class _Turns:
                 found[name] = known[name]
             else:
                 raise ValueError(
-                    f"{self._where}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
+                    f"{self.where}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
                 )
         return found
 
@@ -409,14 +422,15 @@ class _Turns:
             return int(step) % self._length
         if dtype is None or np.shape(step) or not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(
-                f"{self._where}: the step must be a whole number or a key of jax.random; got {_describe(step)}"
+                f"{self.where}: the step, which comes before the arguments of loss_fn, must be a whole number or a key of"
+                f" jax.random; got {_describe(step)}"
             )
         return step % self._length
 
     def first(self, position: Any) -> int:
         if not isinstance(position, int):
             raise TypeError(
-                f"{self._where}: kind(step) is for a loop in Python: the step must be an int, and was an array; give int(step)"
+                f"{self.where}: kind(step) is for a loop in Python: the step must be an int, and was an array or a key; give int(step)"
             )
         return position if self._rows else self._kind_at.index(self._kind_at[position])
 

@@ -171,7 +171,7 @@ def sampled_examples(
     loss_fn: Callable[..., Any],
     periods: Any,
     *,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int],
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> _sampling.Sampled:
@@ -202,7 +202,7 @@ def sampled_examples(
         >>> model = nnx.Dict(w=nnx.Param(jnp.ones(())))
         >>> def loss_fn(model, x):
         ...     return dot_optax.PerLoss(task=jnp.mean(model['w'] * x), kd=jnp.mean(model['w'] * x))
-        >>> _, grads = dot_optax.nnx.sampled_examples(loss_fn, {'kd': 2})(1, model, jnp.array([1.0, 2.0, 3.0, 4.0]))
+        >>> _, grads = dot_optax.nnx.sampled_examples(loss_fn, {'kd': 2}, batch_argnums=1)(1, model, jnp.array([1.0, 2.0, 3.0, 4.0]))
         >>> print(grads.task['w'][...], grads.kd['w'][...])
         2.5 3.0
 

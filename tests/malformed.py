@@ -7,6 +7,7 @@ what JAX raises), with the words that name what is wrong.
 """
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -400,10 +401,23 @@ def _sampled(make=dot_optax.sampled_losses, periods=None, step=0, args=(1.0,), *
     return lambda: make(_two_losses, periods, **options)(step, *args)
 
 
-_examples = dot_optax.sampled_examples
+_examples = functools.partial(dot_optax.sampled_examples, batch_argnums=1)
 _ROWS = (1.0, jnp.ones(6))
 
 SAMPLING = [
+    Malformed(
+        "sampled_losses: offsets in order",
+        _sampled(offsets=(0, 1)),
+        "offsets must be a mapping, such as .* got a tuple",
+    ),
+    Malformed(
+        "sampled_losses: a long period", _sampled(periods={"kd": 100_000}), "the most is 65536; give smaller ones"
+    ),
+    Malformed(
+        "sampled_losses: the kind of a key",
+        lambda: dot_optax.sampled_losses(_two_losses, {"kd": 2}).kind(jax.random.key(0)),
+        "the step must be an int, and was an array or a key",
+    ),
     Malformed(
         "sampled_examples: the parameters as rows",
         _sampled(dot_optax.sampled_examples, batch_argnums=0),
@@ -464,7 +478,11 @@ SAMPLING = [
     Malformed(
         "sampled_examples: 6 rows by 4", _sampled(_examples, {"kd": 4}, args=_ROWS), r"argument 1.*4 divides.*\(6,\)"
     ),
-    Malformed("sampled_examples: no such argument", _sampled(_examples), "batch_argnums=1, but there are 1 arguments"),
+    Malformed(
+        "sampled_examples: no such argument",
+        _sampled(_examples),
+        "batch_argnums=1 counts the arguments of loss_fn from 0.*, and there are 1",
+    ),
     Malformed("sampled_examples: a number for rows", _sampled(_examples, args=(1.0, 2.0)), r"argument 1.* shape \(\)"),
 ]
 

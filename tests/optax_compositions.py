@@ -404,7 +404,7 @@ SNIPPETS = [
     ),
     Snippet(
         "... on every fourth row",
-        "values, grads = sampled_examples(loss_fn, {'kd': 4})(step, params, batch)",
+        "values, grads = sampled_examples(loss_fn, {'kd': 4}, batch_argnums=1)(step, params, batch)",
         "test_sampling.test_each_step_is_what_it_is_by_hand",
     ),
     Snippet("Flax NNX", "nnx.Optimizer(model, dot(lr), wrt=nnx.Param)", "test_flax.test_nnx_optimizer"),

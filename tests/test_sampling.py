@@ -155,7 +155,7 @@ def test_a_loss_that_overflows_leaves_alone_what_only_others_reach():
     [
         dot_optax.sampled_losses(loss_fn, (1, 1)),
         dot_optax.sampled_difference(loss_fn, 1),
-        dot_optax.sampled_examples(loss_fn, {"kd": 1}),
+        dot_optax.sampled_examples(loss_fn, {"kd": 1}, batch_argnums=(1, 2)),
     ],
 )
 def test_periods_of_one_give_the_bits_of_value_and_grads(sampled):

@@ -105,8 +105,8 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
     sampling = Sampling.from_config(settings.config.sampling)
     if sampling != EXACT:
         lines.append(
-            f"Gradients were sampled, --config.sampling.form={sampling.form} with a period of {sampling.period}: compare"
-            " with exact ones at the same learning rate, and at the best for each, before you believe that it costs nothing."
+            f"Gradients were sampled, --config.sampling.form={sampling.form} with a period of {sampling.period}: try"
+            " half the learning rate, and compare with exact ones, each at its best, before you believe that it costs nothing."
         )
     note = settings.config.report_note
     return [*lines, note] if note else lines

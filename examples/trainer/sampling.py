@@ -39,7 +39,13 @@ class Sampling(NamedTuple):
                 f"bad --config.sampling.period={config.period}: in turn, each of the two losses is due at every second step;"
                 " give 2, or another --config.sampling.form"
             )
-        return EXACT if config.form in ("", EXACT.form) or config.period == 1 else cls(config.form, config.period)
+        exact = config.form in ("", EXACT.form)
+        if exact and config.period > EXACT.period:
+            raise UserError(
+                f"--config.sampling.period={config.period} has no effect without a form: give --config.sampling.form as well,"
+                f" one of {', '.join(FORMS[2:])}"
+            )
+        return EXACT if exact or config.period == 1 else cls(config.form, config.period)
 
     @property
     def turn(self) -> int:
@@ -80,7 +86,7 @@ class Sampling(NamedTuple):
         if self.form == "difference":
             return dot_optax.sampled_difference(loss_fn, self.period, has_aux=True)
         if self.form == "examples":
-            return dot_optax.sampled_examples(loss_fn, {"kd": self.period}, has_aux=True)
+            return dot_optax.sampled_examples(loss_fn, {"kd": self.period}, batch_argnums=1, has_aux=True)
         periods = {"kd": self.period} if self.form == "losses" else {"task": 2, "kd": 2}
         return dot_optax.sampled_losses(loss_fn, periods, has_aux=True)
 

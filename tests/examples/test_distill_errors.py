@@ -125,6 +125,10 @@ CONFIGS = [
         (["--config.sampling.period=0"], "error: bad --config.sampling.period=0: give a whole number from 1 to 65,536"),
         (["--config.sampling.period=65537"], "error: bad --config.sampling.period=65537: give a whole number from 1"),
         (
+            ["--config.sampling.period=4"],
+            "error: --config.sampling.period=4 has no effect without a form: give --config.sampling.form as well",
+        ),
+        (
             ["--config.sampling.form=alternating", "--config.sampling.period=4"],
             "error: bad --config.sampling.period=4: in turn, each of the two losses is due at every second step",
         ),

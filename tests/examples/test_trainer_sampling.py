@@ -378,7 +378,7 @@ def test_a_run_that_was_interrupted_goes_on_in_its_phase(form, finished, distill
         == f"{1 if form == 'difference' else 1 / period:.2f}"
     )
     assert table["gradient FLOPs / KD"] == f"{cost['relative_flops']:.2f}"
-    assert distill(tmp_path / "run", *flags, "--config.sampling.form=none") == 1
+    assert distill(tmp_path / "run", *flags, "--config.sampling.form=none", "--config.sampling.period=2") == 1
     assert "belongs to another config: sampling.form is" in capsys.readouterr().err
 
 
