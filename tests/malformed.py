@@ -453,11 +453,21 @@ SAMPLING = [
     Malformed(
         "sampled_losses: periods that never meet", _sampled(periods=(65_537, 2)), "start together only every 131074"
     ),
-    Malformed("sampled_losses: a step of 0.5", _sampled(step=0.5), "step must be a whole number or a key .* got 0.5"),
     Malformed(
-        "sampled_losses: the parameters in the step's place", _sampled(step={"w": 1.0}), "step must be .* got a dict"
+        "sampled_losses: a step of 0.5",
+        _sampled(step=0.5),
+        "step, which comes before .*, must be a whole number or a key .* got 0.5",
     ),
-    Malformed("sampled_losses: several steps", _sampled(step=jnp.arange(3)), r"step must be .* shape \(3,\)"),
+    Malformed(
+        "sampled_losses: the parameters in the step's place",
+        _sampled(step={"w": 1.0}),
+        "step, which comes before .*, must be .* got a dict",
+    ),
+    Malformed(
+        "sampled_losses: several steps",
+        _sampled(step=jnp.arange(3)),
+        r"step, which comes before .*, must be .* shape \(3,\)",
+    ),
     Malformed(
         "sampled_losses: whole numbers", _sampled(args=(1,)), "sampled_losses: argument 0 must be floating point"
     ),
