@@ -18,7 +18,7 @@ MobileNetV1 (`--teacher` for another ratio).  The teacher's logits are computed 
 counted as if it had run where it is due.  Arms with one momentum need one backward pass for both losses, and are counted so.
 
 Every cell (an arm, a learning rate, a number of steps) is one JSON file of the directory: the command goes on where it was
-stopped, and with all cells there it only prints.
+stopped, and with all cells there it only prints. A cell of other settings is run anew; one of other code is not.
 """
 
 import argparse
@@ -358,17 +358,20 @@ class Cells:
     def __init__(self, name, problem, directory, forms=FORMS):
         self.name, self._problem, self._directory, self._forms = name, problem, directory, forms
         self._runs, self._data = {}, None
+        # What a cell depends on, besides its name and the code.
+        fields = {field: value for field, value in problem._asdict().items() if not callable(value)}
+        self._settings = json.loads(json.dumps([BATCH, TEMPERATURE, WEIGHTS, DELTA, fields]))
 
     def read(self, method, form, learning_rate, steps):
         path = self._path(method, form, learning_rate, steps)
         found = json.loads(path.read_text()) if path.exists() else None
-        return found if found and len(found["test loss"]) == self._problem.seeds else None
+        return found if found and found.get("settings") == self._settings else None
 
     def get(self, method, form, learning_rate, steps):
         """The figures of a cell, which is run if it is not there."""
         found = self.read(method, form, learning_rate, steps)
         if found is None:
-            found = self._run(method, form, learning_rate, steps)
+            found = {"settings": self._settings} | self._run(method, form, learning_rate, steps)
             path = self._path(method, form, learning_rate, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
