@@ -185,9 +185,9 @@ def sampled_difference(
         \hat g_i^{(t)} = \frac{s}{N} +
         \begin{cases} k \, (\nabla_\theta \, \ell_i - \frac{s}{N}) & t \bmod k = 0 \\ 0 & \text{else} \end{cases}
 
-    It has the least noise of the three forms, and saves the least: the teacher runs at every step. At every k-th step each
-    loss has its backward pass, at the others the sum has one. With two losses it costs T + 3F + 2F/k where plain
-    distillation costs T + 3F. The sum is exact, to rounding, so that what depends on the sum alone is as without sampling:
+    Only what tells the losses apart is noisy, and comes in bursts. It saves the least of the three forms: the teacher runs
+    at every step. At every k-th step each loss has its backward pass, at the others the sum has one. With two losses it
+    costs T + 3F + 2F/k where plain distillation costs T + 3F. The sum is exact, to rounding, so that what depends on the sum alone is as without sampling:
     Adam's second moment, plain distillation, a clipped sum. All losses are computed at every step. The first
     difference is that of step 0.
 
