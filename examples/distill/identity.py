@@ -34,13 +34,8 @@ _FREE_FIELDS = (
     "dataset.in_memory",
     "dataset.workers",
 )
-_STUDENT_SECTIONS = (
-    "epochs",
-    "student",
-    "distillation",
-    "optimizer",
-    "sampling",
-)  # The teacher does not depend on these.
+# The teacher does not depend on these.
+_STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
 _CHECKSUM = "teacher.checksum"  # in the record: of its variables, by which a teacher is known wherever it lies
 
 
