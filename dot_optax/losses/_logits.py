@@ -1,4 +1,4 @@
-"""Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
+"""Divergences between the predictions of student and teacher."""
 
 import functools
 from typing import Any
@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from dot_optax._checks import _check_scalar, _describe, _kind
-
-__all__ = ["kd_loss"]
 
 
 def kd_loss(
