@@ -1,5 +1,17 @@
 """Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
 
+from dot_optax.losses._decoupled import deepkd_losses as deepkd_losses
+from dot_optax.losses._decoupled import dkd_loss as dkd_loss
+from dot_optax.losses._decoupled import dkd_warmup as dkd_warmup
+from dot_optax.losses._decoupled import nckd_loss as nckd_loss
+from dot_optax.losses._decoupled import tckd_loss as tckd_loss
+from dot_optax.losses._decoupled import top_k_mask as top_k_mask
+from dot_optax.losses._decoupled import top_k_schedule as top_k_schedule
+from dot_optax.losses._logits import bernoulli_kd_loss as bernoulli_kd_loss
+from dot_optax.losses._logits import dist_loss as dist_loss
+from dot_optax.losses._logits import jeffreys as jeffreys
+from dot_optax.losses._logits import jsd_loss as jsd_loss
 from dot_optax.losses._logits import kd_loss as kd_loss
-
-__all__ = ["kd_loss"]
+from dot_optax.losses._logits import reverse_kl_loss as reverse_kl_loss
+from dot_optax.losses._logits import skew_kl_loss as skew_kl_loss
+from dot_optax.losses._logits import standardize_logits as standardize_logits

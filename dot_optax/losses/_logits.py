@@ -1,21 +1,20 @@
-"""Divergences between the predictions of student and teacher."""
+"""Divergences between the predictions of student and teacher, and the one comparison of both that all of them share."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dot_optax._checks import _check_scalar, _describe, _kind
+from dot_optax._checks import _check_scalar, _describe, _is_number, _kind
+
+Array = jax.typing.ArrayLike
+Axis = int | tuple[int, ...]
 
 
 def kd_loss(
-    student_logits: jax.typing.ArrayLike,
-    teacher_logits: jax.typing.ArrayLike,
-    temperature: jax.typing.ArrayLike = 4.0,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    where: jax.typing.ArrayLike | None = None,
+    student_logits: Array, teacher_logits: Array, temperature: Array = 4.0, *, axis: Axis = -1, where: Any = None
 ) -> jax.Array:
     r"""The distillation loss: how far the student's softened predictions are from the teacher's.
 
@@ -34,13 +33,15 @@ def kd_loss(
     arguments: use `jax.lax.stop_gradient` on a teacher that is part of the parameters.
 
     Args:
-        student_logits: unnormalised log probabilities, of shape `[..., num_classes]`.
+        student_logits: unnormalised log probabilities, of shape `[..., num_classes]`; `[batch, length, vocabulary]` for
+            sequences.
         teacher_logits: the teacher's, of the same shape. A class at minus infinity is one that the teacher excludes: it
             adds nothing to the sum over :math:`q`. Where the student alone excludes a class, the loss is infinite.
         temperature: :math:`T > 0`.
         axis: the axis, or axes, of the classes.
-        where: which classes to include, of a shape that broadcasts to the logits. The others have no probability; at
-            least one must be included.
+        where: which classes to include, of a shape that broadcasts to the logits. The others have no probability, and
+            their logits may hold anything, even NaN. An example without any class has a loss of 0 and no gradient, so
+            padding is `where=is_token[..., None]`.
 
     Returns:
         The loss of each example in nats, of shape `[...]`.
@@ -60,55 +61,435 @@ def kd_loss(
     References:
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
-    student_logits, teacher_logits = _check_logits(student_logits, teacher_logits, axis)
+    return _divergence(_kl_terms, student_logits, teacher_logits, temperature, axis, where)
+
+
+def reverse_kl_loss(
+    student_logits: Array, teacher_logits: Array, temperature: Array = 4.0, *, axis: Axis = -1, where: Any = None
+) -> jax.Array:
+    r"""The divergence from the student's side, which punishes what the teacher finds unlikely.
+
+    .. math::
+        T^2 \, \mathrm{KL}(p \,\|\, q) = T^2 \sum_c p_c (\log p_c - \log q_c)
+
+    A small student then concentrates on the likeliest of the teacher's modes, where `kd_loss` spreads it over all.
+
+    Args:
+        student_logits: as for `kd_loss`.
+        teacher_logits: likewise. Where the teacher alone excludes a class, the loss is infinite.
+        temperature: likewise.
+        axis: likewise.
+        where: likewise.
+
+    Returns:
+        The loss of each example in nats, of shape `[...]`.
+
+    Raises:
+        ValueError: as `kd_loss`.
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([2.0, 0.0])
+        >>> print(f'{dot_optax.losses.reverse_kl_loss(student, teacher, temperature=1.0):.4f}')
+        0.4338
+
+    References:
+        Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2024.
+    """
+    return _divergence(_kl_terms, teacher_logits, student_logits, temperature, axis, where)
+
+
+def jeffreys(
+    student_logits: Array, teacher_logits: Array, temperature: Array = 4.0, *, axis: Axis = -1, where: Any = None
+) -> jax.Array:
+    r"""Jeffreys' divergence: the sum of both Kullback-Leibler divergences.
+
+    .. math::
+        T^2 \, (\mathrm{KL}(q \,\|\, p) + \mathrm{KL}(p \,\|\, q)) = T^2 \sum_c (p_c - q_c) (\log p_c - \log q_c)
+
+    Args:
+        student_logits: as for `kd_loss`.
+        teacher_logits: likewise. Where one of both alone excludes a class, the loss is infinite.
+        temperature: likewise.
+        axis: likewise.
+        where: likewise.
+
+    Returns:
+        The loss of each example in nats, of shape `[...]`.
+
+    Raises:
+        ValueError: as `kd_loss`.
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([2.0, 0.0])
+        >>> print(f'{dot_optax.losses.jeffreys(student, teacher, temperature=1.0):.4f}')
+        0.7616
+
+    References:
+        Jeffreys, `An Invariant Form for the Prior Probability in Estimation Problems
+        <https://doi.org/10.1098/rspa.1946.0056>`_, 1946.
+    """
+    return _divergence(_jeffreys_terms, student_logits, teacher_logits, temperature, axis, where)
+
+
+def jsd_loss(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array = 4.0,
+    beta: Array = 0.5,
+    *,
+    axis: Axis = -1,
+    where: Any = None,
+) -> jax.Array:
+    r"""The generalised Jensen-Shannon divergence, between forward and reverse KL.
+
+    .. math::
+        T^2 \, (\beta \, \mathrm{KL}(q \,\|\, m) + (1 - \beta) \, \mathrm{KL}(p \,\|\, m)), \qquad
+        m = \beta q + (1 - \beta) p
+
+    At the ends, where this is 0, it means `kd_loss` (:math:`\beta = 0`) and `reverse_kl_loss` (:math:`\beta = 1`), to
+    which it tends when it is divided by :math:`\beta`, or by :math:`1 - \beta`. That is TRL's convention; EasyDeL's
+    :math:`\beta` is the other way round.
+
+    Args:
+        student_logits: as for `kd_loss`.
+        teacher_logits: likewise. The loss is finite whatever is excluded, for :math:`0 < \beta < 1`.
+        temperature: likewise. TRL has no factor :math:`T^2`.
+        beta: :math:`\beta \in [0, 1]`. A traced array must lie between the ends.
+        axis: as for `kd_loss`.
+        where: likewise.
+
+    Returns:
+        The loss of each example in nats, of shape `[...]`; symmetric for the default :math:`\beta = 1/2`.
+
+    Raises:
+        ValueError: as `kd_loss`, or if `beta` is a Python number outside [0, 1].
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([2.0, 0.0])
+        >>> print(f'{dot_optax.losses.jsd_loss(student, teacher, temperature=1.0):.4f}')
+        0.0895
+
+    References:
+        Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, equation 1.
+    """
+    if _is_number(beta) and beta in (0, 1):
+        end = kd_loss if beta == 0 else reverse_kl_loss
+        return end(student_logits, teacher_logits, temperature, axis=axis, where=where)
+    _check_scalar("beta", beta, 0, 1)
+    return _divergence(_jsd_terms, student_logits, teacher_logits, temperature, axis, where, beta)
+
+
+def skew_kl_loss(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array = 4.0,
+    alpha: Array = 0.1,
+    *,
+    axis: Axis = -1,
+    where: Any = None,
+) -> jax.Array:
+    r"""The divergence of the teacher from a mixture of itself and the student, which is never infinite.
+
+    .. math::
+        T^2 \, \mathrm{KL}(q \,\|\, \alpha q + (1 - \alpha) p)
+
+    With teacher and student exchanged it is the skew reverse KL of the same paper,
+    :math:`\mathrm{KL}(p \,\|\, \alpha p + (1 - \alpha) q)`.
+
+    Args:
+        student_logits: as for `kd_loss`.
+        teacher_logits: likewise.
+        temperature: likewise.
+        alpha: :math:`\alpha \in [0, 1)`. With 0 it is `kd_loss`.
+        axis: as for `kd_loss`.
+        where: likewise.
+
+    Returns:
+        The loss of each example in nats, of shape `[...]`, at most :math:`T^2 \log(1 / \alpha)`.
+
+    Raises:
+        ValueError: as `kd_loss`, or if `alpha` is a Python number outside [0, 1).
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([2.0, 0.0])
+        >>> print(f'{dot_optax.losses.skew_kl_loss(student, teacher, temperature=1.0):.4f}')
+        0.2726
+
+    References:
+        Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, with its default of 0.1.
+    """
+    _check_scalar("alpha", alpha, 0, 1)
+    return _divergence(_skew_terms, student_logits, teacher_logits, temperature, axis, where, alpha)
+
+
+def bernoulli_kd_loss(
+    student_logits: Array, teacher_logits: Array, temperature: Array = 1.0, *, axis: Axis = -1, where: Any = None
+) -> jax.Array:
+    r"""`kd_loss` for sigmoid models, whose classes are independent of each other: multi-label or binary ones.
+
+    .. math::
+        T^2 \sum_c \mathrm{KL}([q_c, 1 - q_c] \,\|\, [p_c, 1 - p_c]), \qquad
+        q = \mathrm{sigmoid}(z_{teacher} / T), \quad p = \mathrm{sigmoid}(z_{student} / T)
+
+    Args:
+        student_logits: the log odds of each class, of shape `[..., num_classes]`; one class is enough.
+        teacher_logits: the teacher's, of the same shape.
+        temperature: :math:`T > 0`.
+        axis: the axis, or axes, of the classes, which are summed over; `()` leaves one value for each class.
+        where: which classes to include, of a shape that broadcasts to the logits; the others count 0.
+
+    Returns:
+        The loss of each example in nats, of shape `[...]`.
+
+    Raises:
+        ValueError: as `kd_loss`, but one class is enough.
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([[0.0, 1.0]]), jnp.array([[2.0, 1.0]])
+        >>> print(dot_optax.losses.bernoulli_kd_loss(student, teacher).round(4))
+        [0.3278]
+
+    References:
+        Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015, for two
+        classes in the place of all.
+    """
+    found = _checked(student_logits, teacher_logits, temperature, axis, where, least=1)
+    pair = [jnp.stack([logits, jnp.zeros_like(logits)], axis=-1) for logits in found[:2]]
+    included = None if found.where is None else found.where[..., None]
+    return found.result(jnp.sum(_sum_of_terms(_kl_terms, *pair, found.temperature, -1, included), axis=axis))
+
+
+def dist_loss(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array = 1.0,
+    beta: Array = 1.0,
+    gamma: Array = 1.0,
+    *,
+    axis: int = -1,
+    where: Any = None,
+) -> jax.Array:
+    r"""DIST: the student's predictions should correlate with the teacher's, between the classes and within each.
+
+    .. math::
+        T^2 \Big( \beta \, (1 - \rho(q_{b \cdot}, p_{b \cdot}))
+            + \frac{\gamma}{C} \sum_c (1 - \rho(q_{\cdot c}, p_{\cdot c})) \Big)
+
+    for example :math:`b`, where :math:`\rho` is Pearson's correlation: of the probabilities of an example over the
+    classes, and of those of a class over the examples of the batch. The second sum is the same for all examples, so the
+    mean over the batch is the published loss. It knows the examples that this call is given: with `pmap` and `shard_map`
+    those of one device. A correlation with a constant is undefined and counts as 0.
+
+    Args:
+        student_logits: unnormalised log probabilities, of shape `[batch, num_classes]`. All axes but `axis` are
+            examples.
+        teacher_logits: the teacher's, of the same shape.
+        temperature: :math:`T > 0`.
+        beta: :math:`\beta`, the weight of the correlation between classes.
+        gamma: :math:`\gamma`, the weight of that within classes.
+        axis: the axis of the classes.
+        where: which classes of which examples to include, as for `kd_loss`.
+
+    Returns:
+        The loss of each example, of shape `[batch]`; for one without any class, the part within classes.
+
+    Raises:
+        ValueError: as `kd_loss`.
+        TypeError: as `kd_loss`.
+
+    Example:
+        Two examples whose probabilities correlate:
+
+        >>> import jax.numpy as jnp, dot_optax
+        >>> student = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> teacher = jnp.array([[3.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+        >>> print(dot_optax.losses.dist_loss(student, teacher).round(4))
+        [0.3366 0.3366]
+
+    References:
+        Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022.
+    """
+    found = _checked(student_logits, teacher_logits, temperature, axis, where)
+    q, p, _ = _compare(_soften(*found[:3], axis, found.where), axis)[0]
+    included = jnp.ones_like(q, bool) if found.where is None else found.where
+    others = tuple(i for i in range(q.ndim) if i != axis % q.ndim)
+    between, within = (_one_minus_correlation(q, p, over, included) for over in (axis, others))
+    classes = jnp.maximum(jnp.sum(jnp.any(included, axis=others)), 1)
+    return found.result(beta * between + gamma * jnp.sum(within) / classes)
+
+
+def standardize_logits(logits: Array, *, axis: Axis = -1, where: Any = None) -> jax.Array:
+    r"""Logits with a mean of 0 and a standard deviation of 1 over the classes, to be given to any loss of logits.
+
+    .. math::
+        \frac{z_c - \bar{z}}{\sigma(z)}, \qquad \sigma(z)^2 = \frac{1}{C} \sum_c (z_c - \bar{z})^2
+
+    The student then need not match the size of the teacher's logits, only their relations. The temperature of the loss
+    that follows is the base temperature of the paper. (Its code divides by :math:`C - 1` in the variance.)
+
+    Args:
+        logits: of shape `[..., num_classes]`, the student's or the teacher's.
+        axis: the axis, or axes, of the classes.
+        where: which classes to include; the others come out as 0, so give the loss the same `where`.
+
+    Returns:
+        Logits of the same shape and dtype; zeros where all classes have the same logit.
+
+    Raises:
+        TypeError: if the logits are not an array of real floating point numbers.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> print(dot_optax.losses.standardize_logits(jnp.array([1.0, 5.0, 9.0])).round(4))
+        [-1.2247  0.      1.2247]
+
+    References:
+        Sun et al., `Logit Standardization in Knowledge Distillation <https://arxiv.org/abs/2403.01427>`_, 2024.
+    """
+    found = _checked(logits, logits, 1.0, axis, where, least=1)
+    included = jnp.ones_like(found.student, bool) if found.where is None else found.where
+    return _unit(found.student, axis, included, jnp.mean).astype(found.dtype)
+
+
+class _Checked(NamedTuple):
+    """Two arrays of logits with what belongs to them, in float32 or wider."""
+
+    student: jax.Array
+    teacher: jax.Array
+    temperature: jax.Array
+    where: jax.Array | None  # of the shape of the logits
+    dtype: Any  # of the result
+
+    def result(self, loss: Any) -> jax.Array:
+        return (self.temperature**2 * loss).astype(self.dtype)
+
+
+def _checked(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, least: int = 2) -> _Checked:
+    student, teacher = _check_logits(student, teacher, axis, least)
     _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
     if where is not None:
         where = jnp.asarray(where)
         if where.dtype != bool:
             raise ValueError(f"where must be bools, got {_describe(where)}")
-        where = jnp.broadcast_to(where, student_logits.shape)
+        where = jnp.broadcast_to(where, student.shape)
     # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
-    dtype = max(student_logits.dtype, teacher_logits.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    dtype = max(student.dtype, teacher.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    temperature = jnp.asarray(temperature, wide)
-    kl = _kl_divergence(student_logits.astype(wide), teacher_logits.astype(wide), temperature, axis, where)
-    return (temperature**2 * kl).astype(dtype)
+    return _Checked(student.astype(wide), teacher.astype(wide), jnp.asarray(temperature, wide), where, dtype)
 
 
-@functools.partial(
-    jax.jit, static_argnames="axis"
-)  # as jax.nn has it: some forty operations, one by one, would be slow
-def _kl_divergence(student: Any, teacher: Any, temperature: Any, axis: Any, where: Any) -> jax.Array:
-    """KL(q || p) of `teacher` to `student`, two arrays of logits, as exact as their differences are."""
+def _divergence(
+    terms: Callable[..., jax.Array], student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, *args: Any
+) -> jax.Array:
+    """T^2 times the sum of `terms(q, p, log(p / q), *args)` over the classes, for each example."""
+    found = _checked(student, teacher, temperature, axis, where)
+    weights = [jnp.asarray(arg, found.student.dtype) for arg in args]
+    return found.result(_sum_of_terms(terms, *found[:3], axis, found.where, *weights))
+
+
+# As jax.nn has it: some forty operations, one by one, would be slow.
+@functools.partial(jax.jit, static_argnames=("terms", "axis"))
+def _sum_of_terms(
+    terms: Any, student: Any, teacher: Any, temperature: Any, axis: Any, where: Any, *args: Any
+) -> jax.Array:
+    compared, _ = _compare(_soften(student, teacher, temperature, axis, where), axis)
+    return jnp.sum(terms(*compared, *args), axis=axis)
+
+
+class _Soft(NamedTuple):
+    """Both logits over T, minus infinity where a class is excluded; and their difference, which cancels nothing."""
+
+    student: jax.Array
+    teacher: jax.Array
+    difference: jax.Array  # plus or minus infinity where one of both alone excludes the class, 0 where both do
+
+
+def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any) -> _Soft:
     if where is not None:
-        student, teacher = (jnp.where(where, logits, -jnp.inf) for logits in (student, teacher))
+        # An example without a class gets equal logits, which have no loss and no gradient.
+        excluded = jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0.0)
+        student, teacher = (jnp.where(where, logits, excluded) for logits in (student, teacher))
     # The teacher's largest logit is taken from all, so that large logits lose nothing: their differences count.
     top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True))
-    excluded = teacher == -jnp.inf
-    difference = (jnp.where(excluded, 0.0, student) - jnp.where(excluded, 0.0, teacher)) / temperature
+    no_student, no_teacher = student == -jnp.inf, teacher == -jnp.inf
+    # Divided by the temperature, an infinity would make its gradient NaN.
+    finite_student, finite_teacher = jnp.where(no_student, 0.0, student), jnp.where(no_teacher, 0.0, teacher)
+    difference = (finite_student - finite_teacher) / temperature
+    difference = jnp.where(no_student & no_teacher, 0.0, jnp.where(no_student, -jnp.inf, difference))
+    return _Soft(
+        jnp.where(no_student, -jnp.inf, (finite_student - jnp.where(no_student, 0.0, top)) / temperature),
+        jnp.where(no_teacher, -jnp.inf, (finite_teacher - jnp.where(no_teacher, 0.0, top)) / temperature),
+        jnp.where(no_teacher & ~no_student, jnp.inf, difference),
+    )
 
-    def softened(logits: jax.Array) -> jax.Array:
-        infinite = logits == -jnp.inf  # divided by the temperature, it would make its gradient NaN
-        return jnp.where(infinite, -jnp.inf, jnp.where(infinite, 0.0, logits - top) / temperature)
 
-    student, teacher = softened(student), softened(teacher)
+def _compare(soft: _Soft, axis: Axis) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """What all losses of two predictions are made of, as exact as the difference of the logits is.
+
+    Returns:
+        The teacher's probabilities q, the student's p, and log(p / q) of each class, plus or minus infinity where one
+        of both alone excludes the class; and the logarithms of the normalisers of student and teacher, and of their ratio.
+    """
+    student, teacher, difference = soft
     log_z = jax.nn.logsumexp(teacher, axis=axis, keepdims=True)
     q = jnp.exp(teacher - log_z)
-
-    def compared(log_ratio: jax.Array) -> tuple[jax.Array, ...]:
-        """p; where log(p / q) is near 0; and this logarithm there, and where it is not."""
-        log_p_q, p = difference - log_ratio, jnp.exp(student - log_z - log_ratio)
-        near = (jnp.abs(log_p_q) < 0.5) & ~excluded
-        return p, near, jnp.where(near, log_p_q, 0.0), jnp.where(near, 0.0, log_p_q)
-
+    log_z_student = jax.nn.logsumexp(student, axis=axis, keepdims=True)
     # The logarithm of the ratio of both normalisers, and one Newton step towards sum(p) = sum(q), which makes its
     # rounding as small as the differences of the logits. In exact arithmetic the step is 0, and so are its gradients.
-    log_ratio = jax.nn.logsumexp(student, axis=axis, keepdims=True) - log_z
-    p, near, small, _ = compared(log_ratio)
+    log_z_ratio = log_z_student - log_z
+    near, small, _ = _near_or_far(difference - log_z_ratio)
+    p = jnp.exp(student - log_z - log_z_ratio)
     excess = jnp.sum(jnp.where(near, q * jnp.expm1(small), p - q), axis=axis, keepdims=True)
-    p, near, small, large = compared(log_ratio + jax.lax.stop_gradient(jnp.log1p(excess)))
-    far = p - jnp.where(excluded, 0.0, q * (1 + large))
-    return jnp.sum(jnp.where(near, q * _exp_minus_1_minus_x(small), far), axis=axis)
+    log_z_ratio = log_z_ratio + jax.lax.stop_gradient(jnp.log1p(excess))
+    p = jnp.exp(student - log_z - log_z_ratio)
+    return (q, p, difference - log_z_ratio), (log_z_student, log_z, log_z_ratio)
+
+
+def _near_or_far(log_ratio: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where a logarithm of a ratio is near 0; its value there, and where it is not, with 0 in the other places."""
+    near = jnp.abs(log_ratio) < 0.5
+    return near, jnp.where(near, log_ratio, 0.0), jnp.where(near, 0.0, log_ratio)
+
+
+def _kl_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array) -> jax.Array:
+    """The terms of KL(q || p), of which none is negative: q (e^d - 1 - d) with d = log(p / q)."""
+    near, small, large = _near_or_far(log_ratio)
+    return jnp.where(near, q * _exp_minus_1_minus_x(small), p - q * (1 + jnp.where(q == 0, 0.0, large)))
+
+
+def _jeffreys_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array) -> jax.Array:
+    return _kl_terms(q, p, log_ratio) + _kl_terms(p, q, -log_ratio)
+
+
+def _jsd_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array, beta: jax.Array) -> jax.Array:
+    m, log_m_q, log_m_p = _mixture(q, p, log_ratio, beta)
+    return beta * _kl_terms(q, m, log_m_q) + (1 - beta) * _kl_terms(p, m, log_m_p)
+
+
+def _skew_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array, alpha: jax.Array) -> jax.Array:
+    return _kl_terms(q, *_mixture(q, p, log_ratio, alpha)[:2])
+
+
+def _mixture(q: jax.Array, p: jax.Array, log_ratio: jax.Array, beta: jax.Array) -> tuple[jax.Array, ...]:
+    """m = beta q + (1 - beta) p, log(m / q) and log(m / p): each from the exponential of what is not positive."""
+    log_m_q = jnp.log1p((1 - beta) * jnp.expm1(jnp.minimum(log_ratio, 0.0)))
+    log_m_p = jnp.log1p(beta * jnp.expm1(-jnp.maximum(log_ratio, 0.0)))
+    likelier = log_ratio > 0
+    return (
+        beta * q + (1 - beta) * p,
+        jnp.where(likelier, log_m_p + log_ratio, log_m_q),
+        jnp.where(likelier, log_m_p, log_m_q - log_ratio),
+    )
 
 
 def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
@@ -119,12 +500,28 @@ def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
     return x * x / 2 * series
 
 
-def _check_logits(student: Any, teacher: Any, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _unit(x: jax.Array, axis: Axis, where: jax.Array, size: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
+    """What is left of x without its mean, over the root of the sum (or mean) of its squares; zeros for a constant."""
+    x = jnp.where(where, x, 0.0)
+    count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
+    centred = jnp.where(where, x - jnp.sum(x, axis=axis, keepdims=True) / count, 0.0)
+    square = size(centred**2, axis=axis, keepdims=True, where=where)
+    return jnp.where(square > 0, centred / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def _one_minus_correlation(q: jax.Array, p: jax.Array, axis: Axis, where: jax.Array) -> jax.Array:
+    """1 - rho = |q^ - p^|^2 / 2 of the unit vectors, which does not cancel; 1 for a constant, 0 where nothing counts."""
+    q, p = _unit(q, axis, where), _unit(p, axis, where)
+    defined = jnp.any(q != 0, axis=axis) & jnp.any(p != 0, axis=axis)
+    return jnp.where(defined, jnp.sum((q - p) ** 2, axis=axis) / 2, jnp.any(where, axis=axis))
+
+
+def _check_logits(student: Any, teacher: Any, axis: Axis, least: int) -> tuple[jax.Array, jax.Array]:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if _kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
             raise TypeError(f"{name} must be an array of real floating point numbers, got {_describe(logits)}")
     examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
-    if student.shape != teacher.shape or 0 < student.size < 2 * examples.size:
+    if student.shape != teacher.shape or 0 < student.size < least * examples.size:
         raise ValueError(
             "student_logits and teacher_logits must have the same shape [..., num_classes], with two classes or more, "
             f"got {student.shape} and {teacher.shape}"
