@@ -15,3 +15,5 @@ from dot_optax.losses._logits import kd_loss as kd_loss
 from dot_optax.losses._logits import reverse_kl_loss as reverse_kl_loss
 from dot_optax.losses._logits import skew_kl_loss as skew_kl_loss
 from dot_optax.losses._logits import standardize_logits as standardize_logits
+from dot_optax.losses._tokens import chunked_kd_loss as chunked_kd_loss
+from dot_optax.losses._tokens import top_k_kd_loss as top_k_kd_loss

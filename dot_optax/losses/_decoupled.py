@@ -47,7 +47,7 @@ def tckd_loss(
         >>> import jax.numpy as jnp, dot_optax
         >>> student, teacher = jnp.array([0.0, 0.0, 0.0]), jnp.array([2.0, 0.0, -1.0])
         >>> print(f'{dot_optax.losses.tckd_loss(student, teacher, jnp.array(0), temperature=1.0):.4f}')
-        0.5569
+        0.5570
 
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
@@ -141,7 +141,7 @@ def dkd_loss(
         >>> import jax.numpy as jnp, dot_optax
         >>> student, teacher = jnp.array([0.0, 0.0, 0.0]), jnp.array([2.0, 0.0, -1.0])
         >>> print(f'{dot_optax.losses.dkd_loss(student, teacher, jnp.array(0), temperature=1.0):.4f}')
-        1.4445
+        1.4446
 
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
@@ -220,7 +220,7 @@ def deepkd_losses(
         >>> target, non_target = dot_optax.losses.deepkd_losses(student, teacher, jnp.array(0), temperature=1.0)
         >>> total = dot_optax.losses.kd_loss(student, teacher, temperature=1.0)
         >>> print(f'{target:.4f} + {non_target:.4f} = {total:.4f}')
-        0.5569 + 0.0173 = 0.5743
+        0.5570 + 0.0173 = 0.5743
 
     References:
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.

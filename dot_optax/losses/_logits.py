@@ -375,17 +375,19 @@ class _Checked(NamedTuple):
 
 
 def _checked(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, least: int = 2) -> _Checked:
-    student, teacher = _check_logits(student, teacher, axis, least)
+    _check_logits(student, teacher, axis, least)
+    dtype, wide, temperature = _dtypes_and_temperature(student, teacher, temperature)
+    where = None if where is None else jnp.broadcast_to(_check_where(where), student.shape)
+    return _Checked(jnp.asarray(student, wide), jnp.asarray(teacher, wide), temperature, where, dtype)
+
+
+def _dtypes_and_temperature(student: Any, teacher: Any, temperature: Any) -> tuple[Any, Any, jax.Array]:
+    """The dtype of the loss of two arrays, the one to compute it in, and the temperature in that."""
     _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool:
-            raise ValueError(f"where must be bools, got {_describe(where)}")
-        where = jnp.broadcast_to(where, student.shape)
     # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
     dtype = max(student.dtype, teacher.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    return _Checked(student.astype(wide), teacher.astype(wide), jnp.asarray(temperature, wide), where, dtype)
+    return dtype, wide, jnp.asarray(temperature, wide)
 
 
 def _divergence(
@@ -414,13 +416,13 @@ class _Soft(NamedTuple):
     difference: jax.Array  # plus or minus infinity where one of both alone excludes the class, 0 where both do
 
 
-def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any) -> _Soft:
+def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, top: Any = None) -> _Soft:
     if where is not None:
         # An example without a class gets equal logits, which have no loss and no gradient.
         excluded = jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0.0)
         student, teacher = (jnp.where(where, logits, excluded) for logits in (student, teacher))
     # The teacher's largest logit is taken from all, so that large logits lose nothing: their differences count.
-    top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True))
+    top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True)) if top is None else top
     no_student, no_teacher = student == -jnp.inf, teacher == -jnp.inf
     # Divided by the temperature, an infinity would make its gradient NaN.
     finite_student, finite_teacher = jnp.where(no_student, 0.0, student), jnp.where(no_teacher, 0.0, teacher)
@@ -516,7 +518,7 @@ def _one_minus_correlation(q: jax.Array, p: jax.Array, axis: Axis, where: jax.Ar
     return jnp.where(defined, jnp.sum((q - p) ** 2, axis=axis) / 2, jnp.any(where, axis=axis))
 
 
-def _check_logits(student: Any, teacher: Any, axis: Axis, least: int) -> tuple[jax.Array, jax.Array]:
+def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if _kind(logits) is not jnp.floating or not hasattr(logits, "dtype"):
             raise TypeError(f"{name} must be an array of real floating point numbers, got {_describe(logits)}")
@@ -526,4 +528,9 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int) -> tuple[j
             "student_logits and teacher_logits must have the same shape [..., num_classes], with two classes or more, "
             f"got {student.shape} and {teacher.shape}"
         )
-    return jnp.asarray(student), jnp.asarray(teacher)
+
+
+def _check_where(where: Any) -> jax.Array:
+    if not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
+        raise ValueError(f"where must be bools, got {_describe(where)}")
+    return jnp.asarray(where)

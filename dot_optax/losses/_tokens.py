@@ -1,0 +1,251 @@
+"""The distillation loss for large vocabularies: of a teacher's likeliest tokens, and without logits of all tokens at once."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dot_optax._checks import _check_scalar
+from dot_optax.losses._logits import (
+    Array,
+    _check_logits,
+    _check_where,
+    _checked,
+    _dtypes_and_temperature,
+    _kl_terms,
+    _Soft,
+    _soften,
+    _sum_of_terms,
+)
+
+Operand = tuple[jax.Array | None, jax.Array]  # logits are `features @ kernel`, or the second array alone
+
+
+def top_k_kd_loss(
+    student_logits: Array,
+    teacher_log_probs: Array,
+    teacher_indices: Array,
+    temperature: Array = 4.0,
+    *,
+    remainder: str = "other",
+    where: Any = None,
+) -> jax.Array:
+    r"""`kd_loss` of a teacher that is known by its k likeliest tokens, as a cache on disk has them.
+
+    .. math::
+        T^2 \Big( \sum_{c \in K} q_c \log \frac{q_c}{p_c} + q_r \log \frac{q_r}{p_r} \Big), \qquad
+        q_r = 1 - \sum_{c \in K} q_c, \quad p_r = \sum_{c \notin K} p_c
+
+    All tokens outside :math:`K` are one more class, of which student and teacher need only agree on the whole. So the
+    loss is never above that of the full distributions, it is equal for :math:`k` = all, and a student that equals its
+    teacher has none. With `remainder="zero"` the teacher's probabilities of :math:`K` are scaled to a sum of 1 and the
+    others are 0: then the student learns to be surer than the teacher is.
+
+    Args:
+        student_logits: unnormalised log probabilities, of shape `[..., vocabulary]`.
+        teacher_log_probs: :math:`\log q_c` of the k likeliest tokens, of shape `[..., k]`, at the same temperature:
+            `jax.lax.top_k(jax.nn.log_softmax(teacher_logits / temperature), k)` gives them, and ...
+        teacher_indices: ... which tokens they are, distinct integers of the same shape.
+        temperature: :math:`T > 0`.
+        remainder: what becomes of the probability outside: `"other"` or `"zero"`. Where rounding makes the sum of the
+            given ones exceed 1, they are scaled down and nothing remains.
+        where: as for `kd_loss`, of a shape that broadcasts to the student's logits: `is_token[..., None]` for padding.
+
+    Returns:
+        The loss of each token in nats, of shape `[...]`.
+
+    Raises:
+        ValueError: as `kd_loss`, if the shapes do not fit together, or if there is no such `remainder`.
+        TypeError: as `kd_loss`, or if the indices are not integers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, dot_optax
+        >>> student, teacher = jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.array([3.0, 1.0, 0.0, 0.0])
+        >>> log_probs, indices = jax.lax.top_k(jax.nn.log_softmax(teacher), 2)
+        >>> loss = dot_optax.losses.top_k_kd_loss(student, log_probs, indices, temperature=1.0)
+        >>> print(f'{loss:.4f} of {dot_optax.losses.kd_loss(student, teacher, temperature=1.0):.4f}')
+        0.4150 of 0.4150
+
+    References:
+        Anshumann et al., `Sparse Logit Sampling <https://arxiv.org/abs/2503.16870>`_, 2025, who compare both ways and
+        call the further class a ghost token.
+    """
+    if remainder not in ("other", "zero"):
+        raise ValueError(f"remainder must be 'other' or 'zero', got {remainder!r}")
+    found = _checked(student_logits, student_logits, temperature, -1, where)
+    known, wide = jnp.asarray(teacher_log_probs), found.student.dtype
+    if known.shape[:-1] != found.student.shape[:-1] or known.shape != jnp.shape(teacher_indices):
+        raise ValueError(
+            "teacher_log_probs and teacher_indices must have the same shape [..., k] beside logits of shape "
+            f"{found.student.shape}, got {known.shape} and {jnp.shape(teacher_indices)}"
+        )
+    included = jnp.ones(found.student.shape, bool) if found.where is None else found.where
+    kept = jnp.take_along_axis(included, teacher_indices, -1)
+    outside = jnp.put_along_axis(included, teacher_indices, False, axis=-1, inplace=False)
+    any_outside = jnp.any(outside, -1, keepdims=True)
+    student = jnp.where(included, found.student, 0.0) / found.temperature
+    of_rest = jax.nn.logsumexp(jnp.where(outside | ~any_outside, student, -jnp.inf), axis=-1, keepdims=True)
+    known = jnp.where(kept, known.astype(wide), -jnp.inf)
+    left = 1 - jnp.sum(jnp.exp(known), -1, keepdims=True)
+    left = jnp.where(any_outside & (left > 0) & (remainder == "other"), left, 0.0)
+    return found.result(
+        _sum_of_terms(
+            _kl_terms,
+            jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1),
+            jnp.concatenate([known, jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)], -1),
+            jnp.ones((), wide),
+            -1,
+            jnp.concatenate([kept, any_outside], -1),
+        )
+    )
+
+
+def chunked_kd_loss(
+    student: Array,
+    teacher: Array,
+    temperature: Array = 4.0,
+    *,
+    student_kernel: Array | None = None,
+    teacher_kernel: Array | None = None,
+    chunk_size: int = 4096,
+    where: Any = None,
+) -> jax.Array:
+    r"""`kd_loss` over a large vocabulary, a chunk of which is in memory at a time.
+
+    .. math::
+        T^2 \, \mathrm{KL}(q \,\|\, p), \qquad
+        q = \mathrm{softmax}(h_{teacher} W_{teacher} / T), \quad p = \mathrm{softmax}(h_{student} W_{student} / T)
+
+    With kernels, logits of `[batch, length, vocabulary]` are never formed, neither forward nor backward; of logits that
+    are there already no copy in float32 is. The value takes two passes over the chunks, one for the normalisers and one
+    for the loss, and the gradient one more, in which the logits of a chunk are computed again. Value and gradients are
+    those of `kd_loss`, in all arguments. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
+
+    Args:
+        student: with `student_kernel` the features before the output layer, of shape `[..., width]`; else the logits, of
+            shape `[..., vocabulary]`.
+        teacher: the teacher's, likewise; its width may differ.
+        temperature: :math:`T > 0`.
+        student_kernel: the weights of the output layer, of shape `[width, vocabulary]`: a transposed embedding where the
+            two are tied.
+        teacher_kernel: the teacher's, likewise.
+        chunk_size: how many tokens of the vocabulary to take at a time; it need not divide their number.
+        where: which examples to include, bools that broadcast to `[..., 1]`: `is_token[..., None]` for padding, whose
+            features may hold anything, even NaN. The others have a loss of 0 and no gradient.
+
+    Returns:
+        The loss of each token in nats, of shape `[...]`.
+
+    Raises:
+        ValueError: if vocabularies or leading axes differ, a kernel does not fit its features, `chunk_size` is below 1,
+            or as `kd_loss`.
+        TypeError: as `kd_loss`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, dot_optax
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> features, teacher = jax.random.normal(keys[0], (2, 8)), jax.random.normal(keys[1], (2, 1000))
+        >>> kernel = jax.random.normal(keys[2], (8, 1000))
+        >>> loss = dot_optax.losses.chunked_kd_loss(features, teacher, student_kernel=kernel, chunk_size=256)
+        >>> print(jnp.allclose(loss, dot_optax.losses.kd_loss(features @ kernel, teacher)))
+        True
+
+    References:
+        Hsu et al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024, which chunks over the tokens of the text.
+    """
+    _check_scalar("chunk_size", chunk_size, 1)
+    pairs = ((student, student_kernel), (teacher, teacher_kernel))
+    operands = [(None, x) if kernel is None else (jnp.asarray(x), kernel) for x, kernel in pairs]
+    logits = [jax.eval_shape(_logits, *operand) for operand in operands]
+    _check_logits(logits[0], logits[1], -1)
+    included = jnp.broadcast_to(_check_where(True if where is None else where), (*logits[0].shape[:-1], 1))
+    masked = [(None if x is None else jnp.where(included, x, 0), jnp.asarray(last)) for x, last in operands]
+    dtype, _, temperature = _dtypes_and_temperature(logits[0], logits[1], temperature)
+    kl = _chunked_kl(min(chunk_size, logits[0].shape[-1]), included, temperature, *masked)
+    return (temperature**2 * kl[..., 0]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_kl(size: int, included: jax.Array, temperature: jax.Array, *operands: Operand) -> Any:
+    """KL(q || p) of each token, of shape [..., 1], from the operands of student and teacher."""
+    return _chunked_forward(size, included, temperature, *operands)[0]
+
+
+def _chunked_forward(size: int, included: jax.Array, temperature: jax.Array, *operands: Operand) -> Any:
+    def normalise(log_z: Any, start: Any, counted: Any, parts: Any) -> Any:
+        soft = _soften_chunk(counted, temperature, *parts)
+        return [jnp.logaddexp(z, jax.nn.logsumexp(x, -1, keepdims=True)) for z, x in zip(log_z, soft, strict=False)]
+
+    def add(kl: Any, start: Any, counted: Any, parts: Any) -> Any:
+        return kl + _kl_of_chunk(counted, log_z, zero, temperature, *parts)
+
+    zero = jnp.zeros(included.shape, temperature.dtype)
+    log_z = _scan_chunks(size, included, operands, normalise, [zero - jnp.inf] * 2)
+    kl = _scan_chunks(size, included, operands, add, zero)
+    return kl, (included, temperature, operands, log_z, kl)
+
+
+def _chunked_backward(size: int, residuals: Any, cotangent: jax.Array) -> Any:
+    included, temperature, operands, log_z, kl = residuals
+
+    def add(grads: Any, start: Any, counted: Any, parts: Any) -> Any:
+        of_chunk = functools.partial(_kl_of_chunk, counted, log_z, kl)
+        for_temperature, *for_parts = jax.vjp(of_chunk, temperature, *parts)[1](cotangent)
+        total, *totals = grads
+        added = [total + for_temperature]
+        for (whole, last), (g_whole, g_last) in zip(totals, for_parts, strict=True):
+            g_last = g_last + jax.lax.dynamic_slice_in_dim(last, start, size, -1)
+            last = jax.lax.dynamic_update_slice_in_dim(last, g_last, start, -1)
+            added.append((None if whole is None else whole + g_whole, last))
+        return added
+
+    # What every chunk adds to is summed in float32.
+    zeros = [(None if x is None else jnp.zeros(x.shape, kl.dtype), jnp.zeros_like(last)) for x, last in operands]
+    grads = _scan_chunks(size, included, operands, add, [jnp.zeros_like(temperature), *zeros])
+    return None, grads[0], *optax.tree.cast_like(tuple(grads[1:]), operands)
+
+
+_chunked_kl.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _scan_chunks(
+    size: int, included: jax.Array, operands: Sequence[Operand], add: Callable[..., Any], init: Any
+) -> Any:
+    """Adds up over ranges of the vocabulary; the last one begins earlier where the size does not divide it.
+
+    `add` is given the total, where the range begins, which of its tokens count, and the operands cut to the range.
+    """
+    vocabulary = operands[0][1].shape[-1]
+
+    def step(total: Any, first: jax.Array) -> tuple[Any, None]:
+        start = jnp.minimum(first, vocabulary - size)
+        new = jnp.expand_dims(start + jnp.arange(size) >= first, range(included.ndim - 1))
+        parts = [(x, jax.lax.dynamic_slice_in_dim(last, start, size, -1)) for x, last in operands]
+        return add(total, start, included & new, parts), None
+
+    return jax.lax.scan(step, init, jnp.arange(0, vocabulary, size))[0]
+
+
+def _kl_of_chunk(
+    counted: jax.Array, log_z: Sequence[jax.Array], kl: jax.Array, temperature: jax.Array, *parts: Operand
+) -> jax.Array:
+    """The chunk's part of KL(q || p), less `kl` times its part of sum(q).
+
+    With normalisers and `kl` as constants, the gradient of this is that of KL(q || p): the derivative of KL(q || p) is
+    0 in the logarithm of the student's normaliser, and minus `kl` in that of the teacher's.
+    """
+    student, teacher, difference = _soften_chunk(counted, temperature, *parts)
+    q, p = jnp.exp(teacher - log_z[1]), jnp.exp(student - log_z[0])
+    return jnp.sum(_kl_terms(q, p, difference - (log_z[0] - log_z[1])) - kl * q, axis=-1, keepdims=True)
+
+
+def _soften_chunk(counted: jax.Array, temperature: jax.Array, *parts: Operand) -> _Soft:
+    student, teacher = (_logits(*part).astype(temperature.dtype) for part in parts)
+    return _soften(student, teacher, temperature, -1, counted, top=0.0)
+
+
+def _logits(features: jax.Array | None, last: jax.Array) -> jax.Array:
+    return last if features is None else jnp.matmul(features, last)
