@@ -1,13 +1,15 @@
-"""The distillation losses at the edges of the number formats; `test_dot.py` has the published values."""
+"""The losses of logits against their formulas, and at the edges of the number formats; `test_dot.py` has the published values."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dot_optax import losses
+from tests.reference import losses as reference
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -205,3 +207,233 @@ def test_an_offset_of_all_logits_changes_nothing(offset):
     plain = losses.kd_loss(student, teacher, 4.0)
     # The sum of logits and offset is rounded to 24 bits: up to 6e-8 of it, on differences of 1e-2.
     np.testing.assert_allclose(losses.kd_loss(student + offset, teacher, 4.0), plain, rtol=10 * 6e-8 * offset / 1e-2)
+
+
+NAMES = tuple(reference.STATEMENTS)
+OF_LABELS = ("tckd_loss", "nckd_loss", "dkd_loss", "deepkd_losses")
+WITH_WHERE = {
+    "kd_loss": losses.kd_loss,
+    "reverse_kl_loss": losses.reverse_kl_loss,
+    "jeffreys": losses.jeffreys,
+    "jsd_loss": losses.jsd_loss,
+    "skew_kl_loss": losses.skew_kl_loss,
+    "bernoulli_kd_loss": losses.bernoulli_kd_loss,
+    "tckd_loss": losses.tckd_loss,
+    "nckd_loss": losses.nckd_loss,
+    "dkd_loss": losses.dkd_loss,
+    "deepkd_losses": lambda *args, **kw: losses.deepkd_losses(*args, **kw, k=2)[1],
+    "chunked_kd_loss": functools.partial(losses.chunked_kd_loss, chunk_size=4),
+    "top_k_kd_loss": lambda s, t, **kw: losses.top_k_kd_loss(s, *jax.lax.top_k(jax.nn.log_softmax(t), 3), **kw),
+}
+
+
+# Logits of one shape, so that each loss is compiled once for a dtype.
+NEAR, MIDDLE, FAR = {"noise": 1e-2}, {}, {"scale": 30.0, "noise": 30.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formula_in_float64(name):
+    with jax.enable_x64(True):
+        for kind in (NEAR, MIDDLE, FAR):
+            student, teacher, labels = reference.examples(**kind)
+            actual = reference.with_gradients(reference.STATEMENTS[name].ours, student, teacher, labels, 2.0)[0]
+            expected = reference.STATEMENTS[name].in_numpy(student, teacher, labels, 2.0)
+            # 1e-16 of each term of the formula, of which some are of order 10 where the value is of order 1e-5.
+            np.testing.assert_allclose(actual, expected, rtol=1e-13, atol=2e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formula_in_float32(name):
+    for kind in (NEAR, MIDDLE, FAR):
+        # On the numbers that float32 can hold, so that only the arithmetic is compared.
+        student, teacher, labels = reference.examples(**kind)
+        student, teacher = np.float32(student), np.float32(teacher)
+        actual = reference.with_gradients(reference.STATEMENTS[name].ours, student, teacher, labels, 2.0)[0]
+        expected = reference.STATEMENTS[name].in_numpy(np.float64(student), np.float64(teacher), labels, 2.0)
+        assert actual.dtype == jnp.float32
+        # A few roundings of 6e-8. Three losses see rounded probabilities or logits, and not their differences of 1e-2.
+        rounded = kind == NEAR and name in ("top_k_kd_loss", "standardize_logits", "dist_loss")
+        np.testing.assert_allclose(actual, expected, rtol=1e-4 if rounded else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_ten_thousand(name, dtype):
+    rng = np.random.default_rng(0)
+    student, teacher = (jnp.asarray(rng.choice([-1e4, 0.0, 1e4], size=(16, 10)), dtype) for _ in range(2))
+    student = student.at[0].set(teacher[0]).at[1].set(1e4).at[2].set(-teacher[2])
+    values, *grads = reference.with_gradients(
+        reference.STATEMENTS[name].ours, student, teacher, np.arange(16) % 10, 1.0
+    )
+    assert values.dtype == dtype and jnp.isfinite(values).all() and (values >= 0).all()
+    for grad in grads[:2]:
+        assert grad.dtype == dtype and jnp.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_value_is_negative(name):
+    for noise in (0.0, 1e-6, 1e-3):
+        for temperature in (1.0, 20.0):
+            student, teacher, labels = reference.examples(noise=noise)
+            given = (np.float32(student), np.float32(teacher), labels, temperature)
+            values = reference.with_gradients(reference.STATEMENTS[name].ours, *given)[0]
+            assert (values >= 0).all()
+            if not noise and name != "top_k_kd_loss":  # which is given probabilities, rounded
+                assert not values.any()
+
+
+@pytest.mark.parametrize("name", WITH_WHERE)
+def test_padding_has_no_influence(name):
+    """Not even with NaN in it, on values and on gradients."""
+    student, teacher, _ = reference.examples(batch=4, num_classes=10)
+    is_token = jnp.array([True, False, True, False])
+    kept = np.flatnonzero(is_token)
+
+    def total(student, teacher, **where):
+        labels = {"labels": jnp.zeros(len(student), int)} if name in OF_LABELS else {}
+        values = WITH_WHERE[name](student, teacher, **labels, **where)
+        return values.sum(), values
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, expected), expected_grads = run(jnp.float32(student[kept]), jnp.float32(teacher[kept]))
+    student[[1, 3]], teacher[1] = np.nan, np.inf
+    (_, values), grads = run(jnp.float32(student), jnp.float32(teacher), where=is_token[:, None])
+    np.testing.assert_array_equal(values[np.array([1, 3])], 0.0)
+    # The same numbers in the same order, in another program: one or two roundings.
+    np.testing.assert_allclose(values[kept], expected, rtol=1e-6)
+    for grad, of_kept in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad[kept], of_kept, rtol=1e-5, atol=1e-6)
+        # Of infinite logits of a teacher, `log_softmax` above makes NaN itself.
+        padded = grad[np.array([1, 3])] if name != "top_k_kd_loss" or grad is grads[0] else grad[3:]
+        np.testing.assert_array_equal(padded, 0.0)
+
+
+def test_padding_of_a_batch_of_correlations():
+    student, teacher, _ = reference.examples(batch=4, num_classes=10)
+    expected = jax.jit(losses.dist_loss)(jnp.float32(student[:3]), jnp.float32(teacher[:3]), 2.0)
+    student[3] = np.nan
+    where = jnp.arange(4)[:, None] < 3
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(student):
+        values = losses.dist_loss(student, jnp.float32(teacher), 2.0, where=where)
+        return values.sum(), values
+
+    (_, found), grad = run(jnp.float32(student))
+    np.testing.assert_allclose(found[:3], expected, rtol=1e-5)
+    assert not grad[3].any() and grad[:3].any() and jnp.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_WHERE if name not in ("chunked_kd_loss", "top_k_kd_loss")])
+def test_classes_along_the_first_axis_and_left_out(name):
+    student, teacher, _ = map(jnp.float32, reference.examples(batch=3, num_classes=6))
+    labels = {"labels": jnp.zeros(3, int)} if name in OF_LABELS else {}
+    loss = jax.jit(functools.partial(WITH_WHERE[name], **labels), static_argnames="axis")
+    expected = loss(student[:, :4], teacher[:, :4])
+    where = jnp.broadcast_to(jnp.arange(6) < 4, (3, 6))
+    # float32 rounding of sums of a few terms of order one.
+    np.testing.assert_allclose(loss(student, teacher, where=where), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss(student.T, teacher.T, axis=0, where=where.T), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_side_excludes():
+    inf = jnp.inf
+    student, teacher = jnp.array([1.0, 2.0, -inf]), jnp.array([0.0, 1.0, 0.0])
+    assert losses.kd_loss(student, teacher, 2.0) == losses.jeffreys(student, teacher, 2.0) == inf
+    assert losses.reverse_kl_loss(teacher, student, 2.0) == inf
+    assert losses.kd_loss(teacher, student, 2.0) == losses.reverse_kl_loss(student, teacher, 2.0) < inf
+    for loss in (losses.jsd_loss, losses.skew_kl_loss):
+        value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(student, teacher, 2.0)
+        assert 0 < value < inf and all(jnp.isfinite(grad).all() for grad in grads)
+    both = jnp.array([0.0, 1.0, -inf])
+    for loss in (losses.jeffreys, losses.reverse_kl_loss, losses.jsd_loss, losses.skew_kl_loss):
+        expected = loss(student[:2], both[:2], 2.0)
+        np.testing.assert_allclose(loss(student, both, 2.0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_bounds_of_the_mixtures(scale):
+    student, teacher = scale * jnp.array([[5.0, -5.0], [-5.0, 5.0]])
+    for alpha in (0.1, 0.9):
+        bound = float(np.log(1 / alpha))
+        assert 0 < losses.skew_kl_loss(student, teacher, 1.0, alpha) <= bound * (1 + 1e-6)
+    np.testing.assert_allclose(losses.jsd_loss(student, teacher, 1.0), np.log(2.0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1e-5])
+def test_the_ends_of_the_jensen_shannon_divergence(beta):
+    """TRL's convention: at 0 it is the forward divergence, to which JSD / beta tends there."""
+    student, teacher, _ = map(jnp.float32, reference.examples(batch=8))
+    end = losses.kd_loss if beta < 0.5 else losses.reverse_kl_loss
+    # Up to a term of the order of beta times the square of the ratio of the probabilities.
+    scale, rtol = (1, 0) if beta in (0, 1) else (beta, 2e-2)
+    np.testing.assert_allclose(losses.jsd_loss(student, teacher, 2.0, beta) / scale, end(student, teacher, 2.0), rtol)
+
+
+def test_a_traced_weight_of_the_mixture():
+    student, teacher, _ = map(jnp.float32, reference.examples(batch=8))
+    for loss in (losses.jsd_loss, losses.skew_kl_loss):
+        np.testing.assert_allclose(
+            jax.jit(loss)(student, teacher, 2.0, 0.3), loss(student, teacher, 2.0, 0.3), rtol=1e-6
+        )
+
+
+def test_skew_reverse_kl_is_the_exchange_of_both():
+    student, teacher, _ = reference.examples()
+    with jax.enable_x64(True):
+        q, p = reference.probabilities(student, teacher, 2.0)
+        found = losses.skew_kl_loss(jnp.asarray(teacher), jnp.asarray(student), 2.0, 0.3)
+        np.testing.assert_allclose(found, 4 * reference.kl(p, 0.3 * p + 0.7 * q), rtol=1e-12)
+
+
+def test_sigmoid_models_of_one_class_and_class_by_class():
+    student, teacher, _ = map(jnp.float32, reference.examples(batch=8, num_classes=3))
+    each = losses.bernoulli_kd_loss(student, teacher, 2.0, axis=())
+    assert each.shape == (8, 3)
+    np.testing.assert_allclose(each.sum(-1), losses.bernoulli_kd_loss(student, teacher, 2.0), rtol=1e-6)
+    one = losses.bernoulli_kd_loss(student[:, :1], teacher[:, :1], 2.0)
+    np.testing.assert_allclose(one, each[:, 0], rtol=1e-6)
+    pair = (jnp.stack([z[:, 0], jnp.zeros(8)], -1) for z in (student, teacher))
+    np.testing.assert_allclose(one, losses.kd_loss(*pair, 2.0), rtol=1e-6)
+
+
+def test_a_constant_correlates_with_nothing():
+    constant, other = jnp.zeros((3, 4)), jnp.arange(12.0).reshape(3, 4) ** 2 / 20  # 1/4 for all: no sum of it is rounded
+    value, grad = jax.jit(jax.value_and_grad(lambda s: losses.dist_loss(s, other).sum()))(constant)
+    np.testing.assert_allclose(value, 3 * 2.0)  # 1 for each of the two parts
+    assert jnp.isfinite(grad).all()
+
+
+def test_standardized_logits():
+    logits = jnp.float32(reference.examples(batch=4)[0])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = losses.standardize_logits(logits.astype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.float32(found).mean(-1), 0.0, atol=2**-8)  # bfloat16 has 8 bits
+        np.testing.assert_allclose(np.float32(found).std(-1), 1.0, atol=2**-8)
+    np.testing.assert_allclose(
+        losses.standardize_logits(1e4 * logits + 1e4), losses.standardize_logits(logits), atol=1e-5
+    )
+    # A constant has no direction to be stretched in: zeros, and no gradient.
+    value, grad = jax.jit(jax.value_and_grad(lambda z: losses.standardize_logits(z)[0]))(jnp.full(5, 3.0))
+    assert value == 0 and not grad.any()
+    where = jnp.arange(10)[None] < 7
+    np.testing.assert_allclose(
+        losses.standardize_logits(logits.at[:, 8].set(jnp.nan), where=where)[:, :7],
+        losses.standardize_logits(logits[:, :7]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_soft_labels_and_smooth_ones_are_those_of_optax():
+    """A teacher that is a table of probabilities: Optax's cross-entropy, of which KL differs by a constant."""
+    student, teacher, labels = map(jnp.asarray, reference.examples(batch=8))
+    student, soft = jnp.float32(student), jax.nn.softmax(jnp.float32(teacher))
+    grad = jax.grad(lambda s: optax.losses.softmax_cross_entropy(s, soft).sum())(student)
+    of_kd = jax.grad(lambda s: losses.kd_loss(s, jnp.log(soft), 1.0).sum())(student)
+    np.testing.assert_allclose(grad, of_kd, atol=1e-6)
+    smooth = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+    expected = -(smooth * jax.nn.log_softmax(student)).sum(-1)
+    np.testing.assert_allclose(optax.losses.softmax_cross_entropy(student, smooth), expected, rtol=1e-6)

@@ -525,8 +525,8 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> Non
     examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
     if student.shape != teacher.shape or 0 < student.size < least * examples.size:
         raise ValueError(
-            "student_logits and teacher_logits must have the same shape [..., num_classes], with two classes or more, "
-            f"got {student.shape} and {teacher.shape}"
+            "student_logits and teacher_logits must have the same shape [..., num_classes], with "
+            f"{('one class', 'two classes', 'three classes')[least - 1]} or more, got {student.shape} and {teacher.shape}"
         )
 
 

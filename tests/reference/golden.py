@@ -92,17 +92,27 @@ def _network(arrays, transform):
 
 
 def _losses(arrays, transform):
-    """`kd_loss`, averaged over the batch, and its gradient."""
+    """`kd_loss`, `dkd_loss` and the two parts of this, averaged over the batch, and their gradients."""
     largest = _Largest()
-    for case in ("small", "wide", "sharp"):
-        student, teacher = jnp.asarray(arrays[f"{case}/student"]), jnp.asarray(arrays[f"{case}/teacher"])
-        for temperature in (1, 4):
-            expected = arrays[f"{case}/kd_T{temperature}"], arrays[f"{case}/kd_T{temperature}_grad"]
+    losses = {
+        "kd": ("kd_loss", lambda s, t, y, temperature: dot_optax.losses.kd_loss(s, t, temperature)),
+        "dkd_a1_b0": ("tckd_loss", dot_optax.losses.tckd_loss),
+        "dkd_a0_b1": ("nckd_loss", dot_optax.losses.nckd_loss),
+        "dkd_a1_b8": ("dkd_loss", dot_optax.losses.dkd_loss),
+    }
+    for key in arrays:
+        case, _, what = key.partition("/")
+        kind, _, temperature = what.rpartition("_T")
+        if kind in losses and temperature.isdigit():
+            name, loss = losses[kind]
+            student, teacher = jnp.asarray(arrays[f"{case}/student"]), jnp.asarray(arrays[f"{case}/teacher"])
+            labels = jnp.asarray(arrays[f"{case}/labels"])
 
-            def mean_loss(student, teacher=teacher, temperature=temperature):
-                return dot_optax.losses.kd_loss(student, teacher, float(temperature)).mean()
+            def mean_loss(student, teacher=teacher, labels=labels, loss=loss, temperature=float(temperature)):
+                return loss(student, teacher, labels, temperature).mean()
 
-            largest.see(f"{case}, T {temperature}", transform(jax.value_and_grad(mean_loss))(student), expected)
+            actual = transform(jax.value_and_grad(mean_loss))(student)
+            largest.see(f"{name}: {case}, T {temperature}", actual, (arrays[key], arrays[f"{key}_grad"]))
     return largest.deviations
 
 
