@@ -18,7 +18,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import dot_optax
-from dot_optax import PerLoss
+from dot_optax import PerLoss, losses
 
 
 class Malformed(NamedTuple):
@@ -496,8 +496,70 @@ SAMPLING = [
     Malformed("sampled_examples: a number for rows", _sampled(_examples, args=(1.0, 2.0)), r"argument 1.* shape \(\)"),
 ]
 
+_MAPS = jnp.ones((4, 3, 3, 2))
+_UNLIKE = r"features do not fit: student of shape \({}\), teacher of shape \({}\); project the student's features first"
+FEATURES = [
+    Malformed(
+        "feature_loss: other widths",
+        lambda: losses.feature_loss(jnp.ones((4, 2)), jnp.ones((4, 3))),
+        _UNLIKE.format("4, 2", "4, 3"),
+    ),
+    Malformed(
+        "feature_loss: widths that would broadcast",
+        lambda: losses.feature_loss(jnp.ones((4, 1)), jnp.ones((4, 3))),
+        _UNLIKE.format("4, 1", "4, 3"),
+    ),
+    Malformed(
+        "feature_loss: whole numbers",
+        lambda: losses.feature_loss(jnp.ones((4, 3), int), jnp.ones((4, 3))),
+        r"features must be real floating point, got an array of shape \(4, 3\) and dtype int32 and",
+    ),
+    Malformed(
+        "feature_loss: complex numbers",
+        lambda: losses.feature_loss(jnp.ones((4, 3)), 1j * jnp.ones((4, 3))),
+        "features must be real floating point, .* dtype complex64",
+    ),
+    Malformed("feature_loss: nothing", lambda: losses.feature_loss(None, jnp.ones(3)), "None is not a valid value"),
+    Malformed(
+        "feature_loss: a mask of numbers",
+        lambda: losses.feature_loss(jnp.ones((4, 3)), jnp.ones((4, 3)), where=jnp.ones((4, 1))),
+        "where must be None or a boolean array",
+    ),
+    Malformed(
+        "feature_loss: a mask that fits nothing",
+        lambda: losses.feature_loss(jnp.ones((4, 3)), jnp.ones((4, 3)), where=jnp.ones(4, bool)),
+        r"Incompatible .* for broadcasting: .*4.*4, ?3",
+    ),
+    Malformed(
+        "attention_transfer_loss: other sizes",
+        lambda: losses.attention_transfer_loss(_MAPS, jnp.ones((4, 6, 6, 2))),
+        _UNLIKE.format("4, 3, 3, 2", "4, 6, 6, 2") + ", or resize them",
+    ),
+    Malformed(
+        "attention_transfer_loss: no maps",
+        lambda: losses.attention_transfer_loss(jnp.ones((4, 2)), jnp.ones((4, 2))),
+        "axis -3 is out of bounds for array of dimension 2",
+    ),
+    Malformed(
+        "similarity_loss: other examples",
+        lambda: losses.similarity_loss(_MAPS, _MAPS[:3]),
+        _UNLIKE.format("4, 3, 3, 2", "3, 3, 3, 2"),
+    ),
+    Malformed(
+        "similarity_loss: a mask of numbers",
+        lambda: losses.similarity_loss(_MAPS, _MAPS, where=jnp.ones(4, int)),
+        "where must be None or a boolean array",
+    ),
+    Malformed(
+        "similarity_loss: a mask of another length",
+        lambda: losses.similarity_loss(_MAPS, _MAPS, where=jnp.ones(3, bool)),
+        r"Incompatible .* for broadcasting: .*3.*4",
+    ),
+]
+
 GROUPS = {
     "sampled gradients": SAMPLING,
+    "feature losses": FEATURES,
     "containers and gradients": CONTAINERS,
     "the algebra": ALGEBRA,
     "hyperparameters": HYPERPARAMETERS,

@@ -7,6 +7,9 @@ from dot_optax.losses._decoupled import nckd_loss as nckd_loss
 from dot_optax.losses._decoupled import tckd_loss as tckd_loss
 from dot_optax.losses._decoupled import top_k_mask as top_k_mask
 from dot_optax.losses._decoupled import top_k_schedule as top_k_schedule
+from dot_optax.losses._features import attention_transfer_loss as attention_transfer_loss
+from dot_optax.losses._features import feature_loss as feature_loss
+from dot_optax.losses._features import similarity_loss as similarity_loss
 from dot_optax.losses._logits import bernoulli_kd_loss as bernoulli_kd_loss
 from dot_optax.losses._logits import dist_loss as dist_loss
 from dot_optax.losses._logits import jeffreys as jeffreys
