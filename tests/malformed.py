@@ -498,6 +498,18 @@ SAMPLING = [
 
 _MAPS = jnp.ones((4, 3, 3, 2))
 _UNLIKE = r"features do not fit: student of shape \({}\), teacher of shape \({}\); project the student's features first"
+_UNFIT = r"embeddings .*, indices .*, negatives .*, memory .* do not fit: \(\({}\), \({}\), \({}\), \(2, 8, {}\)\)"
+
+
+def _crd(student=None, teacher=None, indices=None, negatives=None, dim=5, **options):
+    embeddings = (jnp.ones((4, 5)) if x is None else x for x in (student, teacher))
+    indices = jnp.arange(4) if indices is None else indices
+    negatives = jnp.ones((4, 3), int) if negatives is None else negatives
+    return lambda: losses.crd_loss(
+        *embeddings, indices, negatives, losses.crd_init(jax.random.key(0), 8, dim), **options
+    )
+
+
 FEATURES = [
     Malformed(
         "feature_loss: other widths",
@@ -554,6 +566,35 @@ FEATURES = [
         "similarity_loss: a mask of another length",
         lambda: losses.similarity_loss(_MAPS, _MAPS, where=jnp.ones(3, bool)),
         r"Incompatible .* for broadcasting: .*3.*4",
+    ),
+    Malformed("crd_loss: other widths", _crd(student=jnp.ones((4, 6))), _UNLIKE.format("4, 6", "4, 5")),
+    Malformed("crd_loss: another width than the memory's", _crd(dim=6), _UNFIT.format("4, 5", "4,", "4, 3", 6)),
+    Malformed("crd_loss: one example", _crd(jnp.ones(5), jnp.ones(5)), _UNFIT.format("5,", "4,", "4, 3", 5)),
+    Malformed("crd_loss: whole numbers", _crd(student=jnp.ones((4, 5), int)), "must be real floating point"),
+    Malformed(
+        "crd_loss: indices of another batch",
+        _crd(indices=jnp.arange(3)),
+        _UNFIT.format("4, 5", "3,", "4, 3", 5),
+    ),
+    Malformed(
+        "crd_loss: indices in a column",
+        _crd(indices=jnp.arange(4)[:, None]),
+        _UNFIT.format("4, 5", "4, 1", "4, 3", 5),
+    ),
+    Malformed("crd_loss: one row of negatives", _crd(negatives=jnp.ones(3, int)), _UNFIT.format("4, 5", "4,", "3,", 5)),
+    Malformed("crd_loss: no negatives", _crd(negatives=jnp.ones((4, 0), int)), _UNFIT.format("4, 5", "4,", "4, 0", 5)),
+    Malformed(
+        "crd_loss: negatives of another batch",
+        _crd(negatives=jnp.ones((3, 3), int)),
+        _UNFIT.format("4, 5", "4,", "3, 3", 5),
+    ),
+    Malformed("crd_loss: negatives that are no indices", _crd(negatives=jnp.ones((4, 3))), "integer"),
+    Malformed("crd_loss: a temperature of 0", _crd(temperature=0.0), r"temperature must be in .* got 0.0"),
+    Malformed("crd_loss: a momentum of 1", _crd(momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
+    Malformed(
+        "crd_negatives: labels that are one-hot",
+        lambda: losses.crd_negatives(jax.random.key(0), jnp.eye(4), jnp.arange(9), 3),
+        r"\(9,\).*\(4,\)",
     ),
 ]
 

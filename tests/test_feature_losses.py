@@ -1,12 +1,18 @@
 """The losses of features: their formulas in NumPy, the published code's arithmetic in PyTorch, and their edges."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import dot_optax
 from dot_optax import losses
 from tests.tiers import slow_but
 
@@ -239,3 +245,413 @@ def test_strict_promotion_of_two_dtypes(name):
     with jax.numpy_dtype_promotion("strict"):
         values, grads = value_and_grads(OF_MAPS[name], jnp.asarray(student, jnp.bfloat16), teacher)
     assert (values.dtype, grads[0].dtype, grads[1].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+
+
+N, DIM, BATCH, K, STEPS = 12, 5, 4, 3, 8
+
+
+class Run:
+    """Features of a student and a teacher, projectors for both, and batches whose negatives repeat now and then."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.features = rng.normal(size=(N, 6)), rng.normal(size=(N, 7))
+        self.projectors = 0.5 * rng.normal(size=(6, DIM)), 0.5 * rng.normal(size=(7, DIM))
+        bound = np.sqrt(3 / DIM)
+        self.memory = rng.uniform(-bound, bound, size=(2, N, DIM))
+        self.batches = [(rng.permutation(N)[:BATCH], rng.integers(N, size=(BATCH, K))) for _ in range(STEPS)]
+
+
+def unit(x):
+    return x / np.sqrt((x**2).sum(-1, keepdims=True))
+
+
+def crd_in_numpy(student, teacher, indices, negatives, memory, z, temperature=0.07, momentum=0.5, eps=0.0):
+    """The published arithmetic: the loss of each example; memory and Z are changed in place."""
+    v = unit(student), unit(teacher)
+    total = np.zeros(len(indices))
+    for side in (0, 1):  # of the memory
+        for_all = np.exp(np.einsum("bd,nd->bn", v[1 - side], memory[side]) / temperature)
+        x = np.array([[row[j] for j in (i, *js)] for row, i, js in zip(for_all, indices, negatives, strict=True)])
+        if z[side] < 0:
+            z[side] = x.mean() * len(memory[side])
+        x, noise = x / z[side], negatives.shape[1] / len(memory[side])
+        total -= np.log(x[:, 0] / (x[:, 0] + noise + eps)) + np.log(noise / (x[:, 1:] + noise + eps)).sum(-1)
+    for side in (0, 1):
+        memory[side][indices] = unit(momentum * memory[side][indices] + (1 - momentum) * v[side])
+    return total
+
+
+@jax.jit
+def crd_step(params, state, batch, indices, negatives):
+    """The loss of each example, its mean's gradients in both projectors, and the next state."""
+
+    def mean(params):
+        projected = (x @ p for x, p in zip(batch, params, strict=True))
+        values, after = losses.crd_loss(*projected, indices, negatives, state)
+        return values.mean(), (values, after)
+
+    grads, (values, after) = jax.grad(mean, has_aux=True)(params)
+    return values, grads, after
+
+
+def trajectory(run, dtype):
+    """Values, log Z and memory of each step, and the projectors before it, which gradient descent moves."""
+    features, params, memory = jax.tree.map(lambda x: jnp.asarray(x, dtype), (run.features, run.projectors, run.memory))
+    state = losses.CRDState(memory, jnp.full(2, -jnp.inf, dtype))
+    history = []
+    for indices, negatives in run.batches:
+        batch = tuple(x[indices] for x in features)
+        values, grads, after = crd_step(params, state, batch, indices, negatives)
+        history.append((values, after.log_z, after.memory, params))
+        state, params = after, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    return jax.tree.map(np.asarray, history)
+
+
+@pytest.fixture(scope="module")
+def in_float64():
+    with jax.enable_x64(True):
+        return trajectory(Run(), jnp.float64)
+
+
+def test_crd_in_numpy(in_float64):
+    """Values, Z and memory follow the formulas through eight steps."""
+    run = Run()
+    memory, z = run.memory.copy(), np.full(2, -1.0)
+    for (indices, negatives), (values, log_z, remembered, params) in zip(run.batches, in_float64, strict=True):
+        projected = (x[indices] @ p for x, p in zip(run.features, params, strict=True))
+        # Exponentials of up to 1 / 0.07: their relative rounding is 14 times 1e-16.
+        np.testing.assert_allclose(values, crd_in_numpy(*projected, indices, negatives, memory, z), rtol=1e-12)
+        np.testing.assert_allclose(np.exp(log_z), z, rtol=1e-13)
+        np.testing.assert_allclose(remembered, memory, rtol=0, atol=1e-14)
+    assert np.abs(params[0] - run.projectors[0]).max() > 0.1  # else there would be nothing to compare
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-7])
+def test_crd_in_pytorch(in_float64, eps):
+    """The published code's arithmetic and PyTorch's gradients: Z and memory too, with projectors trained on the way."""
+    torch = pytest.importorskip("torch")
+    run = Run()
+    features, memory = [torch.tensor(x) for x in run.features], [torch.tensor(x) for x in run.memory]
+    params, z = [torch.tensor(p, requires_grad=True) for p in run.projectors], [None, None]
+    for (indices, negatives), (values, log_z, remembered, projectors) in zip(run.batches, in_float64, strict=True):
+        for ours, theirs in zip(projectors, params, strict=True):
+            # Without eps only the rounding differs, of 1e-16 and in eight steps; with it, 1e-7 of the denominators does.
+            np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-12 if eps == 0 else 1e-6)
+        indices = torch.tensor(indices)
+        drawn = torch.cat([indices[:, None], torch.tensor(negatives)], 1)
+        projected = [x[indices] @ p for x, p in zip(features, params, strict=True)]
+        v = [x / x.pow(2).sum(1, keepdim=True).sqrt() for x in projected]
+        loss = 0.0
+        for side in (0, 1):  # of the memory
+            x = torch.exp((memory[side][drawn] @ v[1 - side][:, :, None])[:, :, 0] / 0.07)
+            z[side] = x.mean().detach() * N if z[side] is None else z[side]
+            x, noise = x / z[side], K / N
+            positive = torch.log(x[:, 0] / (x[:, 0] + noise + eps)).sum()
+            loss = loss - (positive + torch.log(noise / (x[:, 1:] + noise + eps)).sum()) / BATCH
+        with torch.no_grad():
+            for side in (0, 1):
+                rows = 0.5 * memory[side][indices] + 0.5 * v[side]
+                memory[side][indices] = rows / rows.pow(2).sum(1, keepdim=True).sqrt()
+        grads = torch.autograd.grad(loss, params)
+        params = [(p - 0.1 * g).detach().requires_grad_() for p, g in zip(params, grads, strict=True)]
+        exact = eps == 0
+        np.testing.assert_allclose(values.mean(), loss.item(), rtol=1e-12 if exact else 1e-5)
+        np.testing.assert_allclose(np.exp(log_z), torch.stack(z), rtol=1e-12)
+        np.testing.assert_allclose(remembered, torch.stack(memory), rtol=0, atol=1e-12 if exact else 1e-6)
+
+
+def test_what_the_published_epsilon_adds():
+    """To either half of the loss at most 1e-7 n (k + 1) / k."""
+    run = Run()
+    for indices, negatives in run.batches:
+        projected = [x[indices] @ p for x, p in zip(run.features, run.projectors, strict=True)]
+        without, with_it = (
+            crd_in_numpy(*projected, indices, negatives, run.memory.copy(), np.full(2, -1.0), eps=eps)
+            for eps in (0, 1e-7)
+        )
+        assert (with_it > without).all()
+        assert (with_it - without < 2 * 1e-7 * N * (K + 1) / K).all()
+
+
+def test_crd_in_float32(in_float64):
+    for ours, exact in zip(trajectory(Run(), jnp.float32), in_float64, strict=True):
+        for value, expected in zip(ours[:3], exact[:3], strict=True):
+            # 6e-8 of each embedding, times 1 / 0.07 in the logits, and eight steps that pass it on.
+            np.testing.assert_allclose(value, expected, rtol=2e-5, atol=2e-5)
+
+
+def crd_inputs(dtype=jnp.float32, k=K):
+    keys = jax.random.split(jax.random.key(0), 4)
+    embeddings = [jax.random.normal(key, (BATCH, DIM)).astype(dtype) for key in keys[:2]]
+    negatives = jax.random.randint(keys[2], (BATCH, k), BATCH, N)
+    return (*embeddings, jnp.arange(BATCH), negatives, losses.crd_init(keys[3], N, DIM))
+
+
+crd = jax.jit(losses.crd_loss)
+
+
+@jax.jit
+def crd_grads(student, teacher, *args, **options):
+    def total(student, teacher):
+        values, state = losses.crd_loss(student, teacher, *args, **options)
+        return values.astype(jnp.float32).sum(), (values, state)
+
+    (_, (values, state)), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(student, teacher)
+    return values, state, grads
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.001])  # exponentials of 1000 would overflow, also in float64
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_crd_is_finite_for_extreme_embeddings(dtype, temperature):
+    student, teacher, *others = crd_inputs(dtype)
+    student, teacher = (1e4 * jnp.sign(x).at[0].set(0.0) for x in (student, teacher))
+    with jax.debug_nans(True):
+        values, state, grads = crd_grads(student, teacher, *others, temperature=temperature)
+    assert values.dtype == dtype and jnp.isfinite(values).all() and (values >= 0).all()
+    assert all(leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all() for leaf in state)
+    for grad in grads:
+        assert grad.dtype == dtype and jnp.isfinite(grad).all() and not grad[0].any()
+
+
+def test_crd_in_bfloat16_loses_nothing_inside():
+    inputs = crd_inputs(jnp.bfloat16)
+    values, state, _ = crd_grads(*inputs)
+    expected, expected_state, _ = crd_grads(*(x.astype(jnp.float32) for x in inputs[:2]), *inputs[2:])
+    # One rounding to 8 bits of precision.
+    np.testing.assert_allclose(np.float32(values), expected, rtol=2**-8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, expected_state)
+
+
+def test_crd_keeps_the_dtypes_of_its_state():
+    *inputs, state = crd_inputs()
+    state = losses.CRDState(state.memory.astype(jnp.bfloat16), state.log_z)
+    with jax.numpy_dtype_promotion("strict"):
+        _, after = crd(*inputs, state)
+    assert [leaf.dtype for leaf in after] == [jnp.bfloat16, jnp.float32]
+
+
+def test_no_gradient_flows_into_the_state():
+    *inputs, state = crd_inputs()
+    for before in (state, crd(*inputs, state)[1]):
+        grads = jax.jit(jax.grad(lambda state: losses.crd_loss(*inputs, state)[0].sum()))(before)
+        assert not any(leaf.any() for leaf in grads)
+    jacobian = jax.jit(jax.jacobian(lambda student: losses.crd_loss(student, *inputs[1:], state)[1]))(inputs[0])
+    assert not any(leaf.any() for leaf in jacobian)
+
+
+def test_only_the_rows_of_the_batch_move():
+    *inputs, state = crd_inputs()
+    after = crd(*inputs, state, momentum=0.0)[1]
+    np.testing.assert_array_equal(after.memory[:, BATCH:], state.memory[:, BATCH:])
+    for side in (0, 1):
+        np.testing.assert_allclose(after.memory[side, :BATCH], unit(np.asarray(inputs[side])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["indices", "negatives"])
+def test_an_index_out_of_range_is_not_silent(place):
+    student, teacher, indices, negatives, state = crd_inputs()
+    indices = indices.at[1].set(N) if place == "indices" else indices
+    negatives = negatives.at[1, 2].set(N) if place == "negatives" else negatives
+    state = state._replace(log_z=jnp.ones(2))  # after the first batch, whose Z it would enter
+    values, _ = crd(student, teacher, indices, negatives, state)
+    np.testing.assert_array_equal(np.isnan(values), np.arange(BATCH) == 1)
+
+
+def test_the_initial_memory():
+    memory, log_z = losses.crd_init(jax.random.key(0), 1000, 48)
+    assert memory.shape == (2, 1000, 48) and memory.dtype == jnp.float32
+    np.testing.assert_array_equal(log_z, -jnp.inf)
+    assert jnp.abs(memory).max() <= 0.25 and jnp.abs(memory).max() > 0.2499  # sqrt(3 / 48), of 96,000 numbers
+    # Each square has mean 1 / 48 and a standard deviation of 0.9 of that; 96,000 of them.
+    np.testing.assert_allclose(jnp.square(memory).sum(-1).mean(), 1.0, atol=5 * 0.9 / 96_000**0.5)
+    assert (memory[0] != memory[1]).any()
+
+
+LABELS = jnp.array([0] * 5 + [1] * 3 + [2] * 2)
+draw = jax.jit(losses.crd_negatives, static_argnums=3)
+
+
+def test_negatives_are_all_of_other_classes_and_different():
+    for k in (4, 5):
+        negatives = np.asarray(draw(jax.random.key(k), LABELS, LABELS, k))
+        assert negatives.shape == (10, k)
+        for row, label in zip(negatives, LABELS, strict=True):
+            assert (LABELS[row] != label).all() and len(set(row)) == k
+    # Of the first class exactly five are not.
+    assert (np.sort(negatives[:5]) == np.arange(5, 10)).all()
+    assert len(np.unique(negatives[:5], axis=0)) > 1  # each example draws for itself
+
+
+def test_negatives_are_drawn_with_the_same_probability():
+    """4,000 draws: without replacement for the second and third class; with it for the first, which is half."""
+    draws, k = 4000, 6
+    keys = jax.random.split(jax.random.key(1), draws)
+    batch = jnp.array([0, 1, 2])
+    negatives = np.asarray(jax.jit(jax.vmap(lambda key: losses.crd_negatives(key, batch, LABELS, k)))(keys))
+    for label in range(3):
+        counts = np.bincount(negatives[:, label].ravel(), minlength=10)
+        others = np.asarray(LABELS != label)
+        assert not counts[~others].any()
+        mean = draws * k / others.sum()
+        # Binomial or narrower: five standard deviations.
+        np.testing.assert_allclose(counts[others], mean, rtol=0, atol=5 * mean**0.5)
+    repeats = [len(set(row)) < k for row in negatives[:, 0]]
+    assert all(repeats)  # six of five
+    assert not any(len(set(row)) < k for row in negatives[:, 1])
+    pairs = np.bincount(10 * negatives[:, 0, 0] + negatives[:, 0, 1], minlength=100).reshape(10, 10)[5:, 5:]
+    np.testing.assert_allclose(pairs, draws / 25, rtol=0, atol=5 * (draws / 25) ** 0.5)  # independent, too
+
+
+def test_more_negatives_than_examples():
+    negatives = draw(jax.random.key(2), LABELS[:1], LABELS, 50)
+    assert set(np.asarray(negatives)[0]) == set(range(5, 10))
+
+
+def test_a_class_without_others_has_no_loss():
+    negatives = draw(jax.random.key(3), jnp.zeros(2, int), jnp.zeros(N, int), K)
+    np.testing.assert_array_equal(negatives, N)
+    student, teacher, indices, _, state = crd_inputs()
+    values, _ = crd(student[:2], teacher[:2], indices[:2], negatives, state)
+    assert jnp.isnan(values).all()
+
+
+def classes(n=24, width=6, number=3):
+    """A small problem: inputs, labels, and a teacher's features."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(n) % number
+    x = rng.normal(size=(n, width)) + 2 * np.eye(width)[labels]
+    return jnp.asarray(x, jnp.float32), jnp.asarray(labels), jnp.asarray(np.tanh(x), jnp.float32)
+
+
+def distillation(params, memory, key, indices, data):
+    x, labels, teacher_features = data
+    features = jnp.tanh(x[indices] @ params["body"])
+    task = optax.losses.softmax_cross_entropy_with_integer_labels(features @ params["head"], labels[indices])
+    negatives = losses.crd_negatives(key, labels[indices], labels, 5)
+    projected = features @ params["student_projector"], teacher_features[indices] @ params["teacher_projector"]
+    crd, memory = losses.crd_loss(*projected, indices, negatives, memory)
+    return dot_optax.PerLoss(task=task.mean(), kd=0.8 * crd.mean()), memory
+
+
+def training(batch=8, dim=4):
+    keys = jax.random.split(jax.random.key(5), 3)
+    shapes = {"body": (6, 7), "head": (7, 3), "student_projector": (7, dim), "teacher_projector": (6, dim)}
+    params = {k: jnp.zeros(shape) for k, shape in shapes.items()}
+    params = jax.tree.map(lambda p: 0.5 * p, optax.tree.random_like(keys[0], params))
+    data, memory = classes(), losses.crd_init(keys[1], 24, dim)
+    reached = dot_optax.reached(distillation, params, memory, keys[2], jnp.arange(batch), data, has_aux=True)
+    return params, memory, data, reached
+
+
+def train_step(optimizer, data, carry, batch):
+    params, opt_state, memory = carry
+    gradients = dot_optax.value_and_grads(distillation, has_aux=True)
+    (values, memory), grads = gradients(params, memory, *batch, data)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state, memory), values
+
+
+def batches(steps, batch=8):
+    starts = batch * jnp.arange(steps)[:, None] + jnp.arange(batch)[None]
+    return jax.random.split(jax.random.key(6), steps), starts % 24
+
+
+def test_dot_with_crd_by_reach():
+    """The head is the task's, both projectors are CRD's, and each has one buffer, with the mean momentum."""
+    params, memory, data, reached = training()
+    assert reached.task == {k: k in ("body", "head") for k in params}
+    assert reached.kd == {k: k != "head" for k in params}
+    optimizer = dot_optax.dot(0.05, 0.825, 0.975, reached=reached)
+    opt_state = optimizer.init(params)
+    buffers = sorted(leaf.shape for leaf in jax.tree.leaves(opt_state) if leaf.ndim)
+    assert buffers == sorted(p.shape for p in [*params.values(), params["body"]])  # two for the body alone
+    momenta = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), {"task": params, "kd": params})
+    carry = params, opt_state, memory
+    step = jax.jit(functools.partial(train_step, optimizer, data))
+    gradients = jax.jit(dot_optax.value_and_grads(distillation, has_aux=True))
+    history = []
+    for batch in zip(*batches(20), strict=True):
+        before = carry[0]
+        _, grads = jax.tree.map(np.asarray, gradients(before, carry[2], *batch, data))
+        carry, values = step(carry, batch)
+        history.append(values)
+        for name, p in before.items():
+            mean, both = 0.9, name == "body"
+            beta = {"task": 0.825 if both else mean, "kd": 0.975 if both else mean}
+            for loss in momenta:
+                momenta[loss][name] = getattr(grads, loss)[name] + beta[loss] * momenta[loss][name]
+            expected = np.asarray(p) - 0.05 * (momenta["task"][name] + momenta["kd"][name])
+            # Gradients of two compilations: a few roundings of 6e-8, added up over 20 steps by the momenta.
+            np.testing.assert_allclose(carry[0][name], expected, rtol=0, atol=2e-5)
+    first, last = (np.mean([np.array(v) for v in part], 0) for part in (history[:3], history[-3:]))
+    assert (last < first).all()
+
+
+def test_scan_and_donation_are_the_loop():
+    params, memory, data, reached = training()
+    optimizer = dot_optax.dot(0.05, reached=reached)
+    start = params, optimizer.init(params), memory
+    step = functools.partial(train_step, optimizer, data)
+    donating = jax.jit(step, donate_argnums=0)
+    carry, values = jax.tree.map(jnp.copy, start), []
+    for batch in zip(*batches(6), strict=True):
+        carry, value = donating(carry, batch)
+        values.append(value)
+    scanned, scanned_values = jax.jit(lambda start, batches: jax.lax.scan(step, start, batches))(start, batches(6))
+    # Two compilations: roundings of 6e-8, times 1 / 0.07 in the logits, over six steps.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), carry, scanned)
+    np.testing.assert_allclose([v.kd for v in values], scanned_values.kd, rtol=2e-5)
+    assert (scanned[2].memory != memory.memory).any()
+
+
+def test_a_sharded_batch_has_the_loss_and_memory_of_one_device():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    params, memory, data, reached = training()
+    optimizer = dot_optax.dot(0.05, reached=reached)
+    carry = sharded = params, optimizer.init(params), memory
+    step = jax.jit(functools.partial(train_step, optimizer))
+    sharded, data_there = jax.device_put((sharded, data), NamedSharding(mesh, P()))
+    for key, indices in zip(*batches(4), strict=True):
+        carry, values = jax.block_until_ready(step(data, carry, (key, indices)))
+        there = key, jax.device_put(indices, NamedSharding(mesh, P("data")))
+        sharded, sharded_values = jax.block_until_ready(step(data_there, sharded, there))
+        # Means in another order.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), values, sharded_values)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), carry, sharded)
+
+
+def test_a_sharded_batch_moves_embeddings_and_no_scores_or_draws():
+    """Each device scores and draws for its own examples; all learn the embeddings, to remember them."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+
+    def array(shape, dtype=jnp.float32, axis="data"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(axis)))
+
+    def loss(student, teacher, indices, key, labels, all_labels, state):
+        negatives = losses.crd_negatives(key, labels, all_labels, 50)
+        values, state = losses.crd_loss(student, teacher, indices, negatives, state)
+        return values.mean(), state
+
+    state = losses.CRDState(array((2, 1000, 8), axis=None), array((2,), axis=None))
+    ids, all_ids = array((16,), jnp.int32), array((1000,), jnp.int32, None)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = step.lower(array((16, 8)), array((16, 8)), ids, key, ids, all_ids, state).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program)
+    assert gathered and all(math.prod(map(int, shape.split(","))) <= 2 * 16 * 8 for shape in gathered), gathered
+
+
+def test_crd_holds_no_rows_of_the_memory_for_each_example():
+    """At the sizes of CIFAR-100 these are 64 * 16385 * 128 numbers, 537 MB; the scores of all examples are 26 MB."""
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    state = jax.eval_shape(lambda: losses.crd_init(jax.random.key(0), 50_000, 128))
+
+    def loss(student, teacher, indices, negatives, state):
+        values, state = losses.crd_loss(student, teacher, indices, negatives, state)
+        return values.mean(), state
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), donate_argnums=4)
+    compiled = step.lower(float32((64, 128)), float32((64, 128)), int32((64,)), int32((64, 16384)), state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 16385 * 128 * 4 / 2

@@ -1,5 +1,9 @@
 """Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
 
+from dot_optax.losses._contrastive import CRDState as CRDState
+from dot_optax.losses._contrastive import crd_init as crd_init
+from dot_optax.losses._contrastive import crd_loss as crd_loss
+from dot_optax.losses._contrastive import crd_negatives as crd_negatives
 from dot_optax.losses._decoupled import deepkd_losses as deepkd_losses
 from dot_optax.losses._decoupled import dkd_loss as dkd_loss
 from dot_optax.losses._decoupled import dkd_warmup as dkd_warmup

@@ -1,4 +1,4 @@
-"""Distances between the features of student and teacher."""
+"""Distances between the features of student and teacher; `_contrastive.py` has the one that needs a memory."""
 
 from typing import Any
 
