@@ -399,7 +399,10 @@ def test_sigmoid_models_of_one_class_and_class_by_class():
 
 
 def test_a_constant_correlates_with_nothing():
-    constant, other = jnp.zeros((3, 4)), jnp.arange(12.0).reshape(3, 4) ** 2 / 20  # 1/4 for all: no sum of it is rounded
+    constant, other = (
+        jnp.zeros((3, 4)),
+        jnp.arange(12.0).reshape(3, 4) ** 2 / 20,
+    )  # 1/4 for all: no sum of it is rounded
     value, grad = jax.jit(jax.value_and_grad(lambda s: losses.dist_loss(s, other).sum()))(constant)
     np.testing.assert_allclose(value, 3 * 2.0)  # 1 for each of the two parts
     assert jnp.isfinite(grad).all()

@@ -508,7 +508,9 @@ def _unit(x: jax.Array, axis: Axis, where: jax.Array, size: Callable[..., jax.Ar
     count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
     centred = jnp.where(where, x - jnp.sum(x, axis=axis, keepdims=True) / count, 0.0)
     square = size(centred**2, axis=axis, keepdims=True, where=where)
-    return jnp.where(square > 0, centred / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    # Below this, what differs from the mean is rounding: of probabilities that should be equal it would make a direction.
+    varies = square > (8 * jnp.finfo(x.dtype).eps) ** 2 * size(x**2, axis=axis, keepdims=True, where=where)
+    return jnp.where(varies, centred / jnp.sqrt(jnp.where(varies, square, 1.0)), 0.0)
 
 
 def _one_minus_correlation(q: jax.Array, p: jax.Array, axis: Axis, where: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dot_optax import losses
-from tests.reference import golden
+from tests.reference import feature_losses, golden
 
 
 class Statement(NamedTuple):
@@ -317,6 +317,9 @@ def main():
     for name in STATEMENTS:
         file = f"{published[name]:9.1e}" if name in published else f"{'-':>9}"
         print(f"{name:24} {from_numpy(name):9.1e} {from_torch(name):9.1e} {file}")
+    for name in feature_losses.OF_MAPS:
+        print(f"{name:24} {'{:9.1e} {:9.1e}'.format(*feature_losses.deviations(name))} {'-':>9}")
+    print(f"{'crd_loss, 8 steps':24} {feature_losses.crd_deviation():9.1e} {'-':>9} {'-':>9}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The losses of features: their formulas in NumPy, the published code's arithmetic in PyTorch, and their edges."""
+"""The losses of features against their formulas, and at their edges; `test_losses_torch.py` has the published code's."""
 
 import functools
 import math
@@ -14,64 +14,22 @@ from jax.sharding import PartitionSpec as P
 
 import dot_optax
 from dot_optax import losses
+from tests.reference.feature_losses import (
+    BATCH,
+    DIM,
+    OF_MAPS,
+    WITHOUT_SCALE,
+    K,
+    N,
+    Run,
+    crd_in_numpy,
+    in_numpy,
+    maps,
+    trajectory,
+    unit,
+    value_and_grads,
+)
 from tests.tiers import slow_but
-
-OF_MAPS = {
-    "feature_loss": functools.partial(losses.feature_loss, axis=(1, 2, 3)),
-    "attention_transfer_loss": losses.attention_transfer_loss,
-    "similarity_loss": losses.similarity_loss,
-}
-WITHOUT_SCALE = ("attention_transfer_loss", "similarity_loss")
-
-
-def maps(seed=0, channels=(3, 3), dtype=np.float64):
-    """Feature maps of a student and a teacher, for six examples with 4 x 5 places."""
-    rng = np.random.default_rng(seed)
-    return tuple(rng.normal(size=(6, 4, 5, c)).astype(dtype) for c in channels)
-
-
-def in_numpy(name, student, teacher):
-    """Each formula as its docstring has it, in float64."""
-    student, teacher = np.float64(student), np.float64(teacher)
-    if name == "feature_loss":
-        return ((student - teacher) ** 2).mean((1, 2, 3))
-
-    def attention(x):
-        a = (x**2).mean(-1).reshape(len(x), -1)
-        return a / np.sqrt((a**2).sum(-1, keepdims=True))
-
-    def similarities(x):
-        g = np.array([[(a * b).sum() for a in x] for b in x])
-        return g / np.sqrt((g**2).sum(-1, keepdims=True))
-
-    of = {"attention_transfer_loss": attention, "similarity_loss": similarities}[name]
-    return ((of(student) - of(teacher)) ** 2).mean(-1)
-
-
-def in_pytorch(name, student, teacher):
-    """The arithmetic of the published code, whose result is one number for the batch; channels come second there."""
-    functional = pytest.importorskip("torch").nn.functional
-    student, teacher = student.movedim(-1, 1), teacher.movedim(-1, 1)
-    if name == "feature_loss":
-        return functional.mse_loss(student, teacher)
-    if name == "attention_transfer_loss":
-        attention = [functional.normalize(x.pow(2).mean(1).flatten(1)) for x in (student, teacher)]
-        return (attention[0] - attention[1]).pow(2).mean()
-    rows = [x.flatten(1) for x in (student, teacher)]
-    similarities = [functional.normalize(x @ x.T) for x in rows]
-    return (similarities[1] - similarities[0]).pow(2).sum() / len(student) ** 2
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_grads(loss, student, teacher):
-    """The loss of each example, and the gradients of their mean in both arguments."""
-
-    def mean(*features):
-        values = loss(*features)
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32)).mean(), values
-
-    (_, values), grads = jax.value_and_grad(mean, argnums=(0, 1), has_aux=True)(student, teacher)
-    return values, grads
 
 
 @pytest.mark.parametrize("name", OF_MAPS)
@@ -82,21 +40,6 @@ def test_the_formula_in_float64(name):
         np.testing.assert_allclose(
             OF_MAPS[name](student, teacher), in_numpy(name, student, teacher), rtol=1e-13, atol=0
         )
-
-
-@pytest.mark.parametrize("name", OF_MAPS)
-def test_the_published_code_in_float64(name):
-    """The mean over the batch is the published loss, and so are its gradients."""
-    torch = pytest.importorskip("torch")
-    with jax.enable_x64(True):
-        features = maps(1, channels=(3, 3) if name == "feature_loss" else (3, 7))
-        theirs = [torch.tensor(x, requires_grad=True) for x in features]
-        expected = in_pytorch(name, *theirs)
-        expected.backward()
-        values, grads = value_and_grads(OF_MAPS[name], *features)
-        np.testing.assert_allclose(values.mean(), expected.item(), rtol=1e-13)
-        for grad, x in zip(grads, theirs, strict=True):
-            np.testing.assert_allclose(grad, x.grad, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", OF_MAPS)
@@ -247,67 +190,6 @@ def test_strict_promotion_of_two_dtypes(name):
     assert (values.dtype, grads[0].dtype, grads[1].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
 
 
-N, DIM, BATCH, K, STEPS = 12, 5, 4, 3, 8
-
-
-class Run:
-    """Features of a student and a teacher, projectors for both, and batches whose negatives repeat now and then."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.features = rng.normal(size=(N, 6)), rng.normal(size=(N, 7))
-        self.projectors = 0.5 * rng.normal(size=(6, DIM)), 0.5 * rng.normal(size=(7, DIM))
-        bound = np.sqrt(3 / DIM)
-        self.memory = rng.uniform(-bound, bound, size=(2, N, DIM))
-        self.batches = [(rng.permutation(N)[:BATCH], rng.integers(N, size=(BATCH, K))) for _ in range(STEPS)]
-
-
-def unit(x):
-    return x / np.sqrt((x**2).sum(-1, keepdims=True))
-
-
-def crd_in_numpy(student, teacher, indices, negatives, memory, z, temperature=0.07, momentum=0.5, eps=0.0):
-    """The published arithmetic: the loss of each example; memory and Z are changed in place."""
-    v = unit(student), unit(teacher)
-    total = np.zeros(len(indices))
-    for side in (0, 1):  # of the memory
-        for_all = np.exp(np.einsum("bd,nd->bn", v[1 - side], memory[side]) / temperature)
-        x = np.array([[row[j] for j in (i, *js)] for row, i, js in zip(for_all, indices, negatives, strict=True)])
-        if z[side] < 0:
-            z[side] = x.mean() * len(memory[side])
-        x, noise = x / z[side], negatives.shape[1] / len(memory[side])
-        total -= np.log(x[:, 0] / (x[:, 0] + noise + eps)) + np.log(noise / (x[:, 1:] + noise + eps)).sum(-1)
-    for side in (0, 1):
-        memory[side][indices] = unit(momentum * memory[side][indices] + (1 - momentum) * v[side])
-    return total
-
-
-@jax.jit
-def crd_step(params, state, batch, indices, negatives):
-    """The loss of each example, its mean's gradients in both projectors, and the next state."""
-
-    def mean(params):
-        projected = (x @ p for x, p in zip(batch, params, strict=True))
-        values, after = losses.crd_loss(*projected, indices, negatives, state)
-        return values.mean(), (values, after)
-
-    grads, (values, after) = jax.grad(mean, has_aux=True)(params)
-    return values, grads, after
-
-
-def trajectory(run, dtype):
-    """Values, log Z and memory of each step, and the projectors before it, which gradient descent moves."""
-    features, params, memory = jax.tree.map(lambda x: jnp.asarray(x, dtype), (run.features, run.projectors, run.memory))
-    state = losses.CRDState(memory, jnp.full(2, -jnp.inf, dtype))
-    history = []
-    for indices, negatives in run.batches:
-        batch = tuple(x[indices] for x in features)
-        values, grads, after = crd_step(params, state, batch, indices, negatives)
-        history.append((values, after.log_z, after.memory, params))
-        state, params = after, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    return jax.tree.map(np.asarray, history)
-
-
 @pytest.fixture(scope="module")
 def in_float64():
     with jax.enable_x64(True):
@@ -325,40 +207,6 @@ def test_crd_in_numpy(in_float64):
         np.testing.assert_allclose(np.exp(log_z), z, rtol=1e-13)
         np.testing.assert_allclose(remembered, memory, rtol=0, atol=1e-14)
     assert np.abs(params[0] - run.projectors[0]).max() > 0.1  # else there would be nothing to compare
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-7])
-def test_crd_in_pytorch(in_float64, eps):
-    """The published code's arithmetic and PyTorch's gradients: Z and memory too, with projectors trained on the way."""
-    torch = pytest.importorskip("torch")
-    run = Run()
-    features, memory = [torch.tensor(x) for x in run.features], [torch.tensor(x) for x in run.memory]
-    params, z = [torch.tensor(p, requires_grad=True) for p in run.projectors], [None, None]
-    for (indices, negatives), (values, log_z, remembered, projectors) in zip(run.batches, in_float64, strict=True):
-        for ours, theirs in zip(projectors, params, strict=True):
-            # Without eps only the rounding differs, of 1e-16 and in eight steps; with it, 1e-7 of the denominators does.
-            np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-12 if eps == 0 else 1e-6)
-        indices = torch.tensor(indices)
-        drawn = torch.cat([indices[:, None], torch.tensor(negatives)], 1)
-        projected = [x[indices] @ p for x, p in zip(features, params, strict=True)]
-        v = [x / x.pow(2).sum(1, keepdim=True).sqrt() for x in projected]
-        loss = 0.0
-        for side in (0, 1):  # of the memory
-            x = torch.exp((memory[side][drawn] @ v[1 - side][:, :, None])[:, :, 0] / 0.07)
-            z[side] = x.mean().detach() * N if z[side] is None else z[side]
-            x, noise = x / z[side], K / N
-            positive = torch.log(x[:, 0] / (x[:, 0] + noise + eps)).sum()
-            loss = loss - (positive + torch.log(noise / (x[:, 1:] + noise + eps)).sum()) / BATCH
-        with torch.no_grad():
-            for side in (0, 1):
-                rows = 0.5 * memory[side][indices] + 0.5 * v[side]
-                memory[side][indices] = rows / rows.pow(2).sum(1, keepdim=True).sqrt()
-        grads = torch.autograd.grad(loss, params)
-        params = [(p - 0.1 * g).detach().requires_grad_() for p, g in zip(params, grads, strict=True)]
-        exact = eps == 0
-        np.testing.assert_allclose(values.mean(), loss.item(), rtol=1e-12 if exact else 1e-5)
-        np.testing.assert_allclose(np.exp(log_z), torch.stack(z), rtol=1e-12)
-        np.testing.assert_allclose(remembered, torch.stack(memory), rtol=0, atol=1e-12 if exact else 1e-6)
 
 
 def test_what_the_published_epsilon_adds():
