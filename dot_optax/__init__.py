@@ -35,29 +35,3 @@ from dot_optax._sampling import sampled_difference as sampled_difference
 from dot_optax._sampling import sampled_examples as sampled_examples
 from dot_optax._sampling import sampled_losses as sampled_losses
 from dot_optax._wrap import wrap as wrap
-
-__all__ = [
-    "DeepKDLosses",
-    "PerLoss",
-    "average_over",
-    "betas",
-    "deepkd",
-    "dot",
-    "dot_adamw",
-    "gain_matched_sgd",
-    "gains",
-    "joint",
-    "losses",
-    "per_loss",
-    "reached",
-    "sampled_difference",
-    "sampled_examples",
-    "sampled_losses",
-    "scale_by_adam_momenta",
-    "scale_by_dot",
-    "scale_by_dot_adam",
-    "scale_by_momenta",
-    "sum_losses",
-    "value_and_grads",
-    "wrap",
-]
