@@ -12,10 +12,11 @@ import numpy as np
 from dot_optax._checks import _check_trainable, _describe, _kind
 from dot_optax._containers import _entries_by_key
 
+LossFn = Callable[..., Any]  # returns a container of losses, or with `has_aux` a pair of one and auxiliary data
+Argnums = int | Sequence[int]
 
-def value_and_grads(
-    loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any]]:
+
+def value_and_grads(loss_fn: LossFn, argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
     r"""Like `jax.value_and_grad`, for a function that returns several losses: one gradient tree for each.
 
     .. math::
@@ -55,9 +56,8 @@ def value_and_grads(
 
     @functools.wraps(loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        forward = _forward(loss_fn, argnums, has_aux, args, kwargs)
-        grads = forward.rebuild({key: forward.gradient([key]) for key in forward.losses})
-        return _output(forward.rebuild(forward.losses), forward.aux, grads, has_aux)
+        forward = _forward(loss_fn, argnums, has_aux, "value_and_grads", args, kwargs)
+        return _output(forward, {key: forward.gradient([key]) for key in forward.losses}, has_aux)
 
     return wrapped
 
@@ -65,21 +65,14 @@ def value_and_grads(
 class _Forward(NamedTuple):
     """A forward pass, from which the backward passes of its losses start."""
 
-    losses: dict[Any, Any]  # by key; None for a loss that is not asked for
+    losses: dict[Any, Any]  # by key; NaN for a loss that is not asked for
     aux: Any
     rebuild: Callable[[Mapping[Any, Any]], Any]  # the user's container
     gradient: Callable[..., Any]  # of the sum of the losses with these keys, times a factor
 
 
 def _forward(
-    loss_fn: Callable[..., Any],
-    argnums: int | Sequence[int],
-    has_aux: bool,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    where: str = "value_and_grads",
-    wanted: Collection[Any] | None = None,
+    loss_fn: LossFn, argnums: Argnums, has_aux: bool, where: str, args: Any, kwargs: Any, wanted: Any = None
 ) -> _Forward:
     """Runs `loss_fn`; of the losses that are not `wanted` nothing is kept, so that a compiler drops what they need."""
     indices = _differentiated(argnums, args, where)
@@ -90,7 +83,9 @@ def _forward(
             replaced[index] = primal
         losses, aux = _split_losses(loss_fn(*replaced, **kwargs), has_aux, where)
         entries, rebuild = _entries_by_key(losses)
-        return rebuild({k: loss if wanted is None or k in wanted else None for k, loss in entries.items()}), aux
+        skipped = set() if wanted is None else entries.keys() - wanted
+        nans = {key: jnp.full_like(entries[key], jnp.nan, entries[key].dtype) for key in skipped}
+        return rebuild(entries | nans), aux
 
     primals = [args[index] for index in indices]
     values, jvp, aux = jax.linearize(losses_and_aux, *primals, has_aux=True)
@@ -109,8 +104,9 @@ def _forward(
     return _Forward(losses, aux, rebuild, gradient)
 
 
-def _output(values: Any, aux: Any, grads: Any, has_aux: bool) -> tuple[Any, Any]:
-    return ((values, aux) if has_aux else values), grads
+def _output(forward: _Forward, grads: Mapping[Any, Any], has_aux: bool) -> tuple[Any, Any]:
+    values = forward.rebuild(forward.losses)
+    return ((values, forward.aux) if has_aux else values), forward.rebuild(grads)
 
 
 def _differentiated(argnums: Any, args: Sequence[Any], where: str) -> list[int]:

@@ -9,7 +9,7 @@ All are `value_and_grads` with the number of the step in front, and no optimizer
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,10 @@ import numpy as np
 
 from dot_optax._checks import _describe
 from dot_optax._containers import LossNames, PerLoss, _entries_by_key
-from dot_optax._gradients import _differentiated, _forward, _output, _split_losses
+from dot_optax._gradients import Argnums, LossFn, _differentiated, _forward, _output, _split_losses
 from dot_optax._reach import _leaf_mask
+
+Periods = Mapping[Any, int] | tuple[int, ...]
 
 _LONGEST = 2**16  # steps until all periods start together again
 
@@ -27,10 +29,45 @@ _LONGEST = 2**16  # steps until all periods start together again
 class Sampled:
     """What the functions of this module return: call it as `value_and_grads(loss_fn)`, with the step in front."""
 
-    def __init__(self, turns: "_Turns", call: Callable[..., Any], loss_fn: Callable[..., Any], skips: bool = False):
+    # It knows whose turn it is at each step: `_periods` of everything that is not due at every step, by name, and `_kinds`,
+    # the different sets of names that are due together. Its `_form` is the name of the function that returned it.
+    _call: Callable[..., Any]  # takes the step within the turn of all periods, and the arguments of `loss_fn`
+
+    def __init__(self, form: str, loss_fn: LossFn, argnums: Argnums, has_aux: bool, periods: Any, offsets: Any = None):
         functools.update_wrapper(self, loss_fn, updated=())
         vars(self).pop("__wrapped__")  # by which `jax.jit` would number the arguments: those of `loss_fn` have no step
-        self._turns, self._call, self._loss_fn, self._skips = turns, call, loss_fn, skips
+        self._form, self._loss_fn, self._argnums, self._has_aux = form, loss_fn, argnums, has_aux
+        given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
+        if not given:
+            raise TypeError(
+                f"{form}: periods must be a mapping, such as {{'kd': 4}}, or a tuple; got {_describe(periods)}"
+            )
+        for name, period in given.items():
+            what = name if name == "period" else f"periods[{name!r}]"
+            if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
+                raise TypeError(f"{form}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
+        self._given, self._in_order = list(given), isinstance(periods, tuple)
+        self._periods = {name: int(period) for name, period in given.items() if period > 1}
+        due_at = {name: i % period for i, (name, period) in enumerate(self._periods.items())}
+        if not isinstance(offsets or {}, Mapping):
+            raise TypeError(f"{form}: offsets must be a mapping, such as {{'kd': 1}}; got {_describe(offsets)}")
+        for name, offset in (offsets or {}).items():
+            if name not in given:
+                raise ValueError(f"{form}: offsets has {name!r}, but periods has {', '.join(map(repr, given))}")
+            if not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
+                raise ValueError(
+                    f"{form}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
+                )
+            due_at[name] = int(offset)
+        self._length = math.lcm(*self._periods.values())
+        if self._length > _LONGEST:
+            raise ValueError(
+                f"{form}: the periods {list(self._periods.values())} start together only every {self._length} steps: the most"
+                f" is {_LONGEST}; give smaller ones, or periods with a smaller common multiple"
+            )
+        at = [tuple(n for n, k in self._periods.items() if t % k == due_at[n]) for t in range(self._length)]
+        self._kinds = list(dict.fromkeys(at))
+        self._kind_at = [self._kinds.index(names) for names in at]
 
     def __call__(self, step: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Returns `(values, grads)`, or `((values, aux), grads)`, of the step with this number, or of a random one.
@@ -41,34 +78,85 @@ class Sampled:
             *args: the arguments of `loss_fn`.
             **kwargs: likewise.
         """
-        return self._call(self._turns.position(step), *args, **kwargs)
+        return self._call(self._position(step), *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"<{self._turns.where} of {getattr(self._loss_fn, '__name__', self._loss_fn)}, periods {self._turns.periods}>"
-
-    def _calling(self, call: Callable[..., Any]) -> "Sampled":
-        """The same turns for another function."""
-        return Sampled(self._turns, call, self._loss_fn, self._skips)
+        return f"<{self._form} of {getattr(self._loss_fn, '__name__', self._loss_fn)}, periods {self._periods}>"
 
     def kind(self, step: int) -> int:
         """The first step at which the same is computed as at `step`: a static argument for those who compile kinds apart.
 
         Of `sampled_examples` every step of a turn is a kind of its own, since each takes other rows.
         """
-        return self._turns.first(self._turns.position(step))
+        position = self._position(step)
+        if not isinstance(position, int):
+            raise TypeError(
+                f"{self._form}: kind(step) is for a loop in Python: the step must be an int, and was an array or a key; give int(step)"
+            )
+        return position if self._form == "sampled_examples" else self._kind_at.index(self._kind_at[position])
 
     def due(self, step: Any) -> dict[Any, Any]:
         """Whether a loss is computed at this step, by name, for the losses that are not computed at every step."""
-        return self._turns.due(self._turns.position(step)) if self._skips else {}
+        kind = _at(self._kind_at, self._position(step))
+        skipped = self._periods if self._form == "sampled_losses" else ()
+        return {name: _at([name in names for names in self._kinds], kind) for name in skipped}
+
+    def _calling(self, call: Callable[..., Any]) -> "Sampled":
+        """Itself, with what it calls at each step."""
+        self._call = call
+        return self
+
+    def _position(self, step: Any) -> Any:
+        """The step within the turn, for a step's number or a key."""
+        dtype = getattr(step, "dtype", None)
+        if dtype is not None and (
+            jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and np.shape(step) == (2,))
+        ):
+            return jax.random.randint(step, (), 0, self._length)
+        if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
+            return int(step) % self._length
+        if dtype is None or np.shape(step) or not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(
+                f"{self._form}: the step, which comes before the arguments of loss_fn, must be a whole number or a key of"
+                f" jax.random; got {_describe(step)}"
+            )
+        return step % self._length
+
+    def _forward(self, args: Any, kwargs: Any, wanted: Any = None) -> Any:
+        return _forward(self._loss_fn, self._argnums, self._has_aux, self._form, args, kwargs, wanted)
+
+    def _match(self, args: Any, kwargs: Any) -> tuple[dict[Any, Any], dict[Any, int]]:
+        """By the name in `periods`: the key of the loss that it stands for; and by this key the period of every loss."""
+        _differentiated(self._argnums, args, self._form)
+        losses = jax.eval_shape(lambda: _split_losses(self._loss_fn(*args, **kwargs), self._has_aux, self._form)[0])
+        known = list(_entries_by_key(losses)[0])
+        if self._in_order and len(self._given) != len(known):
+            raise ValueError(f"{self._form}: periods has {len(self._given)} entries, but there are {len(known)} losses")
+        keys = dict(enumerate(known)) if self._in_order else {}
+        keys |= dict(zip(PerLoss._fields, known, strict=True)) if known == [0, 1] else {}
+        keys |= dict(zip(known, known, strict=True))
+        for name in self._given:
+            if name not in keys:
+                raise ValueError(
+                    f"{self._form}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
+                )
+        return keys, dict.fromkeys(known, 1) | {keys[name]: period for name, period in self._periods.items()}
+
+    def _switch(self, position: Any, branch: Callable[[Sequence[Any]], Any]) -> Any:
+        """Runs the branch of what is due; a step that is known in Python leaves no others in the program."""
+        kind = _at(self._kind_at, position)
+        if isinstance(kind, int):
+            return branch(self._kinds[kind])
+        return jax.lax.switch(kind, [functools.partial(branch, due) for due in self._kinds])
+
+
+def _at(table: Sequence[Any], index: Any) -> Any:
+    """An entry of a table; the index may be traced."""
+    return table[index] if isinstance(index, int) else jnp.array(table)[index]
 
 
 def sampled_losses(
-    loss_fn: Callable[..., Any],
-    periods: Mapping[Any, int] | tuple[int, ...],
-    *,
-    offsets: Mapping[Any, int] | None = None,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
+    loss_fn: LossFn, periods: Periods, *, offsets: Periods | None = None, argnums: Argnums = 0, has_aux: bool = False
 ) -> Sampled:
     r"""`value_and_grads` that takes each loss only at every k-th step, with k times its gradient; zeros elsewhere.
 
@@ -150,33 +238,25 @@ def sampled_losses(
         Ours for distillation. Bohn et al., `M-ConFIG <https://arxiv.org/abs/2408.11104>`_, 2025, take losses in turn, each
         with its own momentum.
     """
-    where = "sampled_losses"
-    turns = _Turns(where, periods, offsets)
+    sampled = Sampled("sampled_losses", loss_fn, argnums, has_aux, periods, offsets)
 
     def call(position: Any, *args: Any, **kwargs: Any) -> Any:
-        def branch(due: Collection[Any]) -> Any:
-            taken = [key for key in like if key not in factors or key in due]
-            forward = _forward(loss_fn, argnums, has_aux, args, kwargs, where=where, wanted=taken)
-            losses = {key: forward.losses[key] if key in taken else _nan_like(like[key]) for key in like}
+        def branch(due: Sequence[Any]) -> Any:
+            due_keys = [keys[name] for name in due]
+            taken = [key for key, period in period_of.items() if period == 1 or key in due_keys]
+            forward = sampled._forward(args, kwargs, taken)
             # The gradient of no loss is zeros.
-            grads = {key: forward.gradient([key] if key in taken else [], factors.get(key, 1)) for key in like}
-            return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
+            grads = {key: forward.gradient([key] if key in taken else [], k) for key, k in period_of.items()}
+            return _output(forward, grads, has_aux)
 
-        like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
-        keys = turns.keys(like)
-        factors = {keys[name]: period for name, period in turns.periods.items()}
-        return turns.switch(position, [functools.partial(branch, [keys[n] for n in due]) for due in turns.kinds])
+        keys, period_of = sampled._match(args, kwargs)
+        return sampled._switch(position, branch)
 
-    return Sampled(turns, call, loss_fn, skips=True)
+    return sampled._calling(call)
 
 
 def sampled_difference(
-    loss_fn: Callable[..., Any],
-    period: int,
-    *,
-    reached: Any = None,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
+    loss_fn: LossFn, period: int, *, reached: Any = None, argnums: Argnums = 0, has_aux: bool = False
 ) -> Sampled:
     r"""`value_and_grads` with the exact sum of the gradients at every step, and what tells them apart at every k-th.
 
@@ -220,36 +300,32 @@ def sampled_difference(
     References:
         Ours.
     """
-    where = "sampled_difference"
-    turns = _Turns(where, {"period": period})
+    sampled = Sampled("sampled_difference", loss_fn, argnums, has_aux, {"period": period})
+
+    def spread(share: float, total: Any, own: Any = None) -> Any:
+        # Zero times a gradient that overflowed would be NaN.
+        mean = jnp.zeros_like(total) if share == 0 else total if share == 1 else share * total
+        return mean if own is None or share in (0, 1) else mean + period * (own - mean)
 
     def call(position: Any, *args: Any, **kwargs: Any) -> Any:
-        def branch(due: Collection[Any]) -> Any:
-            forward = _forward(loss_fn, argnums, has_aux, args, kwargs, where=where)
-            losses, rebuild = forward.losses, forward.rebuild
-            if due or period == 1:
-                grads = {key: forward.gradient([key]) for key in losses}
-            else:
-                grads = dict.fromkeys(losses, forward.gradient(losses))
+        def branch(due: Sequence[Any]) -> Any:
+            forward = sampled._forward(args, kwargs)
+            losses = forward.losses
+            grads = {key: forward.gradient([key]) for key in losses} if due or period == 1 else {}
             if period > 1:
-                shares = _shares(rebuild(losses), reached, next(iter(grads.values())))
-                grads = (
-                    _spread(grads, shares, period) if due else {key: _share(grads[key], shares[key]) for key in grads}
-                )
-            return _output(rebuild(losses), forward.aux, rebuild(grads), has_aux)
+                total = jax.tree.map(lambda *g: sum(g), *grads.values()) if due else forward.gradient(losses)
+                shares = _shares(forward.rebuild(losses), reached, total)
+                own = {key: (grads[key],) if due else () for key in losses}
+                grads = {key: jax.tree.map(spread, shares[key], total, *own[key]) for key in losses}
+            return _output(forward, grads, has_aux)
 
-        return turns.switch(position, [functools.partial(branch, due) for due in turns.kinds])
+        return sampled._switch(position, branch)
 
-    return Sampled(turns, call, loss_fn)
+    return sampled._calling(call)
 
 
 def sampled_examples(
-    loss_fn: Callable[..., Any],
-    periods: Mapping[Any, int] | tuple[int, ...],
-    *,
-    batch_argnums: int | Sequence[int],
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
+    loss_fn: LossFn, periods: Periods, *, batch_argnums: Argnums, argnums: Argnums = 0, has_aux: bool = False
 ) -> Sampled:
     r"""`value_and_grads` that takes a loss at every step, but only on every k-th row of the batch.
 
@@ -322,139 +398,23 @@ def sampled_examples(
 
 
 def _sampled_examples(
-    loss_fn: Callable[..., Any], periods: Any, cut: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool
+    loss_fn: LossFn, periods: Periods, cut: Callable[..., Any], argnums: Argnums, has_aux: bool
 ) -> Sampled:
     """`sampled_examples`, where `cut(args, part)` applies `part(array, name)` to the arrays that have the rows."""
-    where = "sampled_examples"
-    turns = _Turns(where, periods, rows=True)
+    sampled = Sampled("sampled_examples", loss_fn, argnums, has_aux, periods)
 
     def call(position: Any, *args: Any, **kwargs: Any) -> Any:
-        like, rebuild = _losses_like(loss_fn, argnums, has_aux, args, kwargs, where)
-        keys = turns.keys(like)
-        period_of = dict.fromkeys(like, 1) | {keys[name]: period for name, period in turns.periods.items()}
-        losses, grads, aux = {}, {}, None
+        _, period_of = sampled._match(args, kwargs)
+        passes = {}
         for period in sorted(set(period_of.values()), reverse=True):  # the whole batch last: its `aux` is kept
-            wanted = [key for key in like if period_of[key] == period]
+            wanted = [key for key in period_of if period_of[key] == period]
             rows = args if period == 1 else cut(args, functools.partial(_part, period, position % period))
-            forward = _forward(loss_fn, argnums, has_aux, rows, kwargs, where=where, wanted=wanted)
-            losses |= {key: forward.losses[key] for key in wanted}
-            grads |= {key: forward.gradient([key]) for key in wanted}
-            aux = forward.aux
-        return _output(
-            rebuild({key: losses[key] for key in like}), aux, rebuild({key: grads[key] for key in like}), has_aux
-        )
+            passes[period] = sampled._forward(rows, kwargs, wanted)
+        losses = {key: passes[period].losses[key] for key, period in period_of.items()}
+        grads = {key: passes[period].gradient([key]) for key, period in period_of.items()}
+        return _output(passes[min(passes)]._replace(losses=losses), grads, has_aux)
 
-    return Sampled(turns, call, loss_fn)
-
-
-class _Turns:
-    """Whose turn it is at each step: what is due when, and how it is looked up.
-
-    Attributes:
-        where: the name of the function, for errors.
-        periods: of everything that is not due at every step, by name.
-        kinds: the different sets of names that are due together.
-
-    With `rows`, what is due is a part of the rows, another one at each step of a turn.
-    """
-
-    def __init__(self, where: str, periods: Any, offsets: Any = None, *, rows: bool = False):
-        given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
-        if not given:
-            raise TypeError(
-                f"{where}: periods must be a mapping, such as {{'kd': 4}}, or a tuple; got {_describe(periods)}"
-            )
-        for name, period in given.items():
-            what = name if name == "period" else f"periods[{name!r}]"
-            if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
-                raise TypeError(f"{where}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
-        self.where, self._in_order, self._rows = where, isinstance(periods, tuple), rows
-        self._given = list(given)
-        self.periods = {name: int(period) for name, period in given.items() if period > 1}
-        due_at = {name: i % period for i, (name, period) in enumerate(self.periods.items())}
-        if not isinstance(offsets or {}, Mapping):
-            raise TypeError(f"{where}: offsets must be a mapping, such as {{'kd': 1}}; got {_describe(offsets)}")
-        for name, offset in (offsets or {}).items():
-            if name not in given:
-                raise ValueError(f"{where}: offsets has {name!r}, but periods has {', '.join(map(repr, given))}")
-            if not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
-                raise ValueError(
-                    f"{where}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
-                )
-            due_at[name] = int(offset)
-        self._length = math.lcm(*self.periods.values())
-        if self._length > _LONGEST:
-            raise ValueError(
-                f"{where}: the periods {list(self.periods.values())} start together only every {self._length} steps: the most"
-                f" is {_LONGEST}; give smaller ones, or periods with a smaller common multiple"
-            )
-        at = [tuple(n for n, k in self.periods.items() if t % k == due_at[n]) for t in range(self._length)]
-        self.kinds = list(dict.fromkeys(at))
-        self._kind_at = [self.kinds.index(names) for names in at]
-
-    def keys(self, losses: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The keys of the losses that the names of `periods` stand for."""
-        found, known = {}, list(losses)
-        if self._in_order and len(self._given) != len(known):
-            raise ValueError(f"{self.where}: periods has {len(self._given)} entries, but there are {len(known)} losses")
-        by_position = known == list(range(len(known)))
-        for name in self._given:
-            if name in losses:
-                found[name] = name
-            elif by_position and len(known) == 2 and name in PerLoss._fields:
-                found[name] = PerLoss._fields.index(name)
-            elif self._in_order and name in range(len(known)):
-                found[name] = known[name]
-            else:
-                raise ValueError(
-                    f"{self.where}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
-                )
-        return found
-
-    def position(self, step: Any) -> Any:
-        """The step within the turn, for a step's number or a key."""
-        dtype = getattr(step, "dtype", None)
-        if dtype is not None and (
-            jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and np.shape(step) == (2,))
-        ):
-            return jax.random.randint(step, (), 0, self._length)
-        if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
-            return int(step) % self._length
-        if dtype is None or np.shape(step) or not jnp.issubdtype(dtype, jnp.integer):
-            raise TypeError(
-                f"{self.where}: the step, which comes before the arguments of loss_fn, must be a whole number or a key of"
-                f" jax.random; got {_describe(step)}"
-            )
-        return step % self._length
-
-    def first(self, position: Any) -> int:
-        if not isinstance(position, int):
-            raise TypeError(
-                f"{self.where}: kind(step) is for a loop in Python: the step must be an int, and was an array or a key; give int(step)"
-            )
-        return position if self._rows else self._kind_at.index(self._kind_at[position])
-
-    def due(self, position: Any) -> dict[Any, Any]:
-        kind = self._kind(position)
-        rows = {name: [name in names for names in self.kinds] for name in self.periods}
-        return {name: row[kind] if isinstance(kind, int) else jnp.array(row)[kind] for name, row in rows.items()}
-
-    def switch(self, position: Any, branches: Sequence[Callable[[], Any]]) -> Any:
-        """Runs the branch of the step's kind; one that is known in Python leaves no others in the program."""
-        if len(branches) == 1 or isinstance(position, int):
-            return branches[self._kind(position) if len(branches) > 1 else 0]()
-        return jax.lax.switch(self._kind(position), branches)
-
-    def _kind(self, position: Any) -> Any:
-        return self._kind_at[position] if isinstance(position, int) else jnp.array(self._kind_at)[position]
-
-
-def _losses_like(
-    loss_fn: Callable[..., Any], argnums: Any, has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
-) -> tuple[dict[Any, Any], Callable[..., Any]]:
-    """The losses of `loss_fn` without their values, by key, and the function that puts them back into its container."""
-    _differentiated(argnums, args, where)
-    return _entries_by_key(jax.eval_shape(lambda: _split_losses(loss_fn(*args, **kwargs), has_aux, where)[0]))
+    return sampled._calling(call)
 
 
 def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
@@ -468,42 +428,11 @@ def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(rows, phase, axis=1, keepdims=False)
 
 
-def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, list[float]]:
-    """Of each loss, by key: the part of the summed gradient that it gets, for each leaf of the parameters."""
-    keys = list(_entries_by_key(losses)[0])
-    if reached is None:
-        return dict.fromkeys(keys, [1 / len(keys)] * len(jax.tree.leaves(params)))
-    masks = LossNames.of(losses, "losses").entries(reached, "reached").values()
+def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, Any]:
+    """Of each loss, by key: the part of the summed gradient that it gets, a tree with a number for each parameter."""
+    keys, names = list(_entries_by_key(losses)[0]), LossNames.of(losses, "losses")
+    masks = [True] * len(keys) if reached is None else names.entries(reached, "reached").values()
     reads = [_leaf_mask(mask, params, f"reached, {key}") for key, mask in zip(keys, masks, strict=True)]
     counts = [max(1, sum(leaf)) for leaf in zip(*reads, strict=True)]
-    return {key: [read / n for read, n in zip(row, counts, strict=True)] for key, row in zip(keys, reads, strict=True)}
-
-
-def _share(total: Any, shares: Sequence[float]) -> Any:
-    def part(share: float, leaf: jax.Array) -> jax.Array:
-        # Zero times a gradient that overflowed would be NaN.
-        return jnp.zeros_like(leaf) if share == 0 else leaf if share == 1 else share * leaf
-
-    leaves, treedef = jax.tree.flatten(total)
-    return treedef.unflatten(map(part, shares, leaves))
-
-
-def _spread(grads: dict[Any, Any], shares: dict[Any, list[float]], period: int) -> dict[Any, Any]:
-    """Each gradient with k times its distance from its share of their sum."""
-    total = jax.tree.map(lambda *leaves: sum(leaves), *grads.values())
-
-    def spread(key: Any) -> Any:
-        def away(share: float, mean: jax.Array, leaf: jax.Array) -> jax.Array:
-            return mean + period * (leaf - mean) if 0 < share < 1 else mean
-
-        means, treedef = jax.tree.flatten(_share(total, shares[key]))
-        return treedef.unflatten(map(away, shares[key], means, jax.tree.leaves(grads[key])))
-
-    return {key: spread(key) for key in grads}
-
-
-def _nan_like(loss: jax.ShapeDtypeStruct) -> jax.Array:
-    """A value for a loss that is not computed, which varies over the same devices."""
-    nan = jnp.full((), jnp.nan, loss.dtype)
-    kind = loss.manual_axis_type
-    return jax.lax.pcast(nan, tuple(kind.varying), to="varying") if kind and kind.varying else nan
+    parts = [[read / n for read, n in zip(row, counts, strict=True)] for row in reads]
+    return dict(zip(keys, map(jax.tree.structure(params).unflatten, parts), strict=True))
