@@ -8,14 +8,18 @@ import jax
 from flax import nnx
 
 from dot_optax import _gradients, _reach, _sampling
+from dot_optax._gradients import Argnums, LossFn
+from dot_optax._sampling import Periods, Sampled
 
 __all__ = ["reached", "sampled_difference", "sampled_examples", "sampled_losses", "value_and_grads"]
+
+Filter = nnx.filterlib.Filter  # which Variables are differentiated
 
 _TAG = "dot_optax.nnx"  # of the context in which Flax carries over what happens to the copies of the arguments
 
 
 def value_and_grads(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: nnx.filterlib.Filter = nnx.Param
+    loss_fn: LossFn, *, has_aux: bool = False, wrt: Filter = nnx.Param
 ) -> Callable[..., tuple[Any, Any]]:
     r"""Like `nnx.value_and_grad`, for a function that returns several losses: one gradient for each.
 
@@ -73,13 +77,8 @@ def value_and_grads(
 
 
 def sampled_losses(
-    loss_fn: Callable[..., Any],
-    periods: Any,
-    *,
-    offsets: Any = None,
-    has_aux: bool = False,
-    wrt: nnx.filterlib.Filter = nnx.Param,
-) -> _sampling.Sampled:
+    loss_fn: LossFn, periods: Periods, *, offsets: Periods | None = None, has_aux: bool = False, wrt: Filter = nnx.Param
+) -> Sampled:
     r"""`dot_optax.sampled_losses` for a function of a Flax NNX module: each loss at every k-th step only.
 
     .. math::
@@ -123,13 +122,8 @@ def sampled_losses(
 
 
 def sampled_difference(
-    loss_fn: Callable[..., Any],
-    period: int,
-    *,
-    reached: Any = None,
-    has_aux: bool = False,
-    wrt: nnx.filterlib.Filter = nnx.Param,
-) -> _sampling.Sampled:
+    loss_fn: LossFn, period: int, *, reached: Any = None, has_aux: bool = False, wrt: Filter = nnx.Param
+) -> Sampled:
     r"""`dot_optax.sampled_difference` for a function of a Flax NNX module: the exact sum, and differences now and then.
 
     .. math::
@@ -168,13 +162,8 @@ def sampled_difference(
 
 
 def sampled_examples(
-    loss_fn: Callable[..., Any],
-    periods: Any,
-    *,
-    batch_argnums: int | Sequence[int],
-    has_aux: bool = False,
-    wrt: nnx.filterlib.Filter = nnx.Param,
-) -> _sampling.Sampled:
+    loss_fn: LossFn, periods: Periods, *, batch_argnums: Argnums, has_aux: bool = False, wrt: Filter = nnx.Param
+) -> Sampled:
     r"""`dot_optax.sampled_examples` for a function of a Flax NNX module: a loss on every k-th row of the batch.
 
     .. math::
@@ -213,7 +202,7 @@ def sampled_examples(
 
     def cut(arguments: Sequence[Any], part: Callable[[Any, str], Any]) -> list[Any]:
         params, rest = arguments
-        paths = [_reach._names(path) for path, _ in jax.tree.leaves_with_path(rest)]
+        paths: Any = nnx.to_flat_state(rest).paths
         found = {path[1] + 1 for path in paths if path[0] == 1}
         if not indices <= found:
             raise TypeError(
@@ -222,25 +211,17 @@ def sampled_examples(
             )
 
         def cut_leaf(path: Any, leaf: Any) -> Any:
-            names = _reach._names(path)  # 1 for the positional arguments behind the model, then which of them
-            return part(leaf, f"argument {names[1] + 1}") if names[0] == 1 and names[1] + 1 in indices else leaf
+            is_row = path[0] == 1 and path[1] + 1 in indices  # 1: the positional arguments behind the model
+            return jax.tree.map(lambda x: part(x, f"argument {path[1] + 1}"), leaf) if is_row else leaf
 
-        return [params, jax.tree.map_with_path(cut_leaf, rest)]
+        return [params, nnx.map_state(cut_leaf, rest)]
 
-    def make(pure: Callable[..., Any]) -> _sampling.Sampled:
-        return _sampling._sampled_examples(pure, periods, cut, 0, True)
-
+    make = functools.partial(_sampling._sampled_examples, periods=periods, cut=cut, argnums=0, has_aux=True)
     return _sampled(make, loss_fn, has_aux, wrt)
 
 
 def reached(
-    loss_fn: Callable[..., Any],
-    model: Any,
-    /,
-    *args: Any,
-    has_aux: bool = False,
-    wrt: nnx.filterlib.Filter = nnx.Param,
-    **kwargs: Any,
+    loss_fn: LossFn, model: Any, /, *args: Any, has_aux: bool = False, wrt: Filter = nnx.Param, **kwargs: Any
 ) -> Any:
     r"""Which loss reaches which parameter of an NNX module: whether its gradient can be other than zero.
 
@@ -280,22 +261,19 @@ def reached(
         return _reach.reached(pure, params, rest, has_aux=True)
 
 
-def _sampled(make: Callable[..., Any], loss_fn: Callable[..., Any], has_aux: bool, wrt: Any) -> _sampling.Sampled:
+def _sampled(make: Callable[..., Any], loss_fn: LossFn, has_aux: bool, wrt: Any) -> Sampled:
     """What `make` makes of functions of pytrees, for a function of a module."""
 
     def call(position: Any, model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        def gradients(pure: Callable[..., Any]) -> Callable[..., Any]:
-            return functools.partial(make(pure), position)
-
-        return _on_modules(gradients, loss_fn, has_aux, wrt, (model, args, kwargs))
+        return _on_modules(
+            lambda pure: functools.partial(make(pure), position), loss_fn, has_aux, wrt, (model, args, kwargs)
+        )
 
     return make(loss_fn)._calling(call)
 
 
 @nnx.update_context(_TAG)
-def _on_modules(
-    gradients: Callable[..., Any], loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]
-) -> tuple[Any, Any]:
+def _on_modules(gradients: Callable[..., Any], loss_fn: LossFn, has_aux: bool, wrt: Any, arguments: Any) -> Any:
     """Calls `gradients(pure)` where `pure` is a function of pytrees, and carries over what happened to the arguments."""
     pure, params, rest = _pure(loss_fn, has_aux, wrt, arguments)
     (values, changed), grads = gradients(pure)(params, rest)
@@ -304,7 +282,7 @@ def _on_modules(
     return ((values, aux) if has_aux else values), grads
 
 
-def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, arguments: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+def _pure(loss_fn: LossFn, has_aux: bool, wrt: Any, arguments: Any) -> tuple[Any, ...]:
     """`pure(params, rest) -> losses, what became of the arguments and aux`, and what to call it with.
 
     To be called within `nnx.update_context(_TAG)`, as Flax's own transformations do it.
