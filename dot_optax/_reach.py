@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from dot_optax._gradients import _check_no_nnx_module, _split_losses
 
 # A pytree of bools of the structure of the parameters or a prefix of it, or a function from the parameters to the mask.
 Mask = Any | Callable[[Any], Any]
+Masks = tuple[Mask, ...] | Mapping[Any, Mask] | None  # one for each loss
 
 
 def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
@@ -60,15 +61,14 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
     _check_trainable(params, "reached: params")
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
     # Python and NumPy scalars may be static: a flag, a number of layers.
-    is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in arg_leaves]
+    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    arrays = [leaf if isinstance(leaf, kinds) else None for leaf in arg_leaves]
 
     def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if array else leaf for array, leaf in zip(is_array, arg_leaves, strict=True)]
+        filled = [leaf if array is None else array for leaf, array in zip(arg_leaves, arrays, strict=True)]
         positional, keywords = args_treedef.unflatten(filled)
         return _split_losses(loss_fn(treedef.unflatten(leaves), *positional, **keywords), has_aux, "reached")[0]
 
-    arrays = [leaf for array, leaf in zip(is_array, arg_leaves, strict=True) if array]
     entries, rebuild = _entries_by_key(jax.eval_shape(call, leaves, arrays))
 
     def reaches(key: Any) -> Any:
@@ -126,19 +126,16 @@ def _plans(
     """
     n = len(losses.names)
     masks = [True] * n if reached is None else losses.entries(reached, "reached").values()
-    reads_of_losses = [
-        _leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)
-    ]
+    reads = [_leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)]
     mean = sum(betas) / n
 
     def plan(is_decayed: bool, *reads: bool) -> Plan:
         l2 = (reads.index(True) if any(reads) else 0) if is_decayed else None
         has_buffer = [read or i == l2 for i, read in enumerate(reads)]
-        alone = sum(has_buffer) == 1
-        momenta = [mean if alone else beta for beta in betas]
+        momenta = [mean] * n if sum(has_buffer) == 1 else betas
         return Plan(tuple(m if kept else None for m, kept in zip(momenta, has_buffer, strict=True)), reads, l2)
 
-    return list(map(plan, _leaf_mask(decayed, params, "mask", like), *reads_of_losses))
+    return list(map(plan, _leaf_mask(decayed, params, "mask", like), *reads))
 
 
 def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool]:
@@ -160,28 +157,26 @@ def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[boo
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{where}: expected True or False, known before tracing; got {_describe(value)}")
     entries = {_names(path): bool(value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
-    below = defaultdict(set)
+    below = defaultdict(set)  # the values of the entries within a part of the tree
     for path, value in entries.items():
-        for length in range(len(path)):
-            below[path[:length]].add(value)
-
-    def value_at(path: tuple[Any, ...]) -> bool | None:
-        for length in range(len(path), -1, -1):
-            if path[:length] in entries:
-                return entries[path[:length]]
-        return min(below[path]) if len(below[path]) == 1 else None
-
+        for part in _prefixes(path):
+            below[part].add(value)
     leaves = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    values = {path: {entries[part] for part in _prefixes(path) if part in entries} or below[path] for path in leaves}
     parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
     ends = {_names(path) for path, _ in parts}  # of leaves, and of parts that are empty or masked out
-    within = {path[:length] for path in ends for length in range(len(path))}
-    wrong = [f"no entry for the parameter {_slashes(path)}" for path in leaves if value_at(path) is None]
+    within = {part for path in ends for part in _prefixes(path)}
+    wrong = [f"no entry for the parameter {_slashes(path)}" for path in leaves if len(values[path]) != 1]
     for path in entries:
-        if path not in within and not any(path[:length] in ends for length in range(len(path) + 1)):
+        if path not in within and not any(part in ends for part in _prefixes(path)):
             wrong.append(f"the entry {_slashes(path)} belongs to no parameter")
     if wrong:
         raise ValueError(f"{name}: {wrong[0]}")
-    return [bool(value_at(path)) for path in leaves]
+    return [min(values[path]) for path in leaves]
+
+
+def _prefixes(path: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    return [path[:length] for length in range(len(path) + 1)]
 
 
 def _names(path: Any) -> tuple[Any, ...]:
