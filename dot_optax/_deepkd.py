@@ -1,13 +1,12 @@
 """DeepKD: three momenta, for the task and for both parts of the distillation loss."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from dot_optax._momenta import _in_the_dtypes_of_params, _scale_by_learning_rate, _wide_momenta
-from dot_optax._reach import Mask
+from dot_optax._momenta import _optimizer, _wide_momenta
+from dot_optax._reach import Mask, Masks
 
 
 class DeepKDLosses(NamedTuple):
@@ -49,7 +48,7 @@ def deepkd(
     beta_non_target: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
-    reached: DeepKDLosses | tuple[Mask, Mask, Mask] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -107,5 +106,4 @@ def deepkd(
     given = DeepKDLosses(beta_task, beta_target, beta_non_target)
     defaults = (_MOMENTUM + delta for delta in _DELTAS[variant])
     betas = DeepKDLosses(*(own if beta is None else beta for beta, own in zip(given, defaults, strict=True)))
-    momenta = _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return _in_the_dtypes_of_params(optax.chain(momenta, _scale_by_learning_rate(learning_rate)))
+    return _optimizer(learning_rate, _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype))

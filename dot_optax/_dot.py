@@ -13,7 +13,6 @@ This equals `dot(0.05)`, except that `dot` also handles parameters that one loss
 of the gradients, momenta that follow schedules, and parameters of 16 bits, for which it keeps float32 buffers.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,14 +21,8 @@ import optax
 
 from dot_optax._checks import _check_scalar, _is_number
 from dot_optax._containers import LossNames, PerLoss
-from dot_optax._momenta import (
-    _in_the_dtypes_of_params,
-    _scale_by_learning_rate,
-    _wide_momenta,
-    _widest,
-    scale_by_momenta,
-)
-from dot_optax._reach import Mask
+from dot_optax._momenta import _optimizer, _wide_momenta, _widest, scale_by_momenta
+from dot_optax._reach import Mask, Masks
 
 
 def scale_by_dot(
@@ -38,7 +31,7 @@ def scale_by_dot(
     *,
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
-    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two momenta of DOT, summed: container in, tree out.
 
@@ -96,7 +89,7 @@ def dot(
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
-    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -159,11 +152,8 @@ def dot(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
-    # L2, the momenta and their sum, in float32 or wider. One rounding to the dtypes of the parameters, at the end.
-    sum_of_momenta = _wide_momenta(
-        PerLoss(beta_task, beta_kd), weight_decay, mask, reached, nesterov, accumulator_dtype
-    )
-    return _in_the_dtypes_of_params(optax.chain(sum_of_momenta, _scale_by_learning_rate(learning_rate)))
+    momenta = PerLoss(beta_task, beta_kd)
+    return _optimizer(learning_rate, _wide_momenta(momenta, weight_decay, mask, reached, nesterov, accumulator_dtype))
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
@@ -309,13 +299,10 @@ def gain_matched_sgd(
         grads, _ = LossNames.of(gain, "updates").gradients(updates, params)
 
         def add(*g: Any) -> Any:
-            return sum(
-                jnp.asarray(w, _widest(*g)) * jnp.asarray(x, _widest(*g)) for w, x in zip(loss_weights, g, strict=True)
-            )
+            dtype = _widest(*g)
+            return sum(jnp.asarray(w, dtype) * jnp.asarray(x, dtype) for w, x in zip(loss_weights, g, strict=True))
 
         return (jax.tree.map(add, *grads),)  # a container of one loss
 
     momentum = _wide_momenta((mu,), loss_weights[0] * weight_decay, mask, None, nesterov, accumulator_dtype)
-    return _in_the_dtypes_of_params(
-        optax.chain(optax.stateless(weighted_sum), momentum, _scale_by_learning_rate(learning_rate))
-    )
+    return _optimizer(learning_rate, optax.stateless(weighted_sum), momentum)

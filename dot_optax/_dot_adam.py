@@ -1,30 +1,17 @@
 """DOT for transformers: Adam with one first moment per loss, and one second moment of the summed gradient."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dot_optax import _momenta
 from dot_optax._checks import _check_scalar, _check_trainable
 from dot_optax._containers import LossNames, PerLoss
-from dot_optax._momenta import (
-    Betas,
-    Parameter,
-    _canonical_dtype,
-    _check_flag,
-    _check_params,
-    _decay_mask,
-    _in_the_dtypes_of_params,
-    _init_buffers,
-    _scale_by_learning_rate,
-    _update_parameters,
-    _widest,
-    _with_schedules,
-)
-from dot_optax._reach import Mask, Plan, _leaf_mask, _plans
+from dot_optax._momenta import Betas, _widest
+from dot_optax._reach import Mask, Masks, Plan, _leaf_mask, _plans
 
 
 class ScaleByAdamMomentaState(NamedTuple):
@@ -49,7 +36,7 @@ def scale_by_adam_momenta(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    reached: tuple[Mask, ...] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with a first moment for each of any number of losses: container in, tree out.
@@ -112,80 +99,55 @@ def scale_by_adam_momenta(
         Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, with the momenta of Zhao et al.,
         `DOT <https://arxiv.org/abs/2307.08436>`_, 2023; the combination is ours.
     """
-    return _in_the_dtypes_of_params(
-        _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov=nesterov, reached=reached, normalize=normalize)
-    )
+    momenta = _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov, reached, normalize)
+    return _momenta._in_the_dtypes_of_params(momenta)
 
 
 def _wide_adam_momenta(
-    betas: Betas,
-    b2: Any,
-    eps: Any,
-    eps_root: Any,
-    mu_dtype: Any,
-    *,
-    nesterov: bool,
-    reached: Any,
-    normalize: bool,
+    betas: Betas, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, reached: Any, normalize: bool
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_adam_momenta` with updates of 32 bits or more, so that no small decay is lost in them."""
     losses = LossNames.of(betas, "betas")
     for name, value, high in (("b2", b2, 1), ("eps", eps, jnp.inf), ("eps_root", eps_root, jnp.inf)):
         _check_scalar(name, value, 0, high)
-    _check_flag("nesterov", nesterov)
-    _check_flag("normalize", normalize)
-    mu_dtype = _canonical_dtype(mu_dtype, "mu_dtype")
+    _momenta._check_flag("nesterov", nesterov)
+    _momenta._check_flag("normalize", normalize)
+    mu_dtype = _momenta._canonical_dtype(mu_dtype, "mu_dtype")
 
-    step = functools.partial(_adam_step, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov, normalize=normalize)
+    step = functools.partial(_adam_step, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
 
     def make(*now: Any) -> optax.GradientTransformationExtraArgs:
         plan_for = functools.partial(_plans, losses, now, reached, False)
 
-        def kept(plan: list[Plan]) -> list[list[bool]]:
-            first_moments = [[leaf.reads[i] for leaf in plan] for i in range(len(now))]
-            return [*first_moments, [any(leaf.reads) for leaf in plan]]
-
         def init(params: optax.Params) -> ScaleByAdamMomentaState:
             _check_trainable(params, "params")
-            *mu, nu = kept(plan_for(params))
-            first_moments = losses.pack([_init_buffers(params, keeps, mu_dtype) for keeps in mu])
-            return ScaleByAdamMomentaState(jnp.zeros([], jnp.int32), first_moments, _init_buffers(params, nu, None))
+            *mu, nu = _momenta._kept(plan_for(params), len(now))
+            first_moments = losses.pack([_momenta._init_buffers(params, keeps, mu_dtype) for keeps in mu])
+            return ScaleByAdamMomentaState(
+                jnp.zeros([], jnp.int32), first_moments, _momenta._init_buffers(params, nu, None)
+            )
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             del extra_args
             count = optax.safe_increment(state.count)
+            rate = None if normalize else 1 - sum(now) / len(now)
+            step_now = functools.partial(step, t=count, rate=rate)
             buffers = [*losses.entries(state.mu, "state").values(), state.nu]
-            total, (*mu, nu) = _update_parameters(
-                functools.partial(step, t=count, mean=sum(now) / len(now)),
-                losses,
-                plan_for,
-                kept,
-                updates,
-                buffers,
-                params,
-            )
+            total, *mu, nu = _momenta._update_parameters(step_now, losses, plan_for, updates, buffers, params)
             return total, ScaleByAdamMomentaState(count, losses.pack(mu), nu)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    return _with_schedules(make, losses, betas)
+    return _momenta._with_schedules(make, losses, betas)
 
 
 def _adam_step(
-    parameter: Parameter,
-    *,
-    t: Any,
-    mean: Any,
-    b2: Any,
-    eps: Any,
-    eps_root: Any,
-    nesterov: bool,
-    normalize: bool,
-) -> tuple[Any, list[Any]]:
+    plan: Plan, grads: Any, buffers: Any, _: Any, *, t: Any, rate: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool
+) -> list[Any]:
     """The update of one parameter, and its new moments: those of each loss, and the second one."""
-    plan, grads, (*mu, nu), _ = parameter
+    *mu, nu = buffers
     if not any(plan.reads):
-        return jnp.zeros_like(grads[0]), [*mu, nu]
+        return [jnp.zeros_like(grads[0]), *buffers]
     dtype = _widest(*grads, *mu, nu)
 
     def corrected(x: Any, decay: Any, count: Any) -> Any:
@@ -196,16 +158,16 @@ def _adam_step(
         if beta is None:
             continue
         g = jnp.asarray(grads[i], dtype)
-        rate = jnp.asarray(1 - (beta if normalize else mean), dtype)
-        m = rate * g + jnp.asarray(beta, dtype) * mu[i].astype(dtype)
+        factor = jnp.asarray(1 - beta if rate is None else rate, dtype)
+        m = factor * g + jnp.asarray(beta, dtype) * mu[i].astype(dtype)
         m_hat = corrected(m, beta, t)
         if nesterov:
-            m_hat = jnp.asarray(beta, dtype) * corrected(m, beta, t + 1) + rate * corrected(g, beta, t)
+            m_hat = jnp.asarray(beta, dtype) * corrected(m, beta, t + 1) + factor * corrected(g, beta, t)
         numerator, total = numerator + m_hat, total + g
         mu[i] = m.astype(mu[i].dtype)
     new_nu = jnp.asarray(1 - b2, dtype) * jnp.square(jnp.abs(total)) + jnp.asarray(b2, dtype) * nu.astype(dtype)
     root = jnp.sqrt(corrected(new_nu, b2, t) + jnp.asarray(eps_root, dtype))
-    return numerator / (root + jnp.asarray(eps, dtype)), [*mu, new_nu.astype(nu.dtype)]
+    return [numerator / (root + jnp.asarray(eps, dtype)), *mu, new_nu.astype(nu.dtype)]
 
 
 def scale_by_dot_adam(
@@ -217,7 +179,7 @@ def scale_by_dot_adam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with the two momenta of DOT: container in, tree out.
@@ -260,16 +222,9 @@ def scale_by_dot_adam(
     References:
         As `scale_by_adam_momenta`.
     """
-    return scale_by_adam_momenta(
-        PerLoss(beta_task, beta_kd),
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        nesterov=nesterov,
-        reached=reached,
-        normalize=normalize,
-    )
+    betas = PerLoss(beta_task, beta_kd)
+    momenta = _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov, reached, normalize)
+    return _momenta._in_the_dtypes_of_params(momenta)
 
 
 def dot_adamw(
@@ -284,7 +239,7 @@ def dot_adamw(
     mask: Mask | None = None,
     *,
     nesterov: bool = False,
-    reached: PerLoss | tuple[Mask, Mask] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""DOT for transformers: AdamW with a first moment for each loss and one second moment.
@@ -337,30 +292,26 @@ def dot_adamw(
         Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019, and
         as `scale_by_adam_momenta`.
     """
-    betas, options = PerLoss(beta_task, beta_kd), {"nesterov": nesterov, "reached": reached, "normalize": normalize}
-    chain = optax.chain(
-        _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, **options),
-        _add_decayed_weights(weight_decay, mask),
-        _scale_by_learning_rate(learning_rate),
-    )
-    return _in_the_dtypes_of_params(chain)
+    betas = PerLoss(beta_task, beta_kd)
+    momenta = _wide_adam_momenta(betas, b2, eps, eps_root, mu_dtype, nesterov, reached, normalize)
+    return _momenta._optimizer(learning_rate, momenta, _add_decayed_weights(weight_decay, mask))
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Mask | None) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` whose mask is one of ours; it adds in 32 bits or more."""
-    decayed = _decay_mask(weight_decay, mask)
+    decayed = _momenta._decay_mask(weight_decay, mask)
     if decayed is False:
         return optax.identity()
 
     def add(updates: Any, params: Any) -> Any:
-        _check_params(params, decayed)
+        _momenta._check_params(params, decayed)
 
         def leaf(u: Any, p: Any, is_decayed: bool) -> Any:
             dtype = _widest(u, p)
             decay = jnp.asarray(weight_decay, dtype) * jnp.asarray(p, dtype)
             return u.astype(dtype) + decay if is_decayed else u
 
-        leaves, treedef = jax.tree.flatten(updates)
-        return treedef.unflatten(map(leaf, leaves, jax.tree.leaves(params), _leaf_mask(decayed, params, "mask")))
+        is_decayed = jax.tree.structure(params).unflatten(_leaf_mask(decayed, params, "mask"))
+        return jax.tree.map(leaf, updates, params, is_decayed)
 
     return optax.stateless(add)

@@ -11,7 +11,7 @@ import optax
 
 from dot_optax._checks import LOOKS_SINGLE, _check_scalar, _check_trainable, _describe, _is_number
 from dot_optax._containers import LossNames, _same_structure
-from dot_optax._reach import Mask, Plan, _plans
+from dot_optax._reach import Mask, Masks, Plan, _plans
 
 # A momentum for each loss: numbers, scalar arrays, or schedules from the number of updates so far.
 Betas = tuple[optax.ScalarOrSchedule, ...] | Mapping[Any, optax.ScalarOrSchedule]
@@ -22,7 +22,7 @@ def scale_by_momenta(
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
-    reached: tuple[Mask, ...] | Mapping[Any, Mask] | None = None,
+    reached: Masks = None,
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,19 +100,16 @@ def _wide_momenta(
     def make(*now: Any) -> optax.GradientTransformationExtraArgs:
         plan_for = functools.partial(_plans, losses, now, reached, decayed)
 
-        def kept(plan: list[Plan]) -> list[list[bool]]:
-            return [[leaf.momenta[i] is not None for leaf in plan] for i in range(len(now))]
-
         def init(params: optax.Params) -> Any:
             _check_trainable(params, "params")
-            traces = [_init_buffers(params, keeps, buffer_dtype) for keeps in kept(plan_for(params))]
-            return losses.pack([optax.TraceState(trace) for trace in traces])
+            *kept, _ = _kept(plan_for(params), len(now))
+            return losses.pack([optax.TraceState(_init_buffers(params, keeps, buffer_dtype)) for keeps in kept])
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             del extra_args
             _check_params(params, decayed)
             traces = [entry.trace for entry in losses.entries(state, "state").values()]
-            total, traces = _update_parameters(step, losses, plan_for, kept, updates, traces, params)
+            total, *traces = _update_parameters(step, losses, plan_for, updates, traces, params)
             return total, losses.pack([optax.TraceState(trace) for trace in traces])
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -120,9 +117,8 @@ def _wide_momenta(
     return _with_schedules(make, losses, betas)
 
 
-def _momentum_step(parameter: "Parameter", *, weight_decay: Any, nesterov: bool) -> tuple[Any, list[Any]]:
+def _momentum_step(plan: Plan, grads: Any, buffers: Any, theta: Any, *, weight_decay: Any, nesterov: bool) -> list[Any]:
     """The update of one parameter, and its new buffers: v_i <- g_i + beta_i v_i for each loss i, u = sum_i v_i."""
-    plan, grads, buffers, theta = parameter
     dtype = _widest(*grads, *buffers)
     total, new_buffers = None, list(buffers)
     for i, beta in enumerate(plan.momenta):
@@ -136,16 +132,13 @@ def _momentum_step(parameter: "Parameter", *, weight_decay: Any, nesterov: bool)
         u = g + beta * v if nesterov else v
         total = u if total is None else total + u
         new_buffers[i] = v.astype(buffers[i].dtype)
-    return jnp.zeros_like(grads[0]) if total is None else total, new_buffers
+    return [jnp.zeros_like(grads[0]) if total is None else total, *new_buffers]
 
 
-class Parameter(NamedTuple):
-    """What a step knows of one parameter: its plan, each loss's gradient, its buffers, and its value if that is given."""
-
-    plan: Plan
-    grads: list[Any]
-    buffers: list[Any]
-    value: Any
+def _kept(plans: Sequence[Plan], n: int) -> list[list[bool]]:
+    """For each of n losses, and last for what they share: at which parameters a buffer is kept."""
+    of_losses = [[plan.momenta[i] is not None for plan in plans] for i in range(n)]
+    return [*of_losses, [any(plan.reads) for plan in plans]]
 
 
 def _init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
@@ -164,19 +157,13 @@ def _init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
 
 
 def _update_parameters(
-    step: Callable[[Parameter], tuple[Any, list[Any]]],
-    losses: LossNames,
-    plan_for: Callable[..., list[Plan]],
-    kept: Callable[[list[Plan]], list[list[bool]]],
-    updates: Any,
-    buffers: list[Any],
-    params: Any,
-) -> tuple[Any, list[Any]]:
-    """The update, and the new buffers, from one `step` for each parameter."""
+    step: Callable[..., Any], losses: LossNames, plan_for: Callable[..., Any], updates: Any, buffers: Any, params: Any
+) -> list[Any]:
+    """The update, and then the new buffers, from one `step(plan, gradients, buffers, value)` for each parameter."""
     grads, _ = losses.gradients(updates, params)
     leaves, treedef = jax.tree.flatten(grads[0])
     plan = plan_for(params, grads[0])
-    for tree, keeps in zip(buffers, kept(plan), strict=True):
+    for tree, keeps in zip(buffers, _kept(plan, len(grads)), strict=False):
         expected = treedef.unflatten([g if keep else optax.MaskedNode() for g, keep in zip(leaves, keeps, strict=True)])
         if _shapes(tree) != _shapes(expected):
             hint = "" if _same_structure(grads[0], params) else f"; {LOOKS_SINGLE}"
@@ -186,20 +173,13 @@ def _update_parameters(
             )
     values = [None] * len(plan) if params is None else jax.tree.leaves(params)
     columns = [*map(jax.tree.leaves, grads), *map(treedef.flatten_up_to, buffers)]
-    results = []
-    for leaf, value, *row in zip(plan, values, *columns, strict=True):
-        update, new_buffers = step(Parameter(leaf, row[: len(grads)], row[len(grads) :], value))
-        results.append([update, *new_buffers])
-    trees = [treedef.unflatten(column) for column in zip(*results, strict=True)] or [grads[0], *buffers]
-    return trees[0], trees[1:]
+    n = len(grads)
+    results = [step(leaf, row[:n], row[n:], value) for leaf, value, *row in zip(plan, values, *columns, strict=True)]
+    return [treedef.unflatten(column) for column in zip(*results, strict=True)] or [grads[0], *buffers]
 
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _widest(*arrays: Any) -> Any:
@@ -207,7 +187,7 @@ def _widest(*arrays: Any) -> Any:
 
     Without promoting: `jax.numpy_dtype_promotion("strict")` forbids that for 16 bits.
     """
-    dtypes = [jnp.result_type(x) for x in arrays if not _is_masked(x)]
+    dtypes = [jnp.result_type(x) for x in arrays if not isinstance(x, optax.MaskedNode)]
     return max([*dtypes, jnp.dtype(jnp.float32)], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
@@ -249,11 +229,11 @@ def _with_schedules(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate`, which would take a string, a bool or an array of any shape."""
-    if not callable(learning_rate):
+def _optimizer(learning_rate: optax.ScalarOrSchedule, *steps: optax.GradientTransformation) -> Any:
+    """Chains the steps and the learning rate: all in float32 or wider, and one rounding to the dtypes of parameters."""
+    if not callable(learning_rate):  # `optax.scale_by_learning_rate` would take a string, a bool or any array
         _check_scalar("learning_rate", learning_rate)
-    return optax.scale_by_learning_rate(learning_rate)
+    return _in_the_dtypes_of_params(optax.chain(*steps, optax.scale_by_learning_rate(learning_rate)))
 
 
 def _in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
