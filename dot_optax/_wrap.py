@@ -70,10 +70,10 @@ def wrap(
 
     # What `update` below was given, for the calls of `update_inner` that it makes by way of the wrapper. A context
     # variable, because keywords do not reach SAM's inner optimizer, and leak into the predicates of users.
-    current: contextvars.ContextVar[_GradientsOfSums] = contextvars.ContextVar("gradients of sums")
+    current: contextvars.ContextVar[tuple[Any, Any]] = contextvars.ContextVar("the sum and the gradients")
 
     def update_inner(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        grads = container.pack(current.get().grads_of(updates))
+        grads = container.pack(_grads_of(updates, *current.get()))
         total, state = inner.update(grads, state, params, **extra_args)
         return _check_tree(total, updates), state
 
@@ -85,7 +85,7 @@ def wrap(
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:
         grads, _ = container.gradients(updates, _params_in_state(outer.init, state) if params is None else params)
         total = _sum_like(grads, params)
-        token = current.set(_GradientsOfSums(total, grads))
+        token = current.set((total, grads))
         try:
             return outer.update(total, state, params, **extra_args)
         finally:
@@ -100,26 +100,19 @@ def _check_tree(total: Any, like: Any) -> Any:
     return total
 
 
-class _GradientsOfSums:
-    """The gradient of each loss, looked up by the arrays of the summed gradient that a wrapper passes on.
+def _grads_of(updates: Any, total: Any, grads: Sequence[Any]) -> list[Any]:
+    """The gradient of each loss, a tree of the structure of `updates`, whose arrays are those of the summed gradient.
 
     They are found by identity, since a wrapper may drop some of the arrays or put them in another tree.
     """
-
-    def __init__(self, total: Any, grads: Sequence[Any]):
-        sums = jax.tree.leaves(total)
-        # The sums are kept: an id is only unique as long as its object lives.
-        self._entries = dict(zip(map(id, sums), zip(sums, *map(jax.tree.leaves, grads), strict=True), strict=True))
-        self._count = len(grads)
-
-    def grads_of(self, updates: Any) -> list[Any]:
-        """The gradient of each loss, a tree of the structure of `updates`."""
-        if not all(id(leaf) in self._entries for leaf in jax.tree.leaves(updates)):
-            raise ValueError(
-                "wrap: the wrapper changed the summed gradient, so that the losses cannot be told apart. Put it inside "
-                "per_loss(...) or joint(...), or use it without wrap; return optax.MultiSteps, not what it converts to"
-            )
-        return [jax.tree.map(lambda leaf, i=i: self._entries[id(leaf)][i], updates) for i in range(1, self._count + 1)]
+    ids = map(id, jax.tree.leaves(total))
+    found = dict(zip(ids, zip(*map(jax.tree.leaves, grads), strict=True), strict=True))
+    if not all(id(leaf) in found for leaf in jax.tree.leaves(updates)):
+        raise ValueError(
+            "wrap: the wrapper changed the summed gradient, so that the losses cannot be told apart. Put it inside "
+            "per_loss(...) or joint(...), or use it without wrap; return optax.MultiSteps, not what it converts to"
+        )
+    return [jax.tree.map(lambda leaf, i=i: found[id(leaf)][i], updates) for i in range(len(grads))]
 
 
 def _accumulated(
