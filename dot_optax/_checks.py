@@ -3,20 +3,19 @@
 All run on shapes, dtypes and structures, so that they cost nothing in compiled code and work on tracers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr
 
 LOOKS_SINGLE = (
     "this looks like one gradient tree instead of one per loss: take the gradients with dot_optax.value_and_grads, "
     "or pass PerLoss(task_grads, kd_grads)"
 )
-
-
 SPLIT_OFF = "split it off, for example with equinox.partition(model, equinox.is_inexact_array) or nnx.split"
 
 
@@ -26,8 +25,12 @@ def _describe(value: Any) -> str:
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (tuple, list, Mapping)):
         keys = getattr(value, "_fields", list(value) if isinstance(value, Mapping) else [])
-        return f"a {type(value).__name__} of {len(value)}{': ' * bool(keys)}{', '.join(map(repr, keys))}"
+        return f"a {type(value).__name__} of {len(value)}{': ' * bool(keys)}{_listed(keys)}"
     return f"{value!r:.60}".partition("\n")[0]
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _check_transformation(tx: Any, where: str) -> optax.GradientTransformationExtraArgs:
@@ -41,7 +44,7 @@ def _check_scalar(name: str, value: Any, low: float = -np.inf, high: float = np.
     if _is_number(value):
         if not low <= value < high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {value}")
-    elif np.shape(value) or _kind(value) is jnp.complexfloating or not jnp.issubdtype(_dtype(value), jnp.number):
+    elif np.shape(value) or _kind(value, (jnp.floating, jnp.integer)) is None:
         raise TypeError(f"{name} must be a number or a scalar array, got {_describe(value)}")
 
 
@@ -50,30 +53,23 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def _kind(leaf: Any) -> Any:
-    """`jnp.floating` or `jnp.complexfloating` for an array or a number of this kind, abstract or not; else None."""
-    kinds = (jnp.floating, jnp.complexfloating)
-    return next((k for k in kinds if jnp.issubdtype(_dtype(leaf), k)), None)
-
-
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else type(leaf)
+def _kind(leaf: Any, kinds: tuple[Any, ...] = (jnp.floating, jnp.complexfloating)) -> Any:
+    """Which of these kinds of number an array or a number is, abstract or not; None if it is of another."""
+    dtype = getattr(leaf, "dtype", type(leaf))
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
 
 
 def _check_trainable(tree: Any, what: str) -> None:
     """Raises where a tree has something else than arrays and numbers that have a gradient."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree.leaves_with_path(tree):
         if _kind(leaf) is None:
-            path = jax.tree_util.keystr(path)
+            path = keystr(path)
             raise TypeError(f"{what}{path} must be floating point or complex, got {_describe(leaf)}; {SPLIT_OFF}")
 
 
-def _check_like(tree: Any, reference: Any, name: str, what: str = "params", hint: str = "") -> None:
+def _check_like(tree: Any, reference: Any, name: str, what: str, hint: str) -> None:
     """Raises where `tree` differs from `reference` in structure, shape or kind of number; dtypes may differ in size."""
-    found, wanted = (
-        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
-        for t in (tree, reference)
-    )
+    found, wanted = ({keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, reference))
     for path in wanted | found:
         leaf, like = (_describe(leaves[path]) if path in leaves else "no leaf" for leaves in (found, wanted))
         if (path in found) != (path in wanted) or _form(found[path]) != _form(wanted[path]) or not _form(found[path]):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dot_optax._checks import LOOKS_SINGLE, _check_like, _describe
+from dot_optax._checks import LOOKS_SINGLE, _check_like, _describe, _listed
 
 
 class PerLoss(NamedTuple):
@@ -89,7 +89,7 @@ class LossNames:
             keys = tuple(found)  # a NamedTuple for losses without names
         if keys is not None:
             return {key: found[key] for key in keys}
-        by_name = f"a mapping with the keys {', '.join(map(repr, self.names))}"
+        by_name = f"a mapping with the keys {_listed(self.names)}"
         in_order = f", or a {n}-tuple in this order" if self.ordered else ""
         per_loss = "PerLoss(task=..., kd=...), " if self.names == PerLoss._fields else ""
         raise _mismatch(what, per_loss + by_name + in_order, container, _hint(container, params))
@@ -102,17 +102,15 @@ class LossNames:
             entries = {key: updates[key] for key in entries}
         reference, what = (next(iter(entries.values())), "the first loss") if params is None else (params, "params")
         for key, entry in entries.items():
-            _check_like(entry, reference, f"updates{_entry_name(updates, key)}", what, _hint(updates, params))
+            name = f"updates.{key}" if hasattr(updates, "_fields") else f"updates[{key!r}]"
+            _check_like(entry, reference, name, what, _hint(updates, params))
         rebuild = _entries_by_key(updates)[1]
         return list(entries.values()), lambda new: rebuild(dict(zip(entries, new, strict=True)))
 
 
 def _key_of(entry: Any) -> Any:
     """The plain key, name or index of one entry of a JAX key path."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return str(entry)
+    return next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), str(entry))
 
 
 def _entries_by_key(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[Any, Any]], Any]]:
@@ -123,10 +121,6 @@ def _entries_by_key(container: Any) -> tuple[dict[Any, Any], Callable[[Mapping[A
     paths, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
     found = {_key_of(path[0]): child for path, child in paths if path and isinstance(container, (tuple, Mapping))}
     return found, lambda new: treedef.unflatten([new[key] for key in found])
-
-
-def _entry_name(container: Any, key: Any) -> str:
-    return f".{key}" if hasattr(container, "_fields") else f"[{key!r}]"
 
 
 def _same_structure(tree: Any, params: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from dot_optax._checks import _listed
 from dot_optax._momenta import _optimizer, _wide_momenta
 from dot_optax._reach import Mask, Masks
 
@@ -102,7 +103,7 @@ def deepkd(
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
     """
     if variant not in _DELTAS:
-        raise ValueError(f"deepkd: variant must be one of {', '.join(map(repr, _DELTAS))}, got {variant!r}")
+        raise ValueError(f"deepkd: variant must be one of {_listed(_DELTAS)}, got {variant!r}")
     given = DeepKDLosses(beta_task, beta_target, beta_non_target)
     defaults = (_MOMENTUM + delta for delta in _DELTAS[variant])
     betas = DeepKDLosses(*(own if beta is None else beta for beta, own in zip(given, defaults, strict=True)))

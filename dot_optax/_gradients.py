@@ -123,13 +123,11 @@ def _differentiated(argnums: Any, args: Sequence[Any], where: str) -> list[int]:
     return positions
 
 
-def _check_no_nnx_module(tree: Any, what: str, instead: str) -> None:
-    nnx = getattr(sys.modules.get("flax"), "nnx", None)  # imported by any program that has one of its modules
-    is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else (lambda x: False)
-    if any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module))):
-        raise TypeError(
-            f"{what}: a Flax NNX module goes to dot_optax.nnx.{instead}, since a pytree cannot hold its ties"
-        )
+def _check_no_nnx_module(tree: Any, what: str, name: str) -> None:
+    flax_nnx = getattr(sys.modules.get("flax"), "nnx", None)  # imported by any program that has one of its modules
+    module = getattr(flax_nnx, "Module", ())
+    if any(isinstance(x, module) for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, module))):
+        raise TypeError(f"{what}: a Flax NNX module goes to dot_optax.nnx.{name}, since a pytree cannot hold its ties")
 
 
 def _split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
@@ -138,14 +136,11 @@ def _split_losses(output: Any, has_aux: bool, where: str) -> tuple[Any, Any]:
         raise TypeError(f"{where}: with has_aux, loss_fn must return (losses, aux), got {_describe(output)}")
     losses, aux = output if has_aux else (output, None)
     entries, rebuild = _entries_by_key(losses)
-    wrong = {key: loss for key, loss in entries.items() if _kind(loss) is not jnp.floating or np.shape(loss)}
-    if wrong or not entries:
-        key, found = next(iter(wrong.items()), (None, losses))
-        remedy = (
-            "reduce it, as by jnp.mean (has_aux=True if it is no loss)" if wrong else "return them apart, in a tuple"
-        )
-        raise TypeError(
-            f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...); got "
-            f"{_describe(found)}{f' for the loss {key!r}' if wrong else ''}: {remedy}"
-        )
+    expected = f"{where}: loss_fn must return one real scalar per loss, such as PerLoss(task=..., kd=...); got"
+    if not entries:
+        raise TypeError(f"{expected} {_describe(losses)}: return them apart, in a tuple")
+    for key, loss in entries.items():
+        if _kind(loss) is not jnp.floating or np.shape(loss):
+            remedy = "reduce it, as by jnp.mean (has_aux=True if it is no loss)"
+            raise TypeError(f"{expected} {_describe(loss)} for the loss {key!r}: {remedy}")
     return rebuild({key: jnp.asarray(loss) for key, loss in entries.items()}), aux

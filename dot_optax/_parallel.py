@@ -70,7 +70,7 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params, extra_args
         varies = _varying_axes(jax.lax.axis_index(axis_name))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        for path, leaf in jax.tree.leaves_with_path(updates):
             if not varies <= _varying_axes(leaf):
                 raise ValueError(
                     f"average_over({axis_name!r}): the update{jax.tree_util.keystr(path)} is the same on all devices: take "

@@ -152,18 +152,18 @@ def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[boo
         if params is None:
             raise ValueError(f"{name} is a function of the parameters: call update(grads, state, params)")
         mask = mask(params)
-    for path, value in jax.tree_util.tree_leaves_with_path(mask):
+    for path, value in jax.tree.leaves_with_path(mask):
         if not _is_tree_of_bools(value):
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{where}: expected True or False, known before tracing; got {_describe(value)}")
-    entries = {_names(path): bool(value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    entries = {_names(path): bool(value) for path, value in jax.tree.leaves_with_path(mask)}
     below = defaultdict(set)  # the values of the entries within a part of the tree
     for path, value in entries.items():
         for part in _prefixes(path):
             below[part].add(value)
-    leaves = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = [_names(path) for path, _ in jax.tree.leaves_with_path(tree)]
     values = {path: {entries[part] for part in _prefixes(path) if part in entries} or below[path] for path in leaves}
-    parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
+    parts = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
     ends = {_names(path) for path, _ in parts}  # of leaves, and of parts that are empty or masked out
     within = {part for path in ends for part in _prefixes(path)}
     wrong = [f"no entry for the parameter {_slashes(path)}" for path in leaves if len(values[path]) != 1]

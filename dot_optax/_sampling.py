@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dot_optax._checks import _describe
+from dot_optax._checks import _describe, _listed
 from dot_optax._containers import LossNames, PerLoss, _entries_by_key
 from dot_optax._gradients import Argnums, LossFn, _differentiated, _forward, _output, _split_losses
 from dot_optax._reach import _leaf_mask
 
 Periods = Mapping[Any, int] | tuple[int, ...]
+Offsets = Mapping[Any, int] | None
 
 _LONGEST = 2**16  # steps until all periods start together again
 
@@ -37,15 +38,7 @@ class Sampled:
         functools.update_wrapper(self, loss_fn, updated=())
         vars(self).pop("__wrapped__")  # by which `jax.jit` would number the arguments: those of `loss_fn` have no step
         self._form, self._loss_fn, self._argnums, self._has_aux = form, loss_fn, argnums, has_aux
-        given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
-        if not given:
-            raise TypeError(
-                f"{form}: periods must be a mapping, such as {{'kd': 4}}, or a tuple; got {_describe(periods)}"
-            )
-        for name, period in given.items():
-            what = name if name == "period" else f"periods[{name!r}]"
-            if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
-                raise TypeError(f"{form}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
+        given = _periods_by_name(form, periods)
         self._given, self._in_order = list(given), isinstance(periods, tuple)
         self._periods = {name: int(period) for name, period in given.items() if period > 1}
         due_at = {name: i % period for i, (name, period) in enumerate(self._periods.items())}
@@ -53,7 +46,7 @@ class Sampled:
             raise TypeError(f"{form}: offsets must be a mapping, such as {{'kd': 1}}; got {_describe(offsets)}")
         for name, offset in (offsets or {}).items():
             if name not in given:
-                raise ValueError(f"{form}: offsets has {name!r}, but periods has {', '.join(map(repr, given))}")
+                raise ValueError(f"{form}: offsets has {name!r}, but periods has {_listed(given)}")
             if not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
                 raise ValueError(
                     f"{form}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
@@ -137,9 +130,7 @@ class Sampled:
         keys |= dict(zip(known, known, strict=True))
         for name in self._given:
             if name not in keys:
-                raise ValueError(
-                    f"{self._form}: periods has {name!r}, but the losses are {', '.join(map(repr, known))}"
-                )
+                raise ValueError(f"{self._form}: periods has {name!r}, but the losses are {_listed(known)}")
         return keys, dict.fromkeys(known, 1) | {keys[name]: period for name, period in self._periods.items()}
 
     def _switch(self, position: Any, branch: Callable[[Sequence[Any]], Any]) -> Any:
@@ -150,13 +141,24 @@ class Sampled:
         return jax.lax.switch(kind, [functools.partial(branch, due) for due in self._kinds])
 
 
+def _periods_by_name(form: str, periods: Any) -> Mapping[Any, Any]:
+    given = periods if isinstance(periods, Mapping) else _entries_by_key(periods)[0]
+    if not given:
+        raise TypeError(f"{form}: periods must be a mapping, such as {{'kd': 4}}, or a tuple; got {_describe(periods)}")
+    for name, period in given.items():
+        what = name if name == "period" else f"periods[{name!r}]"
+        if not isinstance(period, (int, np.integer)) or isinstance(period, bool) or period < 1:
+            raise TypeError(f"{form}: {what} must be a whole number of steps, 1 or more; got {_describe(period)}")
+    return given
+
+
 def _at(table: Sequence[Any], index: Any) -> Any:
     """An entry of a table; the index may be traced."""
     return table[index] if isinstance(index, int) else jnp.array(table)[index]
 
 
 def sampled_losses(
-    loss_fn: LossFn, periods: Periods, *, offsets: Periods | None = None, argnums: Argnums = 0, has_aux: bool = False
+    loss_fn: LossFn, periods: Periods, *, offsets: Offsets = None, argnums: Argnums = 0, has_aux: bool = False
 ) -> Sampled:
     r"""`value_and_grads` that takes each loss only at every k-th step, with k times its gradient; zeros elsewhere.
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dot_optax import _gradients, _reach, _sampling
 from dot_optax._gradients import Argnums, LossFn
-from dot_optax._sampling import Periods, Sampled
+from dot_optax._sampling import Offsets, Periods, Sampled
 
 __all__ = ["reached", "sampled_difference", "sampled_examples", "sampled_losses", "value_and_grads"]
 
@@ -77,7 +77,7 @@ def value_and_grads(
 
 
 def sampled_losses(
-    loss_fn: LossFn, periods: Periods, *, offsets: Periods | None = None, has_aux: bool = False, wrt: Filter = nnx.Param
+    loss_fn: LossFn, periods: Periods, *, offsets: Offsets = None, has_aux: bool = False, wrt: Filter = nnx.Param
 ) -> Sampled:
     r"""`dot_optax.sampled_losses` for a function of a Flax NNX module: each loss at every k-th step only.
 

@@ -30,7 +30,7 @@ def _docstrings(tree):
 
 def _checks(node):
     if isinstance(node, ast.FunctionDef):
-        return node.name.lstrip("_").startswith("check") or node.name in ("_mismatch", "_hint", "_entry_name")
+        return node.name.lstrip("_").startswith("check") or node.name in ("_mismatch", "_hint")
     if isinstance(node, (ast.If, ast.ExceptHandler)):
         return isinstance(node.body[-1], ast.Raise) and not getattr(node, "orelse", None)
     return isinstance(node, ast.Raise)
