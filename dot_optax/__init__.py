@@ -5,7 +5,7 @@ Their parts:       `scale_by_dot`, `scale_by_dot_adam`; for any number of losses
 Their momenta:     `betas`, `gains`
 Gradients:         `value_and_grads`, `reached`; for Flax NNX those of `dot_optax.nnx`
 ... sampled:       `sampled_losses`, `sampled_examples`, `sampled_difference`: fewer teacher calls and backward passes
-Losses:            `losses.kd_loss`
+Losses:            `losses`: of logits (`losses.kd_loss` and relatives), of large vocabularies, of features
 Algebra of losses: `PerLoss`, `DeepKDLosses`, `per_loss`, `joint`, `sum_losses`, `wrap`
 Many devices:      `average_over`
 

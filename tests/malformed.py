@@ -297,6 +297,8 @@ LEAVES = [
     )
 ]
 
+_LOGITS = (jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+
 LOSSES = [
     Malformed("a loss that is no function", _value_and_grads(3), "'int' object is not callable"),
     Malformed("one summed loss", _value_and_grads(lambda x: x**2), _ONE_SCALAR + r"an array of shape \(\)"),
@@ -358,6 +360,92 @@ LOSSES = [
         "reached of a whole parameter",
         lambda: dot_optax.reached(lambda p: (p["n"], p["n"]), {"n": 1}),
         r"reached: params\['n'\] must be floating point or complex",
+    ),
+    *(
+        Malformed(
+            f"{name}: other shapes",
+            lambda name=name, args=args: getattr(dot_optax.losses, name)(jnp.zeros((2, 3)), jnp.zeros((2, 4)), *args),
+            r"same shape .* got \(2, 3\) and \(2, 4\)",
+        )
+        for name, args in (
+            *((name, ()) for name in ("reverse_kl_loss", "jeffreys", "jsd_loss", "skew_kl_loss", "bernoulli_kd_loss")),
+            *((name, (jnp.zeros(2, int),)) for name in ("tckd_loss", "nckd_loss", "dkd_loss", "deepkd_losses")),
+            ("dist_loss", ()),
+            ("chunked_kd_loss", ()),
+        )
+    ),
+    *(
+        Malformed(
+            f"{name} of two classes",
+            lambda name=name: getattr(dot_optax.losses, name)(*[jnp.zeros((2, 2))] * 2, jnp.zeros(2, int)),
+            "with three classes or more",
+        )
+        for name in ("nckd_loss", "dkd_loss", "deepkd_losses")
+    ),
+    *(
+        Malformed(
+            f"dkd_loss: labels {what}",
+            lambda labels=labels: dot_optax.losses.dkd_loss(*[jnp.zeros((2, 3))] * 2, labels),
+            r"labels must be integers of shape \(2,\), one per example; got ",
+        )
+        for what, labels in (
+            ("as probabilities", jnp.zeros((2, 3))),
+            ("of other examples", jnp.zeros(3, int)),
+            ("as floats", jnp.zeros(2)),
+        )
+    ),
+    *(
+        Malformed(what, call, says)
+        for what, call, says in (
+            ("jsd_loss: beta 2", lambda: dot_optax.losses.jsd_loss(*_LOGITS, beta=2), r"beta must be in \[0, 1\)"),
+            ("jsd_loss: beta as a string", lambda: dot_optax.losses.jsd_loss(*_LOGITS, beta="x"), "beta must be a num"),
+            ("skew_kl_loss: alpha 1", lambda: dot_optax.losses.skew_kl_loss(*_LOGITS, alpha=1.0), "alpha must be in"),
+            (
+                "standardize_logits of whole numbers",
+                lambda: dot_optax.losses.standardize_logits(jnp.arange(3)),
+                "float",
+            ),
+            ("top_k_mask: k 0", lambda: dot_optax.losses.top_k_mask(_LOGITS[0], jnp.zeros(2, int), 0), "k must be in"),
+            ("dkd_warmup: no epochs", lambda: dot_optax.losses.dkd_warmup(10, 0), "epochs must be in"),
+            ("dkd_warmup: no steps", lambda: dot_optax.losses.dkd_warmup(0), "steps_per_epoch must be in"),
+            ("top_k_schedule: backwards", lambda: dot_optax.losses.top_k_schedule(10, 5, 5), "end must be in"),
+            ("top_k_schedule: two classes", lambda: dot_optax.losses.top_k_schedule(2, 0, 5), "num_classes must be"),
+            (
+                "chunked_kd_loss: chunks of nothing",
+                lambda: dot_optax.losses.chunked_kd_loss(*_LOGITS, chunk_size=0),
+                "chunk_size must be in",
+            ),
+            (
+                "chunked_kd_loss: numbers as where",
+                lambda: dot_optax.losses.chunked_kd_loss(*_LOGITS, where=jnp.ones((2, 1))),
+                "where must be bools",
+            ),
+            (
+                "chunked_kd_loss: a kernel of another width",
+                lambda: dot_optax.losses.chunked_kd_loss(*_LOGITS, student_kernel=jnp.zeros((4, 3))),
+                r"\(2, 3\).*\(4, 3\)|got \(3,\) and \(4,\)",
+            ),
+            (
+                "chunked_kd_loss: other vocabularies",
+                lambda: dot_optax.losses.chunked_kd_loss(*_LOGITS, student_kernel=jnp.zeros((3, 50))),
+                r"same shape .* got \(2, 50\) and \(2, 3\)",
+            ),
+            (
+                "top_k_kd_loss: another remainder",
+                lambda: dot_optax.losses.top_k_kd_loss(*_LOGITS, jnp.zeros((2, 3), int), remainder="none"),
+                "remainder must be 'other' or 'zero', got 'none'",
+            ),
+            (
+                "top_k_kd_loss: indices of another shape",
+                lambda: dot_optax.losses.top_k_kd_loss(*_LOGITS, jnp.zeros((2, 2), int)),
+                r"teacher_log_probs and teacher_indices must have .* got \(2, 3\) and \(2, 2\)",
+            ),
+            (
+                "top_k_kd_loss: other tokens",
+                lambda: dot_optax.losses.top_k_kd_loss(_LOGITS[0], jnp.zeros((4, 3)), jnp.zeros((4, 3), int)),
+                r"must have the same shape \[..., k\] beside logits of shape \(2, 3\)",
+            ),
+        )
     ),
     *(
         Malformed(

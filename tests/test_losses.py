@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from dot_optax import losses
 from tests.reference import losses as reference
+from tests.tiers import slow_but
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -209,7 +211,9 @@ def test_an_offset_of_all_logits_changes_nothing(offset):
     np.testing.assert_allclose(losses.kd_loss(student + offset, teacher, 4.0), plain, rtol=10 * 6e-8 * offset / 1e-2)
 
 
-NAMES = tuple(reference.STATEMENTS)
+VARIANTS = {"jsd_loss, beta 0.1", "jsd_loss, beta 0.9", "skew_kl_loss, alpha 0.9", "deepkd_losses, summed"}
+NAMES = slow_but(reference.STATEMENTS, *set(reference.STATEMENTS) - VARIANTS)
+FEW_NAMES = slow_but(reference.STATEMENTS, "kd_loss", "jsd_loss, beta 0.5", "dkd_loss", "top_k_kd_loss")
 OF_LABELS = ("tckd_loss", "nckd_loss", "dkd_loss", "deepkd_losses")
 WITH_WHERE = {
     "kd_loss": losses.kd_loss,
@@ -231,7 +235,7 @@ WITH_WHERE = {
 NEAR, MIDDLE, FAR = {"noise": 1e-2}, {}, {"scale": 30.0, "noise": 30.0}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW_NAMES)
 def test_the_formula_in_float64(name):
     with jax.enable_x64(True):
         for kind in (NEAR, MIDDLE, FAR):
@@ -256,9 +260,17 @@ def test_the_formula_in_float32(name):
         np.testing.assert_allclose(actual, expected, rtol=1e-4 if rounded else 1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_of_ten_thousand(name, dtype):
+def test_logits_of_ten_thousand(name):
+    check_logits_of_ten_thousand(name, jnp.float32)
+
+
+@pytest.mark.parametrize("name", FEW_NAMES)
+def test_logits_of_ten_thousand_in_bfloat16(name):
+    check_logits_of_ten_thousand(name, jnp.bfloat16)
+
+
+def check_logits_of_ten_thousand(name, dtype):
     rng = np.random.default_rng(0)
     student, teacher = (jnp.asarray(rng.choice([-1e4, 0.0, 1e4], size=(16, 10)), dtype) for _ in range(2))
     student = student.at[0].set(teacher[0]).at[1].set(1e4).at[2].set(-teacher[2])
@@ -285,27 +297,27 @@ def test_no_value_is_negative(name):
 @pytest.mark.parametrize("name", WITH_WHERE)
 def test_padding_has_no_influence(name):
     """Not even with NaN in it, on values and on gradients."""
-    student, teacher, _ = reference.examples(batch=4, num_classes=10)
+    student, teacher, _ = map(jnp.float32, reference.examples(batch=4, num_classes=10))
     is_token = jnp.array([True, False, True, False])
-    kept = np.flatnonzero(is_token)
+    labels = {"labels": jnp.zeros(4, int)} if name in OF_LABELS else {}
 
-    def total(student, teacher, **where):
-        labels = {"labels": jnp.zeros(len(student), int)} if name in OF_LABELS else {}
-        values = WITH_WHERE[name](student, teacher, **labels, **where)
+    def total(student, teacher):
+        values = WITH_WHERE[name](student, teacher, **labels, where=is_token[:, None])
         return values.sum(), values
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-    (_, expected), expected_grads = run(jnp.float32(student[kept]), jnp.float32(teacher[kept]))
-    student[[1, 3]], teacher[1] = np.nan, np.inf
-    (_, values), grads = run(jnp.float32(student), jnp.float32(teacher), where=is_token[:, None])
-    np.testing.assert_array_equal(values[np.array([1, 3])], 0.0)
-    # The same numbers in the same order, in another program: one or two roundings.
-    np.testing.assert_allclose(values[kept], expected, rtol=1e-6)
-    for grad, of_kept in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(grad[kept], of_kept, rtol=1e-5, atol=1e-6)
-        # Of infinite logits of a teacher, `log_softmax` above makes NaN itself.
-        padded = grad[np.array([1, 3])] if name != "top_k_kd_loss" or grad is grads[0] else grad[3:]
-        np.testing.assert_array_equal(padded, 0.0)
+    expected = run(student, teacher)
+    found = run(student.at[1].set(jnp.nan).at[3].set(jnp.nan), teacher.at[3].set(jnp.inf))
+    chex.assert_trees_all_equal(found[0][1], expected[0][1])
+    chex.assert_trees_all_equal(found[1][0], expected[1][0])
+    # Of infinite logits of a teacher, the `log_softmax` that makes a teacher's log probabilities makes NaN itself.
+    rows = slice(0, 3) if name == "top_k_kd_loss" else slice(None)
+    chex.assert_trees_all_equal(found[1][1][rows], expected[1][1][rows])
+    for result in (found[0][1], found[1][0], found[1][1][rows]):
+        assert not result[1::2].any() and result[::2].any()
+    alone = jax.jit(functools.partial(WITH_WHERE[name], **labels))(student, teacher)
+    # The same numbers in another program: one or two roundings.
+    np.testing.assert_allclose(found[0][1][::2], alone[::2], rtol=1e-6)
 
 
 def test_padding_of_a_batch_of_correlations():
@@ -342,7 +354,9 @@ def test_what_one_side_excludes():
     student, teacher = jnp.array([1.0, 2.0, -inf]), jnp.array([0.0, 1.0, 0.0])
     assert losses.kd_loss(student, teacher, 2.0) == losses.jeffreys(student, teacher, 2.0) == inf
     assert losses.reverse_kl_loss(teacher, student, 2.0) == inf
-    assert losses.kd_loss(teacher, student, 2.0) == losses.reverse_kl_loss(student, teacher, 2.0) < inf
+    np.testing.assert_allclose(
+        losses.reverse_kl_loss(student, teacher, 2.0), losses.kd_loss(teacher, student, 2.0), rtol=1e-6
+    )
     for loss in (losses.jsd_loss, losses.skew_kl_loss):
         value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(student, teacher, 2.0)
         assert 0 < value < inf and all(jnp.isfinite(grad).all() for grad in grads)

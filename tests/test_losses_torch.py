@@ -8,9 +8,10 @@ import torch
 
 from tests.reference import losses as reference
 from tests.reference.feature_losses import BATCH, OF_MAPS, K, N, Run, in_pytorch, maps, trajectory, value_and_grads
+from tests.tiers import slow_but
 
 
-@pytest.mark.parametrize("name", reference.STATEMENTS)
+@pytest.mark.parametrize("name", slow_but(reference.STATEMENTS, "kd_loss", "jsd_loss, beta 0.5", "nckd_loss"))
 def test_logits(name):
     # Values, and gradients in both logits and the temperature. PyTorch's forms cancel, in terms of order ten.
     assert reference.from_torch(name) < 1e-12

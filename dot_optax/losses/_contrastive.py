@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from dot_optax._checks import _check_scalar
-from dot_optax.losses._features import _unit, _widened
+from dot_optax.losses._features import _widened
+from dot_optax.losses._logits import _check_temperature, _unit
 
 
 class CRDState(NamedTuple):
@@ -185,7 +186,7 @@ def crd_loss(
     found = student.shape, indices.shape, negatives.shape, state.memory.shape
     if (*indices.shape, state.memory.shape[2]) != student.shape or negatives.shape[:-1] != indices.shape or k < 1:
         raise ValueError(f"embeddings [b, dim], indices [b], negatives [b, k], memory [2, n, dim] do not fit: {found}")
-    _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
+    _check_temperature(temperature)
     _check_scalar("momentum", momentum, 0.0, 1.0)
     embeddings = _unit(jnp.stack([student, teacher]), -1)
     memory, log_z = (leaf.astype(embeddings.dtype) for leaf in jax.lax.stop_gradient(state))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from dot_optax._checks import _describe, _kind
+from dot_optax.losses._logits import _dtypes, _unit
 
 
 def feature_loss(
@@ -161,15 +162,6 @@ def similarity_loss(student_features: ArrayLike, teacher_features: ArrayLike, *,
     return (jnp.sum(squares, -1, where=where[None]) / jnp.maximum(jnp.sum(where, None, squares.dtype), 1)).astype(dtype)
 
 
-def _unit(x: Any, axis: Any) -> jax.Array:
-    """x / ||x||_2, whatever the scale of x; zero, with a gradient of zero, where x is zero."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
-    # Exact for the gradient too: the result does not depend on the scale. Zeros are divided by infinity.
-    x = x / jnp.where(largest > 0, largest, jnp.inf)
-    # Now at least 1, or 0. (A maximum with 1 would halve the gradient where both are 1.)
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 0.5))
-
-
 def _widened(student: Any, teacher: Any, alike: slice) -> tuple[jax.Array, jax.Array, Any]:
     """Both in 32 bits or more, and the dtype of the result. The axes `alike` must have the same sizes."""
     student, teacher = jnp.asarray(student), jnp.asarray(teacher)
@@ -178,7 +170,5 @@ def _widened(student: Any, teacher: Any, alike: slice) -> tuple[jax.Array, jax.A
     if student.shape[alike] != teacher.shape[alike]:
         found = f"student of shape {student.shape}, teacher of shape {teacher.shape}"
         raise ValueError(f"features do not fit: {found}; project the student's features first, or resize them")
-    # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
-    dtype = max(student.dtype, teacher.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    dtype, wide = _dtypes(student, teacher)
     return student.astype(wide), teacher.astype(wide), dtype

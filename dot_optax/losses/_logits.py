@@ -97,7 +97,7 @@ def reverse_kl_loss(
     References:
         Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2024.
     """
-    return _divergence(_kl_terms, teacher_logits, student_logits, temperature, axis, where)
+    return _divergence(_reverse_kl_terms, student_logits, teacher_logits, temperature, axis, where)
 
 
 def jeffreys(
@@ -358,7 +358,8 @@ def standardize_logits(logits: Array, *, axis: Axis = -1, where: Any = None) -> 
     """
     found = _checked(logits, logits, 1.0, axis, where, least=1)
     included = jnp.ones_like(found.student, bool) if found.where is None else found.where
-    return _unit(found.student, axis, included, jnp.mean).astype(found.dtype)
+    count = jnp.sum(included, axis=axis, keepdims=True)
+    return (jnp.sqrt(count) * _unit(_centred(found.student, axis, included), axis)).astype(found.dtype)
 
 
 class _Checked(NamedTuple):
@@ -376,18 +377,17 @@ class _Checked(NamedTuple):
 
 def _checked(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, least: int = 2) -> _Checked:
     _check_logits(student, teacher, axis, least)
-    dtype, wide, temperature = _dtypes_and_temperature(student, teacher, temperature)
     where = None if where is None else jnp.broadcast_to(_check_where(where), student.shape)
-    return _Checked(jnp.asarray(student, wide), jnp.asarray(teacher, wide), temperature, where, dtype)
+    dtype, wide = _dtypes(student, teacher)
+    student, teacher, temperature = (jnp.asarray(x, wide) for x in (student, teacher, _check_temperature(temperature)))
+    return _Checked(student, teacher, temperature, where, dtype)
 
 
-def _dtypes_and_temperature(student: Any, teacher: Any, temperature: Any) -> tuple[Any, Any, jax.Array]:
-    """The dtype of the loss of two arrays, the one to compute it in, and the temperature in that."""
-    _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
+def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:
+    """The dtype of the loss of two arrays, and the one to compute it in."""
     # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
     dtype = max(student.dtype, teacher.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    return dtype, wide, jnp.asarray(temperature, wide)
+    return dtype, jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _divergence(
@@ -469,8 +469,12 @@ def _kl_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array) -> jax.Array:
     return jnp.where(near, q * _exp_minus_1_minus_x(small), p - q * (1 + jnp.where(q == 0, 0.0, large)))
 
 
+def _reverse_kl_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array) -> jax.Array:
+    return _kl_terms(p, q, -log_ratio)
+
+
 def _jeffreys_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array) -> jax.Array:
-    return _kl_terms(q, p, log_ratio) + _kl_terms(p, q, -log_ratio)
+    return _kl_terms(q, p, log_ratio) + _reverse_kl_terms(q, p, log_ratio)
 
 
 def _jsd_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array, beta: jax.Array) -> jax.Array:
@@ -502,22 +506,29 @@ def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
     return x * x / 2 * series
 
 
-def _unit(x: jax.Array, axis: Axis, where: jax.Array, size: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
-    """What is left of x without its mean, over the root of the sum (or mean) of its squares; zeros for a constant."""
+def _centred(x: jax.Array, axis: Axis, where: jax.Array) -> jax.Array:
+    """What is left of x without its mean; zeros where that is no more than rounding, which should have no direction."""
     x = jnp.where(where, x, 0.0)
-    count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
-    centred = jnp.where(where, x - jnp.sum(x, axis=axis, keepdims=True) / count, 0.0)
-    square = size(centred**2, axis=axis, keepdims=True, where=where)
-    # Below this, what differs from the mean is rounding: of probabilities that should be equal it would make a direction.
-    varies = square > (8 * jnp.finfo(x.dtype).eps) ** 2 * size(x**2, axis=axis, keepdims=True, where=where)
-    return jnp.where(varies, centred / jnp.sqrt(jnp.where(varies, square, 1.0)), 0.0)
+    mean = jnp.sum(x, axis=axis, keepdims=True) / jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
+    centred = jnp.where(where, x - mean, 0.0)
+    left, size = (jnp.max(jnp.abs(y), axis=axis, keepdims=True) for y in (centred, x))
+    return jnp.where(left > 8 * jnp.finfo(x.dtype).eps * size, centred, 0.0)
 
 
 def _one_minus_correlation(q: jax.Array, p: jax.Array, axis: Axis, where: jax.Array) -> jax.Array:
     """1 - rho = |q^ - p^|^2 / 2 of the unit vectors, which does not cancel; 1 for a constant, 0 where nothing counts."""
-    q, p = _unit(q, axis, where), _unit(p, axis, where)
+    q, p = (_unit(_centred(x, axis, where), axis) for x in (q, p))
     defined = jnp.any(q != 0, axis=axis) & jnp.any(p != 0, axis=axis)
     return jnp.where(defined, jnp.sum((q - p) ** 2, axis=axis) / 2, jnp.any(where, axis=axis))
+
+
+def _unit(x: Any, axis: Any) -> jax.Array:
+    """x / ||x||_2, whatever the scale of x; zero, with a gradient of zero, where x is zero."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
+    # Exact for the gradient too: the result does not depend on the scale. Zeros are divided by infinity.
+    x = x / jnp.where(largest > 0, largest, jnp.inf)
+    # Now at least 1, or 0. (A maximum with 1 would halve the gradient where both are 1.)
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 0.5))
 
 
 def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> None:
@@ -530,6 +541,11 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> Non
             "student_logits and teacher_logits must have the same shape [..., num_classes], with "
             f"{('one class', 'two classes', 'three classes')[least - 1]} or more, got {student.shape} and {teacher.shape}"
         )
+
+
+def _check_temperature(temperature: Any) -> Any:
+    _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
+    return temperature
 
 
 def _check_where(where: Any) -> jax.Array:

@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from dot_optax._checks import _check_scalar
-from dot_optax.losses._logits import (
-    Array,
-    _check_logits,
-    _check_where,
-    _checked,
-    _dtypes_and_temperature,
-    _kl_terms,
-    _Soft,
-    _soften,
-    _sum_of_terms,
-)
+from dot_optax.losses import _logits
+from dot_optax.losses._logits import Array, _Soft
 
 Operand = tuple[jax.Array | None, jax.Array]  # logits are `features @ kernel`, or the second array alone
 
@@ -75,7 +66,7 @@ def top_k_kd_loss(
     """
     if remainder not in ("other", "zero"):
         raise ValueError(f"remainder must be 'other' or 'zero', got {remainder!r}")
-    found = _checked(student_logits, student_logits, temperature, -1, where)
+    found = _logits._checked(student_logits, student_logits, temperature, -1, where)
     known, wide = jnp.asarray(teacher_log_probs), found.student.dtype
     if known.shape[:-1] != found.student.shape[:-1] or known.shape != jnp.shape(teacher_indices):
         raise ValueError(
@@ -92,8 +83,8 @@ def top_k_kd_loss(
     left = 1 - jnp.sum(jnp.exp(known), -1, keepdims=True)
     left = jnp.where(any_outside & (left > 0) & (remainder == "other"), left, 0.0)
     return found.result(
-        _sum_of_terms(
-            _kl_terms,
+        _logits._sum_of_terms(
+            _logits._kl_terms,
             jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1),
             jnp.concatenate([known, jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)], -1),
             jnp.ones((), wide),
@@ -159,11 +150,12 @@ def chunked_kd_loss(
     _check_scalar("chunk_size", chunk_size, 1)
     pairs = ((student, student_kernel), (teacher, teacher_kernel))
     operands = [(None, x) if kernel is None else (jnp.asarray(x), kernel) for x, kernel in pairs]
-    logits = [jax.eval_shape(_logits, *operand) for operand in operands]
-    _check_logits(logits[0], logits[1], -1)
-    included = jnp.broadcast_to(_check_where(True if where is None else where), (*logits[0].shape[:-1], 1))
+    logits = [jax.eval_shape(_output, *operand) for operand in operands]
+    _logits._check_logits(logits[0], logits[1], -1)
+    included = jnp.broadcast_to(_logits._check_where(True if where is None else where), (*logits[0].shape[:-1], 1))
     masked = [(None if x is None else jnp.where(included, x, 0), jnp.asarray(last)) for x, last in operands]
-    dtype, _, temperature = _dtypes_and_temperature(logits[0], logits[1], temperature)
+    dtype, wide = _logits._dtypes(logits[0], logits[1])
+    temperature = jnp.asarray(_logits._check_temperature(temperature), wide)
     kl = _chunked_kl(min(chunk_size, logits[0].shape[-1]), included, temperature, *masked)
     return (temperature**2 * kl[..., 0]).astype(dtype)
 
@@ -239,13 +231,13 @@ def _kl_of_chunk(
     """
     student, teacher, difference = _soften_chunk(counted, temperature, *parts)
     q, p = jnp.exp(teacher - log_z[1]), jnp.exp(student - log_z[0])
-    return jnp.sum(_kl_terms(q, p, difference - (log_z[0] - log_z[1])) - kl * q, axis=-1, keepdims=True)
+    return jnp.sum(_logits._kl_terms(q, p, difference - (log_z[0] - log_z[1])) - kl * q, axis=-1, keepdims=True)
 
 
 def _soften_chunk(counted: jax.Array, temperature: jax.Array, *parts: Operand) -> _Soft:
-    student, teacher = (_logits(*part).astype(temperature.dtype) for part in parts)
-    return _soften(student, teacher, temperature, -1, counted, top=0.0)
+    student, teacher = (_output(*part).astype(temperature.dtype) for part in parts)
+    return _logits._soften(student, teacher, temperature, -1, counted, top=0.0)
 
 
-def _logits(features: jax.Array | None, last: jax.Array) -> jax.Array:
+def _output(features: jax.Array | None, last: jax.Array) -> jax.Array:
     return last if features is None else jnp.matmul(features, last)
