@@ -125,17 +125,22 @@ def _plans(
     none does, it joins the first of all, whose gradient is not read there.
     """
     n = len(losses.names)
-    masks = [True] * n if reached is None else losses.entries(reached, "reached").values()
-    reads = [_leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)]
     mean = sum(betas) / n
 
-    def plan(is_decayed: bool, *reads: bool) -> Plan:
+    def plan(is_decayed: bool, reads: tuple[bool, ...]) -> Plan:
         l2 = (reads.index(True) if any(reads) else 0) if is_decayed else None
         has_buffer = [read or i == l2 for i, read in enumerate(reads)]
         momenta = [mean] * n if sum(has_buffer) == 1 else betas
         return Plan(tuple(m if kept else None for m, kept in zip(momenta, has_buffer, strict=True)), reads, l2)
 
-    return list(map(plan, _leaf_mask(decayed, params, "mask", like), *reads))
+    return list(map(plan, _leaf_mask(decayed, params, "mask", like), _reads(losses, reached, params, like)))
+
+
+def _reads(losses: LossNames, reached: Any, params: Any, like: Any = None) -> list[tuple[bool, ...]]:
+    """For each parameter, in the order of the leaves, whether each loss reaches it."""
+    masks = [True] * len(losses.names) if reached is None else losses.entries(reached, "reached").values()
+    reads = [_leaf_mask(mask, params, f"reached, {name}", like) for name, mask in zip(losses.names, masks, strict=True)]
+    return list(zip(*reads, strict=True))
 
 
 def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[bool]:
