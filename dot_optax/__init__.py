@@ -6,6 +6,7 @@ Their momenta:     `betas`, `gains`
 Gradients:         `value_and_grads`, `reached`; for Flax NNX those of `dot_optax.nnx`
 ... sampled:       `sampled_losses`, `sampled_examples`, `sampled_difference`: fewer teacher calls and backward passes
 Losses:            `losses`: of logits (`losses.kd_loss` and relatives), of large vocabularies, of features
+Angles of losses:  `aggregate` with one of `weightings`: a weighted sum against conflicts between the gradients
 Algebra of losses: `PerLoss`, `DeepKDLosses`, `per_loss`, `joint`, `sum_losses`, `wrap`
 Many devices:      `average_over`
 
@@ -13,6 +14,8 @@ Start with `help(dot_optax.dot)`.
 """
 
 from dot_optax import losses as losses
+from dot_optax import weightings as weightings
+from dot_optax._aggregate import aggregate as aggregate
 from dot_optax._algebra import joint as joint
 from dot_optax._algebra import per_loss as per_loss
 from dot_optax._algebra import sum_losses as sum_losses

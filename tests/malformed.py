@@ -686,7 +686,68 @@ FEATURES = [
     ),
 ]
 
+_aggregate = functools.partial(dot_optax.aggregate, dot_optax.weightings.projected())
+AGGREGATION = [
+    *(
+        Malformed(f"aggregate: {what}", _update(_aggregate, grads, P), says)
+        for what, grads, says in (
+            ("one gradient tree", TASK, _SINGLE),
+            ("a list", [TASK, KD], _CONTAINER + "a list of 2"),
+            ("three losses", (TASK, KD, KD), _CONTAINER + "a tuple of 3"),
+            ("another shape", PerLoss(TASK, KD | {"b": jnp.ones(4)}), r"updates.kd\['b'\]: .* got an array of shape"),
+        )
+    ),
+    Malformed("aggregate: a number", lambda: dot_optax.aggregate(0.5), "aggregate: expected a Weighting.* got 0.5"),
+    Malformed(
+        "aggregate: a weighting not called",
+        lambda: dot_optax.aggregate(dot_optax.weightings.projected),
+        r"aggregate: expected a Weighting, such as weightings.projected\(\), got <function projected",
+    ),
+    Malformed("aggregate: losses", lambda: _aggregate(losses="kd"), "aggregate: `losses` must be distinct names"),
+    *(
+        Malformed(
+            f"aggregate: groups={groups!r}", lambda groups=groups: _aggregate(groups=groups), "groups must be 'all'"
+        )
+        for groups in ("layers", 3, None)
+    ),
+    Malformed("aggregate: one mask", _init(lambda: _aggregate(reached=(True,))), "reached: expected .* a tuple of 1"),
+    Malformed(
+        "aggregate: reached without an entry",
+        _init(lambda: _aggregate(reached=(True, {"w": True}))),
+        "reached, kd: no entry for the parameter b",
+    ),
+    Malformed(
+        "aggregate: a parameter that is whole",
+        lambda: _aggregate().init({"f": jnp.ones(2, int)}),
+        r"params\['f'\] must be floating point or complex",
+    ),
+    Malformed(
+        "min_norm(log=True) without losses",
+        _update(lambda: dot_optax.aggregate(dot_optax.weightings.min_norm(log=True)), (TASK, KD), P),
+        r"min_norm\(log=True\) needs losses: call update\(grads, state, params, losses=values\)",
+    ),
+    Malformed(
+        "aggregate: the values of other losses",
+        lambda: _aggregate().update((TASK, KD), _aggregate().init(P), P, losses={"ce": 1.0, "kd": 2.0}),
+        "losses: expected .*'task', 'kd'.* got a dict of 2: 'ce', 'kd'",
+    ),
+    Malformed("bisector: a length", lambda: dot_optax.weightings.bisector("x"), "length must be 'config', .* got 'x'"),
+    *(
+        Malformed(
+            f"{make.__name__}: {name}={value!r}", lambda make=make, kw={name: value}: make(**kw), f"{name} must be"
+        )
+        for make, name, values in (
+            (dot_optax.weightings.conflict_averse, "kappa", (-0.1, None, float("nan"))),
+            (dot_optax.weightings.priority, "tau", (-0.1, 1.0, "0.1")),
+            (dot_optax.weightings.priority, "decay", (1.0, -0.1)),
+            (dot_optax.weightings.priority, "eps", (-1e-8, None)),
+        )
+        for value in values
+    ),
+]
+
 GROUPS = {
+    "aggregation": AGGREGATION,
     "sampled gradients": SAMPLING,
     "feature losses": FEATURES,
     "containers and gradients": CONTAINERS,

@@ -14,7 +14,7 @@ import pytest
 from absl.testing import parameterized
 
 import dot_optax
-from dot_optax import PerLoss
+from dot_optax import PerLoss, weightings
 from tests.tiers import slow_but
 
 SHAPES = {"w": (2, 3), "b": (3,), "scale": ()}
@@ -82,6 +82,18 @@ def scale_by_dot(learning_rate, beta_task=0.825, beta_kd=0.975, accumulator_dtyp
     return optax.chain(momenta, optax.scale_by_learning_rate(learning_rate))
 
 
+def aggregated(weighting, factor=1.0, **options):
+    def make(learning_rate, accumulator_dtype=None):
+        return optax.chain(
+            dot_optax.aggregate(weighting, **options),
+            optax.trace(0.9, accumulator_dtype=accumulator_dtype),
+            optax.scale(factor),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return make
+
+
 OPTIMIZERS = {
     "dot": Entry(dot_optax.dot),
     "dot, L2, Nesterov": Entry(functools.partial(dot_optax.dot, weight_decay=1e-4, nesterov=True)),
@@ -102,6 +114,14 @@ OPTIMIZERS = {
         ),
         accumulator_dtype="mu_dtype",
     ),
+    "projected": Entry(aggregated(weightings.projected()), hyperparameters=()),
+    # Its weights sum to 1, not to 2, so that it takes steps half as long.
+    "min_norm": Entry(aggregated(weightings.min_norm(), 2.0), hyperparameters=()),
+    "three losses, projected by leaf": Entry(
+        aggregated(weightings.projected(), losses=("ce", "hint", "kd"), groups="leaf"),
+        losses=("ce", "hint", "kd"),
+        hyperparameters=(),
+    ),
     "three losses, Adam": Entry(three_losses_adam, losses=("ce", "hint", "kd"), accumulator_dtype="mu_dtype"),
 }
 
@@ -113,7 +133,7 @@ def optimizers(quick):
 
 
 # One of each kind; the others take as long again.
-QUICK = ("dot, L2, Nesterov", "scale_by_momenta", "dot_adamw")
+QUICK = ("dot, L2, Nesterov", "scale_by_momenta", "dot_adamw", "projected")
 for_every_optimizer = pytest.mark.parametrize("entry", optimizers(QUICK))
 # For tests that compile for seconds.
 for_every_optimizer_one_quick = pytest.mark.parametrize("entry", optimizers(QUICK[:1]))

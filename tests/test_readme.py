@@ -111,7 +111,12 @@ def test_the_sentences_are_optimizers():
 def test_the_table_names_everything_public():
     public = {
         f"{prefix}{name}"
-        for prefix, module in (("", dot_optax), ("losses.", dot_optax.losses), ("nnx.", dot_optax.nnx))
+        for prefix, module in (
+            ("", dot_optax),
+            ("losses.", dot_optax.losses),
+            ("weightings.", dot_optax.weightings),
+            ("nnx.", dot_optax.nnx),
+        )
         for name in getattr(module, "__all__", dir(module))
         if not name.startswith("_") and not isinstance(getattr(module, name), types.ModuleType)
     }
