@@ -15,6 +15,7 @@ from scipy import stats
 import dot_optax
 from benchmarks import (
     _measure,
+    aggregation,
     collectives,
     digits_learning_rates,
     end_to_end,
@@ -61,6 +62,20 @@ def test_digits_learning_rates(tmp_path, capsys):
             assert np.isfinite(values["test loss"]).all() and len(values["test loss"]) == 2
     printed = capsys.readouterr().out
     assert all(f"| {method} |" in printed for method in digits_learning_rates.METHODS)
+
+
+@pytest.mark.slow
+def test_aggregation(tmp_path, capsys, monkeypatch):
+    """Without TorchJD, which no test needs, a line says how to get it."""
+    monkeypatch.setattr(aggregation.importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "report.json"
+    aggregation.main(["--rounds", "1", "--width", "16", "--json", str(path)])
+    steps = json.loads(path.read_text())["steps"]
+    assert len(steps) == 3 + len(aggregation.PAIRS)
+    assert all(step["bytes"] > 0 and len(step["seconds"]) == 1 for step in steps.values())
+    printed = capsys.readouterr().out
+    assert 'pip install "torchjd[full]"' in printed
+    assert all(f"| {name} " in printed for name in aggregation.PAIRS)
 
 
 @pytest.mark.slow
