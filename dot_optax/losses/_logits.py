@@ -151,8 +151,8 @@ def jsd_loss(
         m = \beta q + (1 - \beta) p
 
     At the ends, where this is 0, it means `kd_loss` (:math:`\beta = 0`) and `reverse_kl_loss` (:math:`\beta = 1`), to
-    which it tends when it is divided by :math:`\beta`, or by :math:`1 - \beta`. That is TRL's convention; EasyDeL's
-    :math:`\beta` is the other way round.
+    which it tends when it is divided by :math:`\beta`, or by :math:`1 - \beta`. That is TRL's convention; EasyDeL's is
+    the other way round: its :math:`\beta = 0` is the reverse divergence, and its mixture :math:`(1 - \beta) q + \beta p`.
 
     Args:
         student_logits: as for `kd_loss`.
