@@ -39,7 +39,7 @@ def _help() -> list[str]:
 
     return [
         "\nMethods, one or more for --config.method, separated by commas:",
-        *(f"  {method:<16} {methods.summary(method)}" for method in methods.METHODS),
+        *(f"  {method:<20} {methods.summary(method)}" for method in methods.METHODS),
     ]
 
 

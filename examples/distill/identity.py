@@ -9,7 +9,7 @@ import json
 
 from etils import epath
 
-from examples.distill import methods
+from examples.distill import methods, objectives
 from examples.distill.configs import default
 from examples.distill.settings import Settings
 from examples.trainer import checkpoint, loop, records, workdir
@@ -35,7 +35,7 @@ _FREE_FIELDS = (
     "dataset.workers",
 )
 # The teacher does not depend on these.
-_STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
+_STUDENT_SECTIONS = ("epochs", "student", "distillation", "dkd", "deepkd", "optimizer", "sampling")
 _CHECKSUM = "teacher.checksum"  # in the record: of its variables, by which a teacher is known wherever it lies
 
 
@@ -65,7 +65,10 @@ def check(directory: epath.Path, settings: Settings) -> records.Record:
 def _check_can_go_on(directory: epath.Path, before: int, settings: Settings, saved: list[str]) -> None:
     """Raises if what was to be trained for so many epochs cannot be trained for as many as the config says."""
     epochs = settings.config.epochs
-    reason = methods.why_not_longer(settings.config.optimizer)
+    config, trained = settings.config, {_objective(job) for job in saved}
+    reason = methods.why_not_longer(config.optimizer) or next(
+        filter(None, (objectives.why_not_longer(objective, config) for objective in sorted(trained))), None
+    )
     if epochs < before and not all(
         0 < loop.finished_epochs(directory / job) <= epochs for job in saved if _depends(job, "epochs", saved)
     ):
@@ -119,6 +122,13 @@ def _depends(job: str, field: str, saved: list[str]) -> bool:
     section = field.partition(".")[0]
     if job == "teacher":
         return section not in _STUDENT_SECTIONS
+    if section in objectives.OBJECTIVES:  # the weights and momenta of its losses
+        return _objective(job) in (section, "")
     if job == "ce" and "teacher" not in saved:  # trained without one
         return section not in ("teacher", "distillation", "sampling")
     return True
+
+
+def _objective(job: str) -> str:
+    """What a student was trained on; nothing if its method is not known here."""
+    return methods.TRAITS[job].objective if job in methods.TRAITS else ""

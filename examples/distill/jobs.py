@@ -13,8 +13,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import dot_optax
-from examples.distill import data, methods, models, steps
+from examples.distill import data, methods, models, objectives, steps
+from examples.distill.objectives import Length, Objective
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
@@ -23,19 +23,29 @@ from examples.trainer.records import Record
 from examples.trainer.sampling import EXACT, Sampling, check_rows
 from examples.trainer.step import init_state
 
-METRICS = MetricNames(
-    # Means over the images of an epoch, unweighted; the norms of the gradients of these unweighted losses; and the
-    # cosine between these: below 0, the losses are in conflict. With --config.parallel=shard_map norms and cosine are
-    # those of each device's own part of a batch, averaged: the gradients themselves are never averaged there, and the
-    # noise of a smaller batch makes their norms larger. null: without a teacher, or without config.gradient_metrics.
-    # With --config.sampling the means are over the steps that know: a loss that they compute, gradients that are apart
-    # (with alternating no step has both, and so no cosine). With form=examples the KD loss and its gradient are those of the
-    # rows that were taken, which are noisier: the norm is larger and the cosine closer to 0.
-    training=("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine"),
-    validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1
-    best="top1",
-    shown={"task_loss": "task loss", "kd_loss": "KD loss"},
-)
+
+def metrics(method: str, names: Sequence[str] = objectives.PLAIN.names) -> MetricNames:
+    """The metrics of a method that trains on losses of these names."""
+    losses = dict.fromkeys((*names[:1], "kd", *names[1:]))  # the plain distillation loss, whatever is trained
+    return MetricNames(
+        # Means over the images of an epoch, unweighted; the norms of the gradients of the unweighted losses that are
+        # trained; and of two of them the cosine between these: below 0, the losses are in conflict. With
+        # --config.parallel=shard_map norms and cosine are those of each device's own part of a batch, averaged: the
+        # gradients themselves are never averaged there, and the noise of a smaller batch makes their norms larger. null:
+        # without a teacher, or without config.gradient_metrics. With --config.sampling the means are over the steps that
+        # know: a loss that they compute, gradients that are apart (with alternating no step has both, and so no cosine).
+        # With form=examples the losses of distillation and their gradients are those of the rows that were taken, which
+        # are noisier: the norm is larger and the cosine closer to 0.
+        training=(
+            *(f"{name}_loss" for name in losses),
+            *(f"{name}_grad_norm" for name in names),
+            *(("grad_cosine",) if len(names) == 2 else ()),
+            *methods.state_metrics(method),
+        ),
+        validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1
+        best="top1",
+        shown={"task_loss": "task loss", "kd_loss": "KD loss"},
+    )
 
 
 class Shared(NamedTuple):
@@ -51,13 +61,15 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
     """The student of a method, which imitates a teacher whose variables are on all devices."""
     config = shared.config
     sampling = _sampling(method, config) if teacher else EXACT
-    summed = _summed(method, sampling, config)
+    objective = _objective(method, shared)
+    summed = _summed(method, objective, sampling, config)
     return _job(
         method,
         shared,
         directory / method,
         model=config.student.model,
-        optimizer=_optimizer(method, config.optimizer, shared, config.epochs, weighted=summed is None),
+        objective=objective,
+        optimizer=_optimizer(method, config.optimizer, shared, config.epochs, objective, weighted=summed is None),
         epochs=config.epochs,
         remedy="lower --config.optimizer.learning_rate (or, for dot, --config.optimizer.delta)",
         teacher=teacher,
@@ -74,7 +86,8 @@ def teacher(shared: Shared, directory: epath.Path) -> Job:
         shared,
         directory / "teacher",
         model=config.model,
-        optimizer=_optimizer("ce", config.optimizer, shared, config.epochs),
+        objective=objectives.PLAIN,
+        optimizer=_optimizer("ce", config.optimizer, shared, config.epochs, objectives.PLAIN),
         epochs=config.epochs,
         remedy="lower --config.teacher.optimizer.learning_rate",
     )
@@ -92,10 +105,12 @@ def check(names: Sequence[str], shared: Shared) -> None:
         )
         models.check_input(shapes, dataset.image_shape, model.name, dataset.num_classes)
     check_rows(Sampling.from_config(config.sampling), config.batch_size, shared.layout.mesh.size)
-    _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs)
+    _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs, objectives.PLAIN)
     for name in names:
-        optimizer = _optimizer(name, config.optimizer, shared, config.epochs)
-        methods.check_updates(name, optimizer, shapes[1])  # of the student
+        objective = _objective(name, shared)
+        objectives.check(name, objective, dataset.num_classes)
+        optimizer = _optimizer(name, config.optimizer, shared, config.epochs, objective)
+        methods.check_updates(name, optimizer, shapes[1], objective.container)  # of the student
 
 
 def network(model: ConfigDict, shared: Shared, *, axis_name: str | None = None) -> tuple[nnx.GraphDef, Any, Any]:
@@ -122,23 +137,25 @@ def _sampling(method: str, config: ConfigDict) -> Sampling:
     return sampling.for_task_alone() if method == "ce" else sampling
 
 
-def _weights(config: ConfigDict) -> dot_optax.PerLoss:
-    return dot_optax.PerLoss(task=config.distillation.task_weight, kd=config.distillation.kd_weight)
+def _objective(method: str, shared: Shared) -> Objective:
+    config = shared.config
+    length = Length(config.epochs, data.steps_per_epoch(shared.dataset, config.batch_size))
+    return methods.objective_of(method, config, length)
 
 
-def _summed(method: str, sampling: Sampling, config: ConfigDict) -> dot_optax.PerLoss | None:
+def _summed(method: str, objective: Objective, sampling: Sampling, config: ConfigDict) -> Any:
     """With which weights losses are summed before one backward pass; None where each needs its own."""
     if config.gradient_metrics or not sampling.sum_is_exact:
         return None
-    return methods.weights_of_the_sum(method, _weights(config))
+    return methods.weights_of_the_sum(method, objective.weights)
 
 
 def _optimizer(
-    method: str, config: ConfigDict, shared: Shared, epochs: int, *, weighted: bool = True
+    method: str, config: ConfigDict, shared: Shared, epochs: int, objective: Objective, *, weighted: bool = True
 ) -> optax.GradientTransformation:
-    weights = _weights(shared.config) if weighted else dot_optax.PerLoss(1.0, 1.0)
+    weights = objective.weights if weighted else objective.container(*[1.0] * len(objective.names))
     steps_per_epoch = data.steps_per_epoch(shared.dataset, shared.config.batch_size)
-    return methods.build(method, config, weights, steps_per_epoch, epochs)
+    return methods.build(method, config, weights, steps_per_epoch, epochs, objective.deltas)
 
 
 def _job(
@@ -147,12 +164,13 @@ def _job(
     directory: epath.Path,
     *,
     model: ConfigDict,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     epochs: int,
     remedy: str,
     teacher: Teacher | None = None,
     sampling: Sampling = EXACT,
-    summed: dot_optax.PerLoss | None = None,
+    summed: Any = None,
 ) -> Job:
     config, dataset, layout, _ = shared
     new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
@@ -164,9 +182,16 @@ def _job(
         mean=config.dataset.mean,
         std=config.dataset.std,
         kd_gradient=config.gradient_metrics or name != "ce",
+        objective=objective,
     )
     step = steps.make_train_step(
-        problem, optimizer, layout, gradient_metrics=config.gradient_metrics, sampling=sampling, summed=summed
+        problem,
+        optimizer,
+        layout,
+        gradient_metrics=config.gradient_metrics,
+        state_metrics=functools.partial(methods.read_state, name),
+        sampling=sampling,
+        summed=summed,
     )
 
     def cost() -> Record:
@@ -174,10 +199,11 @@ def _job(
         teacher, *teacher_shapes = network_shapes(config.teacher.model, shared)
         student, *student_shapes = network_shapes(model, shared)
         here = problem._replace(student=student, teacher=problem.teacher and teacher)
+        plain = here._replace(teacher=teacher, objective=objectives.PLAIN, kd_gradient=True)
         args = (*student_shapes, tuple(teacher_shapes), data.batch_shapes(dataset, config.batch_size))
         return {
             "teacher_forwards": sampling.teacher_forwards if problem.teacher else 0.0,
-            "relative_flops": steps.relative_flops(here, here._replace(teacher=teacher), sampling, summed, *args),
+            "relative_flops": steps.relative_flops(here, plain, sampling, summed, *args),
         }
 
     return Job(
@@ -192,7 +218,7 @@ def _job(
         epochs=epochs,
         seed=config.seed,
         splits={split: config.dataset[split] for split in ("train", "validation", "test")},
-        metrics=METRICS,
+        metrics=metrics(name, objective.names),
         unit="images",
         remedy=remedy,
         cost=cost,

@@ -1,10 +1,11 @@
 """The training methods that the example compares; each is one Optax transformation over per-loss gradients.
 
-Every method is fed `PerLoss(task, kd)`, the gradients of the two *unweighted* losses, and begins by weighting them:
-weighting a gradient is weighting its loss. So one train step serves all methods, and the losses that it reports mean
-the same in all of them. `register` adds a method of your own.
+Every method is fed the gradients of the *unweighted* losses of its objective (objectives.py), mostly
+`PerLoss(task, kd)`, and begins by weighting them: weighting a gradient is weighting its loss. So one train step serves
+all methods, and the losses that it reports mean the same in all of them. `register` adds a method of your own.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,22 +17,25 @@ import optax
 from ml_collections import ConfigDict
 
 import dot_optax
-from examples.distill import registry
+from examples.distill import objectives, registry
+from examples.distill.objectives import Objective
 from examples.trainer.errors import UserError, one_line
 
 _MAX_STEPS = 2**31 - 1  # Optax counts them in int32.
 
 # Okabe and Ito's colors, which the color-blind can tell apart; without the yellow, which is faint on white.
 _COLORS = ("#7f7f7f", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_LINES = ("-", "--", ":", "-.")  # for the methods after the eighth
 
 
 class Recipe(NamedTuple):
     """What the optimizer of a method is made of."""
 
     config: ConfigDict  # the section `optimizer` of a config
-    weights: dot_optax.PerLoss  # of the two losses
+    weights: Any  # of the losses, in their container: numbers, or schedules from the number of updates so far
     learning_rate: optax.Schedule  # from the number of updates so far, warm-up and drops included
     steps_per_epoch: int
+    deltas: Any = None  # in the same container: of an objective whose momenta are not DOT's, see `Objective`
 
 
 class Style(NamedTuple):
@@ -39,17 +43,33 @@ class Style(NamedTuple):
 
     label: str
     color: str
+    line: str = "-"
+
+
+class Traits(NamedTuple):
+    """What the trainer must know of a method besides its optimizer."""
+
+    objective: str  # what it trains on, a name in `objectives.OBJECTIVES`
+    linear: bool  # whether the updates are linear in the gradients
+    compares: bool  # whether it compares the gradients of a step with one another
 
 
 Make = Callable[[Recipe], optax.GradientTransformation]
 
 METHODS: dict[str, Make] = {}
 STYLES: dict[str, Style] = {}
-_LINEAR: set[str] = set()
+TRAITS: dict[str, Traits] = {}
 
 
 def register(
-    name: str, *, label: str | None = None, color: str | None = None, linear: bool = False
+    name: str,
+    *,
+    label: str | None = None,
+    color: str | None = None,
+    line: str | None = None,
+    objective: str = "kd",
+    linear: bool = False,
+    compares: bool = False,
 ) -> Callable[[Make], Make]:
     """Makes a function known as the method `name`, which `--config.method=name` then trains.
 
@@ -68,13 +88,18 @@ def register(
     Args:
         name: letters, digits and underscores; the student is kept in `WORKDIR/name`.
         label: what table and picture call it; default: the name.
-        color: of its lines, as Matplotlib names colors; default: the next of eight that the color-blind can tell apart.
+        color: of its lines, as Matplotlib names colors; default: of eight that the color-blind can tell apart the next
+            that is free, with the next line style once all eight are taken.
+        line: the style of its lines, as Matplotlib has it, such as "--".
+        objective: what it trains on, a name in `objectives.OBJECTIVES`; its gradients come in the objective's container.
         linear: whether the updates are linear in the gradients, as those of momenta are and those of Adam or clipping
             are not. Only then does `--config.parallel=shard_map`, which averages updates, compute the same.
+        compares: whether it compares the gradients of a step with one another, as `dot_optax.aggregate` does. Then each
+            step must have all of them, which most forms of `--config.sampling` spare.
 
     Raises:
-        UserError: if the name, the label or the color cannot be used, or if there is a method of this name. The same
-            lines may run again.
+        UserError: if the name, the label, the color or the objective cannot be used, or if there is a method of this
+            name. The same lines may run again.
     """
     registry.claim("method", name, METHODS)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name == "teacher":
@@ -90,14 +115,25 @@ def register(
 
         if not is_color_like(color):
             raise UserError(f"bad color {color!r} of method {name!r}: give one of Matplotlib's, such as '#cc79a7'")
-    index = list(STYLES).index(name) if name in STYLES else len(STYLES)
+    if objective not in objectives.OBJECTIVES:
+        raise UserError(
+            f"bad objective {objective!r} of method {name!r}: give one of {', '.join(objectives.OBJECTIVES)}"
+        )
+    free_color, free_line = _free_style(name)
 
     def add(make: Make) -> Make:
-        METHODS[name], STYLES[name] = make, Style(label, color or _COLORS[index % len(_COLORS)])
-        (_LINEAR.add if linear else _LINEAR.discard)(name)
+        METHODS[name], STYLES[name] = make, Style(label, color or free_color, line or ("-" if color else free_line))
+        TRAITS[name] = Traits(objective, linear, compares)
         return make
 
     return add
+
+
+def _free_style(name: str) -> tuple[str, str]:
+    """The next color and line style that no other method has."""
+    styles = [(color, line) for line, color in itertools.product(_LINES, _COLORS)]
+    taken = {(style.color, style.line) for other, style in STYLES.items() if other != name}
+    return next((style for style in styles if style not in taken), styles[len(STYLES) % len(styles)])
 
 
 @register("ce", label="CE", linear=True)
@@ -155,17 +191,48 @@ def dot(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
-def weight_losses(weights: dot_optax.PerLoss) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the gradient of each loss by its weight."""
-    return dot_optax.per_loss(optax.scale(weights.task), optax.scale(weights.kd))
+@register("dkd", label="DKD", objective="dkd", linear=True)
+def dkd(recipe: Recipe) -> optax.GradientTransformation:
+    """Decoupled knowledge distillation, with one momentum, or AdamW: `kd` on the losses of DKD."""
+    return kd(recipe)
 
 
-def weights_of_the_sum(method: str, weights: dot_optax.PerLoss) -> dot_optax.PerLoss | None:
+@register("dkd_dot", label="DKD + DOT", objective="dkd", linear=True)
+def dkd_dot(recipe: Recipe) -> optax.GradientTransformation:
+    """Decoupled knowledge distillation with DOT's two momenta: `dot` on the losses of DKD."""
+    return dot(recipe)
+
+
+@register("deepkd", label="DeepKD", objective="deepkd", linear=True)
+def deepkd(recipe: Recipe) -> optax.GradientTransformation:
+    """DeepKD: a momentum each for the task and for both parts of the distillation loss."""
+    config, mask = recipe.config, _decay_mask(recipe.config)
+    momenta = _momenta(recipe)
+    if config.name == "adamw":
+        return optax.chain(
+            weight_losses(recipe.weights),
+            dot_optax.scale_by_adam_momenta(momenta, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.scale_by_learning_rate(recipe.learning_rate),
+        )
+    betas = {f"beta_{name}": beta for name, beta in momenta._asdict().items()}
+    optimizer = dot_optax.deepkd(recipe.learning_rate, **betas, weight_decay=config.weight_decay, mask=mask)
+    return optax.chain(weight_losses(recipe.weights), optimizer)
+
+
+def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the gradient of each loss by its weight, a number or a schedule."""
+    scaled = (optax.scale_by_schedule(weight) if callable(weight) else optax.scale(weight) for weight in weights)
+    return dot_optax.per_loss(type(weights)(*scaled))
+
+
+def weights_of_the_sum(method: str, weights: Any) -> Any:
     """The weights of a method that sees the weighted sum of the losses alone; None of one that sees more, or may.
 
-    Given the gradient of that sum and zeros, and weights of 1, it makes the same updates.
+    Given the gradient of that sum and zeros, and weights of 1, it makes the same updates. A weight that changes from step
+    to step is the method's own.
     """
-    return weights if method == "kd" else None
+    return weights if method in ("kd", "dkd") and not any(map(callable, weights)) else None
 
 
 def summary(name: str) -> str:
@@ -186,6 +253,8 @@ def parse(method: str) -> list[str]:
 
 def check(config: ConfigDict, wanted: list[str]) -> None:
     """Raises if the `wanted` methods and their optimizers cannot be used as a config has them."""
+    for name in wanted:
+        objective_of(name, config, objectives.Length(config.epochs, steps_per_epoch=1))
     trains_teacher = config.teacher.train and not config.teacher.checkpoint
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
@@ -204,12 +273,43 @@ def check(config: ConfigDict, wanted: list[str]) -> None:
                 f"--config.parallel=shard_map averages updates, which is right for momenta but not for Adam: give"
                 f" --config.parallel=jit, or --config.{section}.name=sgd"
             )
-    unknown = [name for name in wanted if name not in _LINEAR]
+    if config.sampling.form in ("losses", "alternating", "difference") and config.sampling.period > 1:
+        compare = [name for name in wanted if TRAITS[name].compares]
+        if compare:
+            raise UserError(
+                f"--config.sampling.form={config.sampling.form} does not take all gradients at every step, and"
+                f" {compare[0]!r} compares them with one another: give --config.sampling.form=examples or none"
+            )
+    unknown = [name for name in wanted if not TRAITS[name].linear]
     if config.parallel == "shard_map" and unknown:
         raise UserError(
             f"--config.parallel=shard_map averages updates, which is right for methods that are linear in the gradients,"
             f" and {unknown[0]!r} was not registered as one: give --config.parallel=jit"
         )
+
+
+def objective_of(method: str, config: ConfigDict, length: objectives.Length) -> Objective:
+    """What a method trains on; `config` is a whole one. Raises if the momenta of its losses cannot be used."""
+    objective = objectives.build(TRAITS[method].objective, config, length)
+    for name, delta in zip(objective.names, objective.deltas or (), strict=False):
+        if not 0 <= np.float32(config.optimizer.momentum + delta) < 1:
+            raise UserError(
+                f"bad --config.{TRAITS[method].objective}.delta_{name}={delta}: with a momentum of"
+                f" {config.optimizer.momentum} it makes one of {config.optimizer.momentum + delta:g}, which must be at least"
+                " 0 and below 1"
+            )
+    return objective
+
+
+def state_metrics(method: str) -> tuple[str, ...]:
+    """The metrics that `read_state` gives, by name."""
+    return ("task_weight", "kd_weight") if method in TRAITS and TRAITS[method].compares else ()
+
+
+def read_state(method: str, opt_state: Any) -> dict[str, jax.Array]:
+    """What the log says of the state of a method's optimizer: of one that aggregates, the weights of the last step."""
+    weights = optax.tree.get(opt_state, "weights") if state_metrics(method) else None
+    return {} if weights is None else dict(zip(state_metrics(method), weights, strict=True))
 
 
 def betas(config: ConfigDict) -> dot_optax.PerLoss:
@@ -229,22 +329,24 @@ def betas(config: ConfigDict) -> dot_optax.PerLoss:
 def build(
     method: str,
     config: ConfigDict,
-    weights: dot_optax.PerLoss,
+    weights: Any,
     steps_per_epoch: int,
     epochs: int | None = None,
+    deltas: Any = None,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of `method`.
 
     Args:
         method: its name.
         config: the section `optimizer` of a config.
-        weights: of the two losses.
+        weights: of the losses of its objective, in their container.
         steps_per_epoch: in how many steps an epoch is trained.
         epochs: how many are trained; a cosine schedule needs to know.
+        deltas: those of its objective, if it has any.
     """
     learning_rate = learning_rate_schedule(config, steps_per_epoch, epochs)
     try:
-        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch))
+        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch, deltas))
     except UserError:
         raise
     except Exception as error:  # The function may be a user's.
@@ -257,11 +359,18 @@ def build(
     return optimizer
 
 
-def check_updates(method: str, optimizer: optax.GradientTransformation, params: Any) -> None:
-    """Raises if the optimizer of a method does not make updates like `params` of the gradients of both losses."""
+def check_updates(
+    method: str,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    container: Any = dot_optax.PerLoss,
+) -> None:
+    """Raises if the optimizer of a method does not make updates like `params` of a container of gradients."""
+    tx = optax.with_extra_args_support(optimizer)
 
     def update(params: Any) -> Any:
-        return optimizer.update(dot_optax.PerLoss(params, params), optimizer.init(params), params)[0]
+        grads, losses = (container(*[value] * len(container._fields)) for value in (params, jnp.ones(())))
+        return tx.update(grads, tx.init(params), params, losses=losses)[0]
 
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     try:
@@ -270,8 +379,8 @@ def check_updates(method: str, optimizer: optax.GradientTransformation, params: 
         raise UserError(f"cannot use method {method!r}: {type(error).__name__}: {one_line(error, 200)}") from error
     if updates != like:
         raise UserError(
-            f"cannot use method {method!r}: of the gradients PerLoss(task, kd) it does not make one tree of updates like"
-            " the parameters; `dot_optax.dot` and `dot_optax.sum_losses` make one of two"
+            f"cannot use method {method!r}: of the gradients {container.__name__}({', '.join(container._fields)}) it does not"
+            " make one tree of updates like the parameters; `dot_optax.dot` and `dot_optax.sum_losses` make one of two"
         )
 
 
@@ -351,6 +460,17 @@ def _scheduled_betas(recipe: Recipe) -> dot_optax.PerLoss:
         return momenta
     warmup = optax.linear_schedule(0.0, config.delta, config.delta_warmup_epochs * recipe.steps_per_epoch)
     return dot_optax.betas(config.momentum, warmup)
+
+
+def _momenta(recipe: Recipe) -> Any:
+    """The momentum of each loss of an objective with `deltas`: numbers, or with a warm-up of these schedules."""
+    config, steps = recipe.config, recipe.config.delta_warmup_epochs * recipe.steps_per_epoch
+
+    def momentum(delta: float) -> optax.ScalarOrSchedule:
+        end = config.momentum + delta
+        return optax.linear_schedule(config.momentum, end, steps) if steps else end
+
+    return type(recipe.deltas)(*map(momentum, recipe.deltas))
 
 
 def _relative_gains(momenta: dot_optax.PerLoss) -> dot_optax.PerLoss:

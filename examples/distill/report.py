@@ -26,8 +26,10 @@ _PANELS = (
     ("Loss plane", "task loss", "distillation loss"),
 )  # title, and what the axes show
 _MOST_TICKS = 6
+_MOST_COLUMNS = 5  # of the table: then a line has some 120 characters
 _EVALUATED = {"marker": "D", "markersize": 7, "markeredgecolor": "black", "linestyle": "", "zorder": 4}
 _LAST_EPOCH = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 3}
+_HALVES = {"--": "left", ":": "bottom", "-.": "right"}  # of a marker that are colored, where the line is not solid
 
 Results = dict[str, dict[str, Any]]
 Curves = dict[str, list[dict[str, Any]]]
@@ -71,7 +73,16 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def table(results: Results, plus_minus: str = "±") -> str:
-    """One column for each method. The losses are those of the final student over the whole training split."""
+    """One column for each method. The losses are those of the final student over the whole training split.
+
+    More methods than fit on a line are continued below.
+    """
+    names = list(results)
+    parts = [names[i : i + _MOST_COLUMNS] for i in range(0, len(names), _MOST_COLUMNS)]
+    return "\n\n".join(_part({name: results[name] for name in part}, plus_minus) for part in parts)
+
+
+def _part(results: Results, plus_minus: str) -> str:
     rows = [
         ("", *(methods.STYLES[method].label for method in results)),
         ("train task loss", *(_figure(r["train"], "task_loss", ".4f") for r in results.values())),
@@ -95,8 +106,14 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
         f"One seed. The {plus_minus} is the standard error that comes from the size of the test split; seeds differ as"
         " well."
     ]
-    if "dot" in results:
+    if {"dot", "dkd_dot"} & set(results):
         lines += _what_dot_changes(settings)
+    others = [method for method in results if method in methods.TRAITS and methods.TRAITS[method].objective != "kd"]
+    if others:
+        lines.append(
+            f"The KD loss is the plain one in every column; {', '.join(methods.STYLES[m].label for m in others)} minimized"
+            " another (objectives.py), which metrics.jsonl has as well."
+        )
     if len(results) > 1:
         lines.append(
             "Every method has the same learning rate here, as in the paper; before you believe a difference, compare"
@@ -149,7 +166,7 @@ def picture(curves: Curves, results: Results) -> bytes:
         axes.grid(True, alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     for method, lines in curves.items():
-        label, color = methods.STYLES[method]
+        label, color, dashes = methods.STYLES[method]
         epochs = range(1, len(lines) + 1)
         task, kd = ([_positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
         final_task, final_kd = (_positive(results[method]["train"].get(key)) for key in ("task_loss", "kd_loss"))
@@ -157,9 +174,9 @@ def picture(curves: Curves, results: Results) -> bytes:
         if method in distilled:
             paths += [(epochs, kd, epochs[-1], final_kd), (task, kd, final_task, final_kd)]
         for axes, (x, y, final_x, final_y) in zip(panels, paths, strict=False):
-            axes.plot(x, y, color=color, linewidth=1.2, label=label.replace("$", r"\$"))
-            axes.plot(x[-1], y[-1], color=color, **_LAST_EPOCH)
-            axes.plot(final_x, final_y, color=color, **_EVALUATED)
+            axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.2, label=label.replace("$", r"\$"))
+            axes.plot(x[-1], y[-1], **_LAST_EPOCH | _colored(color, dashes))
+            axes.plot(final_x, final_y, **_EVALUATED | _colored(color, dashes))
     for axes in panels[:2]:
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True, min_n_ticks=1))
     for axes in panels[2:]:
@@ -177,6 +194,18 @@ def picture(curves: Curves, results: Results) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
     return png.getvalue()
+
+
+def _colored(color: str, dashes: str) -> dict[str, Any]:
+    """How a marker is colored. Colors come again with another line style, and then a marker must be known by itself."""
+    if dashes not in _HALVES:
+        return {"color": color}
+    return {
+        "color": color,
+        "fillstyle": _HALVES[dashes],
+        "markerfacecoloralt": "white",
+        "markeredgecolor": color,
+    }
 
 
 def _set_ticks(axis: Axis) -> None:

@@ -42,11 +42,13 @@ def validated(config: ConfigDict) -> Settings:
     fields = settings.fields(config)
     settings.check_names(fields, settings.fields(default()), free=("dataset.split_sizes", "optimizer"))
     settings.check(fields, _RULES | _model_rules(fields), free=_MODELS)
-    if config.distillation.task_weight == config.distillation.kd_weight == 0:
-        raise UserError(
-            "bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0, so that there is"
-            " no loss; give at least one of them above 0"
-        )
+    for section, names in _WEIGHTS.items():
+        if not any(config[section][name] for name in names):
+            flags = [f"--config.{section}.{name}" for name in names]
+            raise UserError(
+                f"bad {', '.join(flags[:-1])} and {flags[-1]}: {'both' if len(flags) == 2 else 'all'} are 0, so that there is"
+                " no loss; give at least one of them above 0"
+            )
     for section, network in zip(_MODELS, (config.teacher.model, config.student.model), strict=True):
         if "name" not in network:
             raise UserError(f"the config lacks the field '{section}.name', the name of a model")
@@ -80,6 +82,11 @@ def _fits_float32(value: float) -> bool:
 
 _MODELS = ("teacher.model", "student.model")
 _NOT_OPTIONS = frozenset(("num_classes", "input_shape", "dtype", "axis_name", "rngs"))  # of a model; see `models.build`
+_WEIGHTS = {
+    "distillation": ("task_weight", "kd_weight"),
+    "dkd": ("task_weight", "alpha", "beta"),
+    "deepkd": ("task_weight", "target_weight", "non_target_weight"),
+}
 _FLOAT32 = np.finfo(np.float32)
 _MAX_EPOCHS = 1_000_000
 
@@ -87,6 +94,7 @@ _POSITIVE = Rule(number(lambda value: value > 0 and _fits_float32(value)), f"{PO
 _NOT_NEGATIVE = Rule(
     number(lambda value: value >= 0 and _fits_float32(value)), f"{NOT_NEGATIVE.expected} and that float32 can hold"
 )
+_NUMBER = Rule(number(), "a finite number")
 _MOMENTUM = Rule(
     number(lambda value: 0 <= value < 1 and np.float32(value) < 1),
     "a number of at least 0 and below 1, in float32 too",
@@ -132,10 +140,22 @@ _RULES = settings.TRAINING | {
     "decay_mask": Rule(lambda value: value in ("", "all", "kernels"), "all, kernels, or nothing"),
     "task_weight": _NOT_NEGATIVE,
     "kd_weight": _NOT_NEGATIVE,
+    "alpha": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "target_weight": _NOT_NEGATIVE,
+    "non_target_weight": _NOT_NEGATIVE,
+    "delta_task": _NUMBER,
+    "delta_target": _NUMBER,
+    "delta_non_target": _NUMBER,
+    "top_k_fraction": Rule(number(lambda value: 0 <= value <= 1), "a number from 0 to 1"),
+    "top_k_phases": Rule(
+        lambda value: each(number(lambda part: 0 <= part <= 1))(value) and len(value) == 2 and value[0] < value[1],
+        "two numbers from 0 to 1, the second larger than the first",
+    ),
     "momentum": _MOMENTUM,
     "b2": _MOMENTUM,
     "eps": _POSITIVE,
-    "delta": Rule(number(), "a finite number"),
+    "delta": _NUMBER,
     "mean": Rule(each(number(_fits_float32)), "finite numbers, one for each channel"),
     "std": Rule(each(_POSITIVE.holds), "finite numbers above 0, one for each channel"),
 }

@@ -1,4 +1,4 @@
-"""What the steps of this example compute: normalized images, both losses of each, and the evaluation of a batch."""
+"""What the steps of this example compute: normalized images, the losses of each, and the evaluation of a batch."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 
 import dot_optax
-from examples.distill import models
+from examples.distill import models, objectives
+from examples.distill.objectives import Seen
 from examples.trainer import step
 from examples.trainer.parallel import Layout
-from examples.trainer.sampling import EXACT, Sampling, flops
+from examples.trainer.sampling import EXACT, Losses, Sampling, flops
 from examples.trainer.step import Metrics, TrainState
 
 
@@ -33,11 +34,14 @@ class Problem(NamedTuple):
     mean: tuple[float, ...]  # of the stored pixels, per channel
     std: tuple[float, ...]
     kd_gradient: bool = True  # else the distillation loss is there for the log alone
+    objective: objectives.Objective = objectives.PLAIN
 
     @property
-    def losses(self) -> tuple[str, ...]:
-        """The losses that there are."""
-        return ("task",) if self.teacher is None else ("task", "kd")
+    def losses(self) -> Losses:
+        """The names of the losses of a step; without a teacher those of distillation are 0."""
+        trained = self.objective.names
+        # The plain distillation loss is logged whatever the objective is.
+        return Losses(trained, () if "kd" in trained or self.teacher is None else ("kd",))
 
 
 def make_train_step(
@@ -45,41 +49,48 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, teacher_variables, batch) -> (state, metrics)`, see `step.make_train_step`.
 
-    The metrics are the two losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
+    The metrics are the losses, as unweighted means over the batch, and with `gradient_metrics` the norms of their
     gradients and the cosine between these; without a teacher, only those of the task.
     """
-    loss_fn = functools.partial(_train_losses, problem)
-    return step.make_train_step(loss_fn, optimizer, layout, reported=problem.losses, **options)
+    losses = problem.losses
+    return step.make_train_step(
+        functools.partial(_train_losses, problem),
+        optimizer,
+        layout,
+        losses=losses,
+        container=problem.objective.container,
+        reported=("task",) if problem.teacher is None else losses.trained + losses.logged,
+        **options,
+    )
 
 
-def relative_flops(
-    problem: Problem, plain: Problem, sampling: Sampling, summed: dot_optax.PerLoss | None, *args: Any
-) -> float | None:
+def relative_flops(problem: Problem, plain: Problem, sampling: Sampling, summed: Any, *args: Any) -> float | None:
     """The operations of a step up to its gradients, where those of plain distillation, the problem `plain`, are 1.
 
     These are one gradient of the sum of both losses, the teacher's forward pass included. The last arguments are the
     student's params and rest, the teacher's variables and a batch, or their shapes. None where XLA does not count.
     """
     both = dot_optax.PerLoss(1.0, 1.0)
-    found = flops(functools.partial(_train_losses, problem), sampling, summed, *args)
-    of_kd = flops(functools.partial(_train_losses, plain), EXACT, both, *args)
+    found = flops(functools.partial(_train_losses, problem), problem.losses, sampling, summed, *args)
+    of_kd = flops(functools.partial(_train_losses, plain), plain.losses, EXACT, both, *args)
     return found / of_kd if found and of_kd else None
 
 
 def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Metrics]:
     """Returns `eval_step(variables, teacher_variables, batch)`, which gives sums over the valid examples.
 
-    `top1` and `top5` count the images whose label is the likeliest class, and among the five likeliest.
+    `top1` and `top5` count the images whose label is the likeliest class, and among the five likeliest. `kd_loss` is the
+    plain one, whatever the student was trained on: other losses may depend on the step.
     """
 
     @jax.jit
     def eval_step(variables: tuple[Any, Any], teacher_variables: Any, batch: Any) -> Metrics:
         images, label = _normalize(problem, batch["image"]), batch["label"]
         logits, _ = models.apply(problem.student, *variables, images, train=False)
-        losses = _losses(problem, logits, _teacher_logits(problem, teacher_variables, images), label)
-        per_example = {"task_loss": losses.task, "kd_loss": losses.kd}
-        if problem.teacher is None:
-            del per_example["kd_loss"]
+        per_example = {"task_loss": _task_loss(logits, label)}
+        if problem.teacher is not None:
+            teacher_logits = _teacher_logits(problem, teacher_variables, images)
+            per_example["kd_loss"] = dot_optax.losses.kd_loss(logits, teacher_logits, problem.temperature)
         for k in (1, 5):
             _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
             per_example[f"top{k}"] = jnp.any(likeliest == label[:, None], axis=-1)
@@ -89,15 +100,22 @@ def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Me
 
 
 def _train_losses(
-    problem: Problem, params: Any, rest: Any, teacher_variables: Any, batch: Any
-) -> tuple[dot_optax.PerLoss, Any]:
-    images = _normalize(problem, batch["image"])
+    problem: Problem, params: Any, rest: Any, teacher_variables: Any, batch: Any, step: Any
+) -> tuple[dict[str, jax.Array], Any]:
+    images, label = _normalize(problem, batch["image"]), batch["label"]
     teacher_logits = _teacher_logits(problem, teacher_variables, images)
     logits, rest = models.apply(problem.student, params, rest, images, train=True)
-    losses = jax.tree.map(jnp.mean, _losses(problem, logits, teacher_logits, batch["label"]))
+    task, *others = problem.losses.trained
+    losses = {task: jnp.mean(_task_loss(logits, label))}
+    if teacher_logits is None:
+        return losses | {name: jnp.zeros_like(losses[task]) for name in others}, rest
+    seen = Seen(logits, teacher_logits, label, problem.temperature, step)
+    distilled = dict(zip(others, map(jnp.mean, problem.objective.distill(seen)), strict=True))
     if not problem.kd_gradient:
-        losses = losses._replace(kd=jax.lax.stop_gradient(losses.kd))
-    return losses, rest
+        distilled = jax.lax.stop_gradient(distilled)
+    still = seen._replace(logits=jax.lax.stop_gradient(logits))  # a loss for the log alone needs no gradient
+    logged = {name: jnp.mean(objectives.kd_loss(still)) for name in problem.losses.logged}
+    return losses | distilled | logged, rest
 
 
 def _normalize(problem: Problem, images: jax.Array) -> jax.Array:
@@ -110,11 +128,6 @@ def _teacher_logits(problem: Problem, variables: Any, images: jax.Array) -> jax.
     return None if problem.teacher is None else models.apply(problem.teacher, *variables, images, train=False)[0]
 
 
-def _losses(
-    problem: Problem, logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array
-) -> dot_optax.PerLoss:
-    """Both losses of each example."""
-    task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if teacher_logits is None:
-        return dot_optax.PerLoss(task, kd=jnp.zeros_like(task))
-    return dot_optax.PerLoss(task, kd=dot_optax.losses.kd_loss(logits, teacher_logits, problem.temperature))
+def _task_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each example."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)

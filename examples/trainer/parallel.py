@@ -141,10 +141,10 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
         def averaged(params: Any, batch: Any) -> tuple[Any, Any]:
             values, grads = gradients(params, batch)
             # One that is not due is zeros everywhere, and stays where it is.
-            return values, grads._make(
-                jax.lax.cond(due[name], mean, lambda g: g, grad) if name in due else mean(grad)
-                for name, grad in grads._asdict().items()
-            )
+            return values, {
+                name: jax.lax.cond(due[name], mean, lambda g: g, grad) if name in due else mean(grad)
+                for name, grad in grads.items()
+            }
 
         return averaged
 

@@ -1,11 +1,11 @@
-"""Gradients below their exact cost: what `--config.sampling` makes of the two losses of a step, task and KD.
+"""Gradients below their exact cost: what `--config.sampling` makes of the losses of a step, the task's and the others.
 
-    losses        KD at every k-th step, with k times its gradient; elsewhere neither its backward pass nor the teacher runs
-    alternating       the same of both losses, which alternate: k is 2
-    difference    the sum of both gradients at every step, what tells them apart at every k-th; the teacher at every step
-    examples      KD at every step, on every k-th row of the batch
+    losses        the others at every k-th step, with k times their gradients; elsewhere neither they nor the teacher run
+    alternating   the task at one step, the others at the next, each with twice its gradients: k is 2
+    difference    the sum of all gradients at every step, what tells them apart at every k-th; the teacher at every step
+    examples      the others at every step, on every k-th row of the batch
 
-k is `sampling.period`. The number of the step alone says what is due, so an interrupted run goes on in the right phase.
+The losses are dicts by name, with the task's first; mostly there is one other, the distillation loss. k is `sampling.period`. The number of the step alone says what is due, so an interrupted run goes on in the right phase.
 `dot_optax.sampled_losses` and the other two say why each form is right on average, and what its noise does.
 """
 
@@ -21,8 +21,15 @@ from ml_collections import ConfigDict
 import dot_optax
 from examples.trainer.errors import UserError
 
-LossFn = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (losses, what else they compute)
-Gradients = Callable[[Any, Any], tuple[tuple[Any, Any], Any]]  # the same, and a gradient of each loss
+LossFn = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (losses by name, what else they compute)
+Gradients = Callable[[Any, Any], tuple[tuple[Any, Any], Any]]  # the same, and the gradients of losses by name
+
+
+class Losses(NamedTuple):
+    """The names of the losses of a step."""
+
+    trained: tuple[str, ...]  # whose gradients the optimizer gets, the task's first
+    logged: tuple[str, ...] = ()  # and of those that are there for the log alone: no gradient flows through them
 
 
 class Sampling(NamedTuple):
@@ -36,7 +43,7 @@ class Sampling(NamedTuple):
         """Returns what a section `sampling` asks for."""
         if config.form == "alternating" and config.period != 2:
             raise UserError(
-                f"bad --config.sampling.period={config.period}: in turn, each of the two losses is due at every second step;"
+                f"bad --config.sampling.period={config.period}: in turn, each loss is due at every second step;"
                 " give 2, or another --config.sampling.form"
             )
         exact = config.form in ("", EXACT.form)
@@ -66,39 +73,50 @@ class Sampling(NamedTuple):
         """The same for a method without a KD gradient: the task's stays exact, and KD is there for the log."""
         return {"alternating": Sampling("losses", 2), "difference": EXACT}.get(self.form, self)
 
-    def gradients(self, loss_fn: LossFn, step: Any, summed: Any = None) -> tuple[Gradients, dict[str, Any]]:
+    def gradients(
+        self, loss_fn: LossFn, step: Any, losses: Losses, summed: Collection[float] | None = None
+    ) -> tuple[Gradients, dict[str, Any]]:
         """What takes the gradients at a step, and whether a loss is computed there, for those that are not always."""
         if summed is not None:
-            return gradient_of_the_sum(loss_fn, summed), {}
+            return gradient_of_the_sum(loss_fn, losses, summed), {}
         if self == EXACT:
-            return dot_optax.value_and_grads(loss_fn, has_aux=True), {}
-        sampled = self._sampled(loss_fn)
-        return functools.partial(sampled, step), sampled.due(step)
+            return _only(losses.trained, dot_optax.value_and_grads(loss_fn, has_aux=True)), {}
+        sampled = self._sampled(loss_fn, losses)
+        return _only(losses.trained, functools.partial(sampled, step)), sampled.due(step)
 
     def kinds(self) -> list[int]:
         """For each step of a turn, the first one that costs the same; one for all if all do."""
         if self.form in ("none", "examples"):
             return [0]
-        sampled = self._sampled(lambda params, batch: None)
+        sampled = self._sampled(lambda params, batch: None, Losses(("task", "other")))
         return [sampled.kind(step) for step in range(self.turn)]
 
-    def _sampled(self, loss_fn: LossFn) -> Any:
+    def _sampled(self, loss_fn: LossFn, losses: Losses) -> Any:
         if self.form == "difference":
-            return dot_optax.sampled_difference(loss_fn, self.period, has_aux=True)
+            reached = {name: name in losses.trained for name in losses.trained + losses.logged}
+            return dot_optax.sampled_difference(loss_fn, self.period, reached=reached, has_aux=True)
+        task, *trained = losses.trained
+        others = dict.fromkeys((*trained, *losses.logged), self.period)
         if self.form == "examples":
-            return dot_optax.sampled_examples(loss_fn, {"kd": self.period}, batch_argnums=1, has_aux=True)
-        periods = {"kd": self.period} if self.form == "losses" else {"task": 2, "kd": 2}
-        return dot_optax.sampled_losses(loss_fn, periods, has_aux=True)
+            return dot_optax.sampled_examples(loss_fn, others, batch_argnums=1, has_aux=True)
+        # Losses that share a teacher are due together.
+        if self.form == "losses":
+            return dot_optax.sampled_losses(loss_fn, others, offsets=dict.fromkeys(others, 0), has_aux=True)
+        offsets = dict.fromkeys(others, 1)
+        return dot_optax.sampled_losses(loss_fn, {task: 2} | others, offsets=offsets, has_aux=True)
 
-    def of_the_losses(self, grads: Any, step: jax.Array, due: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def of_the_losses(
+        self, grads: dict[str, Any], step: jax.Array, due: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The gradients of the losses out of those that the optimizer gets, and whether each is known at this step."""
         k = self.period
         if self.form == "difference":
             known = step % k == 0
-            share = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *grads)
-            grads = grads._make(jax.tree.map(lambda g, s: s + (g - s) / k, grad, share) for grad in grads)
-            return grads, dict.fromkeys(grads._fields, known)
-        return grads._replace(**{name: jax.tree.map(lambda g: g / k, getattr(grads, name)) for name in due}), due
+            share = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *grads.values())
+            apart = {name: jax.tree.map(lambda g, s: s + (g - s) / k, grad, share) for name, grad in grads.items()}
+            return apart, dict.fromkeys(grads, known)
+        rare = {name: jax.tree.map(lambda g: g / k, grads[name]) for name in grads if name in due}
+        return grads | rare, due
 
 
 EXACT = Sampling()
@@ -115,7 +133,17 @@ def check_rows(sampling: Sampling, batch_size: int, devices: int) -> None:
         )
 
 
-def gradient_of_the_sum(loss_fn: LossFn, weights: Collection[float]) -> Gradients:
+def _only(names: Collection[str], gradients: Gradients) -> Gradients:
+    """The gradients of these losses alone."""
+
+    def taken(params: Any, batch: Any) -> tuple[tuple[Any, Any], Any]:
+        values, grads = gradients(params, batch)
+        return values, {name: grads[name] for name in names}
+
+    return taken
+
+
+def gradient_of_the_sum(loss_fn: LossFn, names: Losses, weights: Collection[float]) -> Gradients:
     """One backward pass for an optimizer that sums: the gradient of the weighted sum in the place of the first loss's.
 
     The others are zeros.
@@ -124,10 +152,12 @@ def gradient_of_the_sum(loss_fn: LossFn, weights: Collection[float]) -> Gradient
     def gradients(params: Any, batch: Any) -> tuple[tuple[Any, Any], Any]:
         def total(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
             losses, rest = loss_fn(params, batch)
-            return sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight), (losses, rest)
+            weighted = [w * losses[name] for name, w in zip(names.trained, weights, strict=True) if w]
+            return sum(weighted), (losses, rest)
 
         (_, (losses, rest)), grad = jax.value_and_grad(total, has_aux=True)(params)
-        return (losses, rest), losses._make([grad] + [optax.tree.zeros_like(grad)] * (len(losses) - 1))
+        first, *others = names.trained
+        return (losses, rest), {first: grad} | {name: optax.tree.zeros_like(grad) for name in others}
 
     return gradients
 
@@ -147,7 +177,11 @@ def counted_flops(jitted: Any, *args: Any) -> float | None:
 
 
 def flops(
-    loss_fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]], sampling: Sampling, summed: Any, *args: Any
+    loss_fn: Callable[..., tuple[Any, Any]],
+    losses: Losses,
+    sampling: Sampling,
+    summed: Collection[float] | None,
+    *args: Any,
 ) -> float | None:
     """The operations of the gradients of a step, on average; see `counted_flops`.
 
@@ -157,9 +191,9 @@ def flops(
     def count(kind: int) -> float:
         def gradients(params: Any, rest: Any, constants: Any, batch: Any) -> Any:
             def losses_of(params: Any, batch: Any) -> tuple[Any, Any]:
-                return loss_fn(params, rest, constants, batch)
+                return loss_fn(params, rest, constants, batch, kind)
 
-            return sampling.gradients(losses_of, kind, summed)[0](params, batch)
+            return sampling.gradients(losses_of, kind, losses, summed)[0](params, batch)
 
         return counted_flops(jax.jit(gradients), *args) or np.nan
 

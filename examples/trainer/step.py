@@ -1,6 +1,6 @@
 """A train step with one gradient for each loss: a pure function, compiled once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.trainer.parallel import Layout
-from examples.trainer.sampling import EXACT, Sampling
+from examples.trainer.sampling import EXACT, Losses, Sampling
 
 Metrics = dict[str, jax.Array]
 
@@ -28,14 +28,17 @@ def init_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) 
 
 
 def make_train_step(
-    loss_fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    loss_fn: Callable[[Any, Any, Any, Any, Any], tuple[dict[str, Any], Any]],
     optimizer: optax.GradientTransformation,
     layout: Layout,
     *,
+    losses: Losses,
+    container: Callable[..., Any],
     reported: Sequence[str],
     gradient_metrics: bool = True,
+    state_metrics: Callable[[Any], Metrics] = lambda opt_state: {},
     sampling: Sampling = EXACT,
-    summed: Any = None,
+    summed: Collection[float] | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, constants, batch) -> (state, metrics)`; the old state's memory is reused.
 
@@ -44,12 +47,17 @@ def make_train_step(
     this step does not know, such as a loss that it did not compute, is NaN.
 
     Args:
-        loss_fn: `loss_fn(params, rest, constants, batch) -> (losses, rest)`, with the losses as means over the batch,
-            in a NamedTuple such as `dot_optax.PerLoss`.
-        optimizer: from the gradients of all losses to one update.
+        loss_fn: `loss_fn(params, rest, constants, batch, step) -> (losses, rest)`, with the losses as means over the
+            batch, by name; the step is the number of those before it.
+        optimizer: from the gradients of the trained losses to one update. It gets the values of these losses as well,
+            by the keyword `losses`.
         layout: how devices share the work.
+        losses: the names of the losses: those that are trained, and those that are there for the log.
+        container: what holds the gradients of the trained losses for the optimizer, such as `dot_optax.PerLoss`.
         reported: the losses whose metrics are returned: `NAME_loss`, and ...
-        gradient_metrics: ... `NAME_grad_norm`; of two losses, also `grad_cosine`, the cosine between their gradients.
+        gradient_metrics: ... `NAME_grad_norm` of those that are trained; of two, also `grad_cosine`, the cosine between
+            their gradients.
+        state_metrics: further metrics, out of the optimizer's new state.
         sampling: which gradients are taken at which step. Metrics are of the losses' own gradients, without factors k.
         summed: weights of the losses, for an optimizer that adds up what it is given: it gets the gradient of the
             weighted sum, from one backward pass, and zeros. Only without `gradient_metrics`, and where the sum is exact.
@@ -60,18 +68,19 @@ def make_train_step(
 
     def train_step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Metrics]:
         def losses_of(params: Any, batch: Any) -> tuple[Any, Any]:
-            return loss_fn(params, state.rest, constants, batch)
+            return loss_fn(params, state.rest, constants, batch, state.step)
 
-        gradients, due = sampling.gradients(losses_of, state.step, summed)
-        (losses, rest), grads = layout.value_and_grads(gradients, due)(state.params, batch)
+        gradients, due = sampling.gradients(losses_of, state.step, losses, summed)
+        (values, rest), grads = layout.value_and_grads(gradients, due)(state.params, batch)
+        given, of_losses = (container(*(tree[name] for name in losses.trained)) for tree in (grads, values))
         opt_state = (state.opt_state, optax.EmptyState())
-        updates, (opt_state, _) = optimizer.update(grads, opt_state, state.params)
-        metrics = {f"{name}_loss": getattr(losses, name) for name in reported}
+        updates, (opt_state, _) = optimizer.update(given, opt_state, state.params, losses=of_losses)
+        metrics = {f"{name}_loss": values[name] for name in reported} | state_metrics(opt_state)
         if gradient_metrics:
-            of_losses, known = sampling.of_the_losses(grads, state.step, due)
-            metrics |= _gradient_metrics([getattr(of_losses, name) for name in reported], reported, known)
+            own, known = sampling.of_the_losses(grads, state.step, due)
+            metrics |= _gradient_metrics({name: own[name] for name in losses.trained if name in reported}, known)
         # A loss that is not due is NaN, which is no failure.
-        computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in losses._asdict().items()]
+        computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in values.items()]
         skipped = jnp.float32(~_all_finite((computed, updates, rest)))
         metrics = layout.average_metrics(metrics | {"skipped": skipped})
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), rest, opt_state)
@@ -86,14 +95,11 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _gradient_metrics(grads: Sequence[Any], names: Sequence[str], known: dict[str, Any]) -> Metrics:
-    norms = [
-        jnp.where(known.get(name, True), optax.tree.norm(grad), jnp.nan)
-        for name, grad in zip(names, grads, strict=True)
-    ]
-    metrics = {f"{name}_grad_norm": norm for name, norm in zip(names, norms, strict=True)}
+def _gradient_metrics(grads: dict[str, Any], known: dict[str, Any]) -> Metrics:
+    norms = {name: jnp.where(known.get(name, True), optax.tree.norm(grad), jnp.nan) for name, grad in grads.items()}
+    metrics = {f"{name}_grad_norm": norm for name, norm in norms.items()}
     if len(grads) == 2:
-        product = norms[0] * norms[1]
+        a, b = norms.values()
         # A gradient that vanishes has a cosine of 0 with any other.
-        metrics["grad_cosine"] = optax.tree.vdot(*grads) / jnp.where(product == 0, 1.0, product)
+        metrics["grad_cosine"] = optax.tree.vdot(*grads.values()) / jnp.where(a * b == 0, 1.0, a * b)
     return metrics

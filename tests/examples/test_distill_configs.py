@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dot_optax
-from examples.distill import data, methods, settings
+from examples.distill import data, methods, objectives, settings
 from examples.distill.command_line import main, parse
 from examples.trainer import checkpoint
 from tests import networks
@@ -32,6 +32,9 @@ _CIFAR = {
     "distillation.task_weight": 0.1,
     "distillation.kd_weight": 0.9,
     "optimizer.delta": 0.075,
+    "dkd.beta": 8.0,
+    "dkd.warmup_epochs": 20,
+    "deepkd.task_weight": 0.1,
 }
 _TINY_IMAGENET = _CIFAR | {
     "dataset.name": "tiny_imagenet",
@@ -57,6 +60,9 @@ _IMAGENET = {
     "distillation.task_weight": 0.5,
     "distillation.kd_weight": 0.5,
     "optimizer.delta": 0.09,
+    "dkd.beta": 0.5,
+    "dkd.warmup_epochs": 1,
+    "deepkd.task_weight": 0.5,
 }
 
 
@@ -65,13 +71,13 @@ def _networks(teacher, student):
 
 
 _PUBLISHED = {
-    "cifar100_r32x4_r8x4": _CIFAR | _networks("resnet32x4", "resnet8x4"),
-    "cifar100_vgg13_vgg8": _CIFAR | _networks("vgg13", "vgg8"),
+    "cifar100_r32x4_r8x4": _CIFAR | _networks("resnet32x4", "resnet8x4") | {"deepkd.task_weight": 0.5},
+    "cifar100_vgg13_vgg8": _CIFAR | _networks("vgg13", "vgg8") | {"dkd.beta": 6.0, "deepkd.delta_non_target": 0.05},
     "cifar100_r32x4_shufflev2": _CIFAR | _networks("resnet32x4", "shufflenetv2") | {"optimizer.learning_rate": 0.01},
     "tiny_imagenet_r18_mobilenetv2": _TINY_IMAGENET | _networks("resnet18_small", "mobilenetv2"),
     "tiny_imagenet_r18_shufflev2": _TINY_IMAGENET | _networks("resnet18_small", "shufflenetv2"),
     "imagenet_r34_r18": _IMAGENET | _networks("resnet34", "resnet18"),
-    "imagenet_r50_mobilenetv1": _IMAGENET | _networks("resnet50", "mobilenetv1"),
+    "imagenet_r50_mobilenetv1": _IMAGENET | _networks("resnet50", "mobilenetv1") | {"dkd.beta": 2.0},
 }
 _SAME_FOR_ALL = {
     "dataset.train": "train",
@@ -80,6 +86,15 @@ _SAME_FOR_ALL = {
     "method": "dot",
     "dtype": "float32",
     "dataset.synthetic": False,
+    "dkd.task_weight": 1.0,
+    "dkd.alpha": 1.0,
+    "deepkd.target_weight": 1.0,
+    "deepkd.non_target_weight": 1.0,
+    "deepkd.delta_task": 0.075,
+    "deepkd.delta_target": -0.075,
+    "deepkd.delta_non_target": 0.075,
+    "deepkd.top_k_fraction": 0.05,
+    "deepkd.top_k_phases": (0.25, 0.5),
 }
 # Mean and standard deviation of each channel, of pixels from 0 to 1.
 _PIXELS = {
@@ -115,6 +130,29 @@ def test_every_hyperparameter_is_the_published_one(name):
     fields = settings.validated(_config(name)).fields
     expected = _SAME_FOR_ALL | _PUBLISHED[name]
     assert {field: fields[field] for field in expected} == expected
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar100_vgg13_vgg8", 100), ("imagenet_r34_r18", 1000)])
+def test_other_losses_have_their_schedules(name, classes):
+    """DKD's weight rises to 1 in its epochs; DeepKD goes from 5% of the classes to all."""
+    config = _config(name)
+    length = objectives.Length(config.epochs, steps_per_epoch=10)
+    dkd, deepkd = (methods.objective_of(method, config, length) for method in ("dkd_dot", "deepkd"))
+    if name == "imagenet_r34_r18":
+        assert dkd.weights == dot_optax.PerLoss(1.0, 1.0)
+    else:
+        assert dkd.weights.task == 1.0
+        np.testing.assert_allclose([dkd.weights.kd(step) for step in (0, 9, 10, 189, 190)], [0.05, 0.05, 0.1, 0.95, 1])
+    assert deepkd.weights == dot_optax.DeepKDLosses(config.deepkd.task_weight, 1.0, 1.0)
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 4, classes)).astype(np.float32)
+    labels, temperature = np.arange(4), config.distillation.temperature
+    end = config.epochs * 10
+    ks = {0: classes // 20, end // 4: classes // 20, end // 2: classes - 1, end: classes - 1}
+    for step, k in ks.items():
+        found = deepkd.distill(objectives.Seen(student, teacher, labels, temperature, step))
+        expected = dot_optax.losses.deepkd_losses(student, teacher, labels, temperature, k=k)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
@@ -200,7 +238,7 @@ def test_recipes_and_configs_state_the_published_accuracies():
 def test_the_commands_of_the_recipes_parse():
     recipes = (_DISTILL / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python -m examples\.distill (.*)$", recipes, flags=re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         settings.validated(parse(shlex.split(command.replace("=N", "=2").replace("=I", "=1"))).config)
     for flag in re.findall(r"`(--config\.[\w.]+=[\w,]+)", recipes):

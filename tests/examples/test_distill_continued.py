@@ -85,6 +85,40 @@ def test_a_cosine_schedule_cannot_go_on(distill, tmp_path, capsys):
     assert "is of a run of 1 epochs and cannot go on to 2: its cosine schedule ended with the last epoch" in line
 
 
+def test_deepkd_cannot_go_on_but_the_others_beside_it_can(distill, tmp_path, capsys):
+    """Unless it compares all classes from the first step on."""
+    run, flags = tmp_path / "run", ("--config.teacher.epochs=1", "--config.teacher.model.hidden=(4,)")
+    assert distill(run, *flags, "--config.method=dkd,deepkd", "--config.epochs=1") == 0
+    capsys.readouterr()
+    assert distill(run, *flags, "--config.method=dkd", "--config.epochs=2") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is of a run of 1 epochs and cannot go on to 2: DeepKD's phases of classes are parts of all epochs" in line
+    shutil.rmtree(run / "deepkd")
+    assert distill(run, *flags, "--config.method=dkd", "--config.epochs=2") == 0
+    printed = capsys.readouterr().out
+    assert "The KD loss is the plain one in every column; DKD minimized another" in printed
+    first, second = _lines(run / "dkd")
+    assert {"task_loss", "kd_loss", "dkd_loss", "task_grad_norm", "dkd_grad_norm", "grad_cosine"} < set(first)
+    assert [name for name, value in first.items() if value is None] == ["seconds"]  # of `_lines`
+    assert second["dkd_loss"] < first["dkd_loss"]
+
+
+def test_fields_that_came_later_change_nothing_for_what_does_not_use_them(distill, tmp_path, capsys):
+    """A working directory of before DKD, of a config that gives its fields values other than the defaults."""
+    run, flags = tmp_path / "run", ("--config.teacher.epochs=1", "--config.teacher.model.hidden=(4,)")
+    flags += ("--config.epochs=1", "--config.dkd.beta=6", "--config.deepkd.task_weight=0.5")
+    assert distill(run, *flags, "--config.method=kd") == 0
+    record = json.loads((run / "config.json").read_text())
+    before = {field: value for field, value in record.items() if field.split(".")[0] not in ("dkd", "deepkd")}
+    (run / "config.json").write_text(json.dumps(before))
+    capsys.readouterr()
+    assert distill(run, *flags, "--config.method=kd,dkd") == 0
+    assert "kd: " not in capsys.readouterr().err.replace("dkd: ", "")
+    assert json.loads((run / "config.json").read_text()) == record
+    assert distill(run, *flags, "--config.method=kd,dkd", "--config.dkd.beta=8") == 1
+    assert "belongs to another config: dkd.beta is 6.0 there and 8.0 here" in capsys.readouterr().err
+
+
 def _change(teacher):
     """Moves every weight of a teacher a little."""
     params, rest = checkpoint.load_variables(teacher)

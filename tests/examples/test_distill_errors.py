@@ -79,6 +79,22 @@ CONFIGS = [
             ["--config.distillation.task_weight=0", "--config.distillation.kd_weight=0"],
             "error: bad --config.distillation.task_weight and --config.distillation.kd_weight: both are 0",
         ),
+        (
+            ["--config.dkd.task_weight=0", "--config.dkd.alpha=0", "--config.dkd.beta=0"],
+            "error: bad --config.dkd.task_weight, --config.dkd.alpha and --config.dkd.beta: all are 0",
+        ),
+        (
+            ["--config.method=deepkd", "--config.deepkd.delta_non_target=0.1"],
+            "error: bad --config.deepkd.delta_non_target=0.1: with a momentum of 0.9 it makes one of 1, which must be",
+        ),
+        (
+            ["--config.method=kd,deepkd", "--config.optimizer.momentum=0"],
+            "error: bad --config.deepkd.delta_target=-0.075: with a momentum of 0.0 it makes one of -0.075, which must be",
+        ),
+        (
+            ["--config.deepkd.top_k_phases=0.5,0.5"],
+            "error: bad --config.deepkd.top_k_phases=(0.5, 0.5): give two numbers from 0 to 1, the second larger",
+        ),
         (["--config.dataset.mean=(a,)"], "error: bad --config.dataset.mean=('(a,)',): give finite numbers"),
         (["--config.dataset.std=(0.,)"], "error: bad --config.dataset.std=(0.0,): give finite numbers above 0"),
         (["--config.dataset.std=(1.,2.)"], "error: bad --config.dataset.std=(1.0, 2.0): give one number for each"),
@@ -130,7 +146,7 @@ CONFIGS = [
         ),
         (
             ["--config.sampling.form=alternating", "--config.sampling.period=4"],
-            "error: bad --config.sampling.period=4: in turn, each of the two losses is due at every second step",
+            "error: bad --config.sampling.period=4: in turn, each loss is due at every second step",
         ),
         (
             ["--config.sampling.form=examples", "--config.sampling.period=3", "--config.devices=2"],
@@ -213,7 +229,7 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert f"Configs: {', '.join(CONFIGS)}" in lines
-    for method in ("ce", "kd", "kd_gain_matched", "dot"):
+    for method in ("ce", "kd", "kd_gain_matched", "dot", "dkd", "dkd_dot", "deepkd"):
         assert any(line.split()[:1] == [method] for line in lines)
     listed = [line.strip().split("=")[0] for line in lines if line.startswith("  --")]
     assert listed == [f"--config.{field}" for field in fields(get_config())]
@@ -238,11 +254,15 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher", "ce"), "sampling.form", True),
         (("ce",), "epochs", True),
         (("teacher", "ce"), "teacher.epochs", True),
+        (("teacher", "kd", "ce"), "dkd.beta", False),
+        (("teacher", "deepkd"), "dkd.beta", False),
+        (("teacher", "dkd_dot"), "dkd.beta", True),
+        (("teacher", "deepkd"), "deepkd.top_k_phases", True),
     ],
 )
 def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
     config = settings.validated(get_config())
-    for job in ("teacher", "kd", "ce"):
+    for job in ("teacher", "kd", "ce", "dkd_dot", "deepkd"):
         (tmp_path / job / "checkpoints").mkdir(parents=True)
         (tmp_path / job / "metrics.jsonl").touch()
     for job in saved:

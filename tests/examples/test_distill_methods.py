@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import dot_optax
-from examples.distill import methods, settings
+from examples.distill import methods, objectives, settings
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
 
@@ -27,17 +27,26 @@ def _config(**overrides):
     return config
 
 
+def _objective(method):
+    length = objectives.Length(epochs=100, steps_per_epoch=STEPS_PER_EPOCH)
+    return methods.objective_of(method, get_config(), length)
+
+
 def _optimizer(method, **overrides):
-    return methods.build(method, _config(**overrides), WEIGHTS, STEPS_PER_EPOCH, epochs=100)
+    weights, deltas = WEIGHTS, None
+    if method in methods.TRAITS and methods.TRAITS[method].objective != "kd":
+        objective = _objective(method)
+        weights, deltas = objective.weights, objective.deltas
+    return methods.build(method, _config(**overrides), weights, STEPS_PER_EPOCH, epochs=100, deltas=deltas)
 
 
-def _grads(step):
+def _grads(step, container=dot_optax.PerLoss):
     rng = np.random.default_rng(step)
 
     def draw(leaf):
         return rng.normal(size=leaf.shape).astype(np.float32)
 
-    return dot_optax.PerLoss(jax.tree.map(draw, PARAMS), jax.tree.map(draw, PARAMS))
+    return container(*(jax.tree.map(draw, PARAMS) for _ in container._fields))
 
 
 def _steady(step):
@@ -46,9 +55,11 @@ def _steady(step):
 
 def _train(optimizer, steps, grads=_grads):
     params, state = PARAMS, optimizer.init(PARAMS)
-    update = jax.jit(optimizer.update)
+    update = jax.jit(optax.with_extra_args_support(optimizer).update)
     for step in range(steps):
-        updates, state = update(grads(step), state, params)
+        given = grads(step)
+        losses = type(given)(*(jnp.float32(1 + i) for i in range(len(given))))
+        updates, state = update(given, state, params, losses=losses)
         params = optax.apply_updates(params, updates)
     return params, updates
 
@@ -205,7 +216,7 @@ def test_gain_matched_adam_by_hand():
 )
 def test_which_parameters_decay(method, name, decay_mask, only_kernels):
     def zero(step):
-        return jax.tree.map(jnp.zeros_like, _grads(step))
+        return jax.tree.map(jnp.zeros_like, _grads(step, _objective(method).container))
 
     optimizer = _optimizer(method, name=name, decay_mask=decay_mask, weight_decay=0.1)
     _, updates = _train(optimizer, steps=1, grads=zero)
@@ -314,6 +325,15 @@ _BAD_NUMBERS = [
     ("distillation.temperature", 1e-30),
     ("distillation.temperature", 1e30),
     ("distillation.task_weight", 1e40),
+    ("dkd.task_weight", -1.0),
+    ("dkd.alpha", -0.1),
+    ("dkd.beta", float("inf")),
+    ("dkd.warmup_epochs", -1),
+    ("deepkd.target_weight", -1.0),
+    ("deepkd.delta_task", float("nan")),
+    ("deepkd.top_k_fraction", 1.1),
+    ("deepkd.top_k_phases", (0.5, 0.2)),
+    ("deepkd.top_k_phases", (0.5,)),
 ]
 
 
@@ -328,7 +348,7 @@ def test_numbers_that_no_training_can_use(field, value):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_makes_one_tree_of_updates(method, name):
-    methods.check_updates(method, _optimizer(method, name=name), PARAMS)
+    methods.check_updates(method, _optimizer(method, name=name), PARAMS, _objective(method).container)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +372,56 @@ def test_a_method_that_does_not_make_one_tree_of_updates(optimizer, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("method", "classes"), [("dkd", 2), ("dkd_dot", 2), ("deepkd", 2)])
+def test_too_few_classes_for_the_losses_of_a_method(method, classes):
+    with pytest.raises(UserError, match=f"^cannot use method '{method}' with {classes} classes: .*3") as error:
+        objectives.check(method, _objective(method), classes)
+    assert "\n" not in str(error.value)
+    objectives.check(method, _objective(method), 3)
+
+
+def test_all_classes_from_the_first_step_on():
+    config = get_config()
+    config.deepkd.top_k_fraction = 1.0
+    logits = np.random.default_rng(0).normal(size=(2, 4, 10)).astype(np.float32)
+    seen = objectives.Seen(*logits, np.arange(4), 4.0, step=0)
+    objective = methods.objective_of("deepkd", config, objectives.Length(10, 10))
+    np.testing.assert_allclose(sum(objective.distill(seen)), objectives.kd_loss(seen), rtol=1e-5)
+    assert objectives.why_not_longer("deepkd", config) is None
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_deepkd_with_adamw_by_hand(warmup):
+    """Two steps in float64. The factor of all momenta is 1 less their mean, as in `dot_optax.scale_by_adam_momenta`."""
+    weights, deltas = dot_optax.DeepKDLosses(0.5, 1.0, 2.0), dot_optax.DeepKDLosses(0.075, -0.075, 0.05)
+    config = _config(name="adamw", weight_decay=0.1, learning_rate=0.5, delta_warmup_epochs=warmup)
+    optimizer = methods.build("deepkd", config, weights, steps_per_epoch=2, deltas=deltas)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    theta, m, v = PARAMS["dense"]["kernel"].astype(float), np.zeros((3, 1, 2)), 0.0
+    for step in (1, 2):
+        grads = _grads(step, dot_optax.DeepKDLosses)
+        g = np.array([w * np.float64(g["dense"]["kernel"]) for w, g in zip(weights, grads, strict=True)])
+        beta = 0.9 + np.array(deltas)[:, None, None] * ((step - 1) / 2 if warmup else 1)  # of two steps in an epoch
+        m = beta * m + (1 - beta.mean()) * g
+        v = 0.999 * v + 0.001 * g.sum(0) ** 2
+        adam = (m / (1 - beta**step)).sum(0) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        theta = theta - 0.5 * (adam + 0.1 * theta)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["dense"]["kernel"], theta, rtol=1e-4)  # as for gain-matched Adam
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize(("method", "like"), [("dkd", "kd"), ("dkd_dot", "dot")])
+def test_dkd_is_trained_as_distillation_is(method, like, name):
+    """Only its losses and weights are others; the weight of the first epoch is 1/20."""
+    given = methods.build(like, _config(name=name), dot_optax.PerLoss(1.0, 0.05), STEPS_PER_EPOCH)
+    _assert_close(_train(_optimizer(method, name=name), steps=10), _train(given, steps=10), rtol=1e-6)
+
+
 @pytest.fixture
 def registry(monkeypatch):
-    for name in ("METHODS", "STYLES", "_LINEAR"):
+    for name in ("METHODS", "STYLES", "TRAITS"):
         monkeypatch.setattr(methods, name, getattr(methods, name).copy())
 
 
@@ -372,8 +439,8 @@ def test_a_method_of_ones_own(registry):
     assert methods.register("clipped")(_clipped) is _clipped
     assert methods.parse("clipped,kd") == ["clipped", "kd"]
     assert methods.summary("clipped") == "DOT with a clipped distillation gradient."
-    label, color = methods.STYLES["clipped"]
-    assert label == "clipped" and color not in [methods.STYLES[name].color for name in _CHAINS_OF_BEFORE]
+    label, *style = methods.STYLES["clipped"]
+    assert label == "clipped" and style not in [list(methods.STYLES[name][1:]) for name in _CHAINS_OF_BEFORE]
     params, _ = _train(_optimizer("clipped"), steps=3)
     assert _distance(params, _train(_optimizer("dot", weight_decay=0.0), steps=3)[0]) > 1e-3
     config = get_config()
@@ -385,11 +452,13 @@ def test_a_method_of_ones_own(registry):
     settings.validated(config)
 
 
-def test_every_method_has_a_color_of_its_own(registry):
-    for name in ("a", "b", "c", "d"):
+def test_every_method_has_a_color_and_line_style_of_its_own(registry):
+    for name in "abcdefgh" * 2:  # the second time, the same lines run again
         methods.register(name)(lambda recipe: optax.identity())
-    colors = [style.color for style in methods.STYLES.values()]
-    assert len(set(colors)) == len(colors) == 8
+    styles = [style[1:] for style in methods.STYLES.values()]
+    assert len(set(styles)) == len(styles)
+    first = list(methods.STYLES.values())[:7]  # those without aggregation come first
+    assert len({style.color for style in first}) == 7 and {style.line for style in first} == {"-"}
 
 
 def test_a_file_that_is_run_twice_registers_its_method_twice(registry, tmp_path):
@@ -414,6 +483,7 @@ def test_a_file_that_is_run_twice_registers_its_method_twice(registry, tmp_path)
         ("a", {"label": " "}, "bad label"),
         ("a", {"color": "no color"}, "bad color 'no color' of method 'a'"),
         ("dot", {}, "there is a method 'dot' already"),
+        ("a", {"objective": "dto"}, "bad objective 'dto' of method 'a': give one of kd, dkd, deepkd"),
     ],
 )
 def test_what_cannot_be_registered(registry, name, options, message):

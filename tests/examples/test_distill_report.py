@@ -242,7 +242,7 @@ def test_never_more_than_six_ticks(decades):
 
 
 def test_a_method_of_ones_own_is_reported(directory, tmp_path, capsys, monkeypatch):
-    for name in ("METHODS", "STYLES", "_LINEAR"):
+    for name in ("METHODS", "STYLES", "TRAITS"):
         monkeypatch.setattr(methods, name, getattr(methods, name).copy())
     methods.register("mine", label="My method")(lambda recipe: optax.identity())
     (tmp_path / "dot").rename(tmp_path / "mine")

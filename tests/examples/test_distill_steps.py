@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 import dot_optax
-from examples.distill import methods, models, steps
+from examples.distill import methods, models, objectives, steps
 from examples.distill.configs.digits import get_config
 from examples.trainer import parallel
 from examples.trainer.step import init_state
+from tests.tiers import slow_but
 
 _ONE_DEVICE = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel.AXIS,)))
 
@@ -126,6 +127,104 @@ def test_metrics_are_those_of_the_unweighted_losses(problem, network, teacher):
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)  # sums of some ten float32 numbers
+
+
+class _Small(nnx.Module):
+    """Six classes, so that DeepKD can leave some out."""
+
+    def __init__(self, *, rngs):
+        self.classifier = nnx.Linear(4, 6, rngs=rngs)
+
+    def __call__(self, images):
+        return self.classifier(images)
+
+
+def _numbers(params):
+    return np.concatenate([np.ravel(np.asarray(params["classifier"][p], np.float64)) for p in ("kernel", "bias")])
+
+
+def _logits(theta, images):
+    return np.asarray(images, np.float64) @ theta[:-6].reshape(4, 6) + theta[-6:]
+
+
+def _soft(logits):
+    """The probabilities at a temperature of 4."""
+    p = np.exp(logits / 4.0)
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def _parts_by_hand(logits, teacher_logits, labels, k):
+    """TCKD, NCKD and (1 - q) NCKD of k classes, as means over the batch in float64, as they are defined."""
+    parts = []
+    for p, q, y in zip(_soft(logits), _soft(teacher_logits), labels, strict=True):
+        tckd = q[y] * np.log(q[y] / p[y]) + (1 - q[y]) * np.log((1 - q[y]) / (1 - p[y]))
+
+        def nckd(classes, p=p, q=q):
+            p, q = p[classes] / p[classes].sum(), q[classes] / q[classes].sum()
+            return np.sum(q * np.log(q / p))
+
+        others = [c for c in np.argsort(-q) if c != y]
+        parts.append([16 * tckd, 16 * nckd(others), 16 * (1 - q[y]) * nckd(others[:k])])
+    return np.mean(parts, axis=0)
+
+
+def _losses_by_hand(method, theta, teacher, batch, k):
+    """The losses of a method, and the plain distillation loss, of a linear student with the parameters `theta`."""
+    logits, labels = _logits(theta, batch["image"]), batch["label"]
+    tckd, nckd, of_k = _parts_by_hand(logits, teacher, labels, k)
+    q, p = _soft(teacher), _soft(logits)
+    plain = 16 * np.mean(np.sum(q * np.log(q / p), axis=-1))
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    task = -np.mean(log_p[np.arange(len(labels)), labels])
+    return (task, tckd, of_k) if method == "deepkd" else (task, tckd + 8 * nckd), plain
+
+
+def _gradients_by_hand(losses, theta):
+    """By central differences, whose error is some 1e-10 here."""
+    steps = np.eye(len(theta)) * 1e-5
+    return np.transpose([np.subtract(losses(theta + step), losses(theta - step)) / 2e-5 for step in steps])
+
+
+_MOMENTA = {"dkd": (0.9, 0.9), "dkd_dot": (0.825, 0.975), "deepkd": (0.975, 0.825, 0.975)}
+
+
+@pytest.mark.parametrize("method", slow_but(_MOMENTA, "dkd_dot", "deepkd"))
+def test_three_steps_on_other_losses_are_what_they_are_by_hand(method):
+    """In NumPy, float64, from the definitions: DKD's weight rises over four steps, DeepKD goes from 2 classes to all 5."""
+    config = get_config()
+    config.dkd.warmup_epochs, config.deepkd.top_k_phases = 4, (0.25, 0.75)
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 0.1, 0.01
+    length = objectives.Length(epochs=4, steps_per_epoch=1)
+    objective = methods.objective_of(method, config, length)
+    graphdef, params, rest = models.split(_Small(rngs=nnx.Rngs(0)))
+    teacher, *teacher_variables = models.split(_Small(rngs=nnx.Rngs(1)))
+    teacher_variables = jax.tree.map(lambda leaf: 3 * leaf, teacher_variables)  # so that it is surer
+    optimizer = methods.build(method, config.optimizer, objective.weights, 1, 4, objective.deltas)
+    problem = steps.Problem(graphdef, teacher, 4.0, (0.0,) * 4, (1.0,) * 4, objective=objective)
+    train_step = steps.make_train_step(problem, optimizer, _ONE_DEVICE)
+    state = init_state(*jax.tree.map(jnp.copy, (params, rest)), optimizer)
+    batch = _batch(8, 8) | {"label": np.array([0, 1, 2, 3, 4, 5, 0, 1], np.int32)}
+
+    theta, wanted = _numbers(params), _logits(_numbers(teacher_variables[0]), batch["image"])
+    buffers = [0.0] * len(_MOMENTA[method])
+    for step, (rising, k) in enumerate([(0.25, 2), (0.5, 2), (0.75, 3)]):
+        state, metrics = train_step(state, tuple(teacher_variables), batch)
+        values, plain = _losses_by_hand(method, theta, wanted, batch, k)
+        grads = _gradients_by_hand(lambda t, k=k: _losses_by_hand(method, t, wanted, batch, k)[0], theta)
+        names = ("task", "target", "non_target") if method == "deepkd" else ("task", "dkd")
+        expected = dict(zip([f"{name}_loss" for name in names], values, strict=True)) | {"kd_loss": plain}
+        expected |= dict(zip([f"{name}_grad_norm" for name in names], map(np.linalg.norm, grads), strict=True))
+        if len(grads) == 2:
+            expected["grad_cosine"] = grads[0] @ grads[1] / np.linalg.norm(grads[0]) / np.linalg.norm(grads[1])
+        assert set(metrics) == {*expected, "skipped"}
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=f"{name}, step {step}")
+        weights = (0.1, 1, 1) if method == "deepkd" else (1, rising)
+        grads = [weight * grad for weight, grad in zip(weights, grads, strict=True)]
+        grads[0] = grads[0] + 0.01 * theta
+        buffers = [grad + beta * v for grad, beta, v in zip(grads, _MOMENTA[method], buffers, strict=True)]
+        theta = theta - 0.1 * sum(buffers)
+        np.testing.assert_allclose(_numbers(state.params), theta, rtol=1e-4, atol=1e-5)  # float32, through exponentials
 
 
 def test_a_gradient_that_vanishes_has_no_conflict(network, teacher):

@@ -8,14 +8,16 @@ import time
 
 import numpy as np
 
-from examples.distill.jobs import METRICS
+from examples.distill import jobs
 from examples.trainer.job import Job
 from examples.trainer.log import Log
 
 
 def _job(directory, **options):
     nothing = dict.fromkeys(("init_state", "step", "evaluate", "batches", "seed", "splits", "remedy"))
-    return Job(name="dot", directory=directory, epochs=3, metrics=METRICS, unit="images", **nothing, **options)
+    return Job(
+        name="dot", directory=directory, epochs=3, metrics=jobs.metrics("dot"), unit="images", **nothing, **options
+    )
 
 
 def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):

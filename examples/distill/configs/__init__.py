@@ -7,7 +7,7 @@ def default() -> ConfigDict:
     """Every field of a config; `None` where the config itself must choose."""
     config = ConfigDict()
     config.seed = 0
-    config.method = "dot"  # one or more of ce, kd, kd_gain_matched, dot and what is registered, with commas between
+    config.method = "dot"  # one or more of those that --help lists, and of what is registered, with commas between
     config.epochs = None
     config.batch_size = None  # over all devices; the images that fill no batch are left out of an epoch
     config.eval_batch_size = None
@@ -48,9 +48,25 @@ def default() -> ConfigDict:
     config.student.model = None
 
     config.distillation = ConfigDict()
-    config.distillation.temperature = None
-    config.distillation.task_weight = None
+    config.distillation.temperature = None  # of every method
+    config.distillation.task_weight = None  # of the methods that are trained on the plain distillation loss
     config.distillation.kd_weight = None
+
+    config.dkd = ConfigDict()  # dkd and dkd_dot: task_weight x cross-entropy + alpha x TCKD + beta x NCKD
+    config.dkd.task_weight = 1.0
+    config.dkd.alpha = 1.0  # of the target class against all others
+    config.dkd.beta = 8.0  # of the distribution over the others; published from 0.5 to 12, with the networks
+    config.dkd.warmup_epochs = 20  # in the n-th of these epochs, TCKD and NCKD have n / warmup_epochs of their weights
+
+    config.deepkd = ConfigDict()  # deepkd: three losses, each with a momentum of `optimizer.momentum` + delta_...
+    config.deepkd.task_weight = 0.1
+    config.deepkd.target_weight = 1.0  # of TCKD
+    config.deepkd.non_target_weight = 1.0  # of (1 - q) NCKD, q the teacher's probability of the target class
+    config.deepkd.delta_task = 0.075
+    config.deepkd.delta_target = -0.075
+    config.deepkd.delta_non_target = 0.075
+    config.deepkd.top_k_fraction = 0.05  # NCKD begins on this part of the classes, the teacher's likeliest; 1: on all
+    config.deepkd.top_k_phases = (0.25, 0.5)  # parts of all epochs: up to the first it stays so, from the second on all
 
     config.sampling = ConfigDict()  # of the students' gradients, below their exact cost; see trainer/sampling.py
     config.sampling.form = "none"  # or losses, alternating, difference, examples
@@ -58,7 +74,7 @@ def default() -> ConfigDict:
 
     config.optimizer = _optimizer()
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
-    config.optimizer.delta_warmup_epochs = 0  # delta rises from 0 within these epochs, and each step
+    config.optimizer.delta_warmup_epochs = 0  # delta, and DeepKD's, rise from 0 within these epochs, and each step
     return config
 
 

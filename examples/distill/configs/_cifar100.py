@@ -26,6 +26,18 @@ def cifar100(teacher: str, student: str) -> ConfigDict:
     config.distillation.task_weight = 0.1
     config.distillation.kd_weight = 0.9
 
+    config.dkd.task_weight = 1.0
+    config.dkd.alpha = 1.0
+    config.dkd.beta = 8.0  # but for some networks
+    config.dkd.warmup_epochs = 20
+
+    # DeepKD's paper leaves the lengths of the phases open: ours end before the learning rate drops.
+    config.deepkd.task_weight = 0.1  # but for some networks
+    config.deepkd.delta_task, config.deepkd.delta_target = 0.075, -0.075
+    config.deepkd.delta_non_target = 0.075  # but for some networks
+    config.deepkd.top_k_fraction = 0.05
+    config.deepkd.top_k_phases = (0.25, 0.5)
+
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 5e-4
     config.optimizer.drop_epochs = (150, 180, 210)

@@ -26,6 +26,18 @@ def imagenet(teacher: str, student: str) -> ConfigDict:
     config.distillation.task_weight = 0.5
     config.distillation.kd_weight = 0.5
 
+    config.dkd.task_weight = 1.0
+    config.dkd.alpha = 1.0
+    config.dkd.beta = 0.5  # but for some networks
+    config.dkd.warmup_epochs = 1  # so that there is none
+
+    # As published for ResNet18; DeepKD's own runs warm the learning rate up for 20 epochs, too, and end with a cosine.
+    config.deepkd.task_weight = 0.5
+    config.deepkd.delta_task, config.deepkd.delta_target = 0.075, -0.075
+    config.deepkd.delta_non_target = 0.075
+    config.deepkd.top_k_fraction = 0.05
+    config.deepkd.top_k_phases = (0.25, 0.5)
+
     config.optimizer.learning_rate = 0.2
     config.optimizer.weight_decay = 1e-4
     config.optimizer.drop_epochs = (30, 60, 90)

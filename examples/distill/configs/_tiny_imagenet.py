@@ -26,6 +26,18 @@ def tiny_imagenet(student: str) -> ConfigDict:
     config.distillation.task_weight = 0.1
     config.distillation.kd_weight = 0.9
 
+    # For DKD and DeepKD none are published: those of CIFAR-100. The classes are all compared before the second drop.
+    config.dkd.task_weight = 1.0
+    config.dkd.alpha = 1.0
+    config.dkd.beta = 8.0
+    config.dkd.warmup_epochs = 20
+
+    config.deepkd.task_weight = 0.1
+    config.deepkd.delta_task, config.deepkd.delta_target = 0.075, -0.075
+    config.deepkd.delta_non_target = 0.075
+    config.deepkd.top_k_fraction = 0.05
+    config.deepkd.top_k_phases = (0.25, 0.5)
+
     config.optimizer.learning_rate = 0.2
     config.optimizer.weight_decay = 5e-4
     config.optimizer.drop_epochs = (60, 120, 160)

@@ -11,4 +11,6 @@ from examples.distill.configs._cifar100 import cifar100
 
 
 def get_config() -> ConfigDict:
-    return cifar100(teacher="resnet32x4", student="resnet8x4")
+    config = cifar100(teacher="resnet32x4", student="resnet8x4")
+    config.deepkd.task_weight = 0.5
+    return config

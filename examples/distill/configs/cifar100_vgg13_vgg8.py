@@ -11,4 +11,7 @@ from examples.distill.configs._cifar100 import cifar100
 
 
 def get_config() -> ConfigDict:
-    return cifar100(teacher="vgg13", student="vgg8")
+    config = cifar100(teacher="vgg13", student="vgg8")
+    config.dkd.beta = 6.0
+    config.deepkd.delta_non_target = 0.05
+    return config

@@ -11,4 +11,6 @@ from examples.distill.configs._imagenet import imagenet
 
 
 def get_config() -> ConfigDict:
-    return imagenet(teacher="resnet50", student="mobilenetv1")
+    config = imagenet(teacher="resnet50", student="mobilenetv1")
+    config.dkd.beta = 2.0
+    return config
