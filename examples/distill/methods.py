@@ -17,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 import dot_optax
+from dot_optax import weightings
 from examples.distill import objectives, registry
 from examples.distill.objectives import Objective
 from examples.trainer.errors import UserError, one_line
@@ -220,6 +221,80 @@ def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
+class _Aggregation(NamedTuple):
+    """A weighting for `dot_optax.aggregate`, as a method."""
+
+    weighting: Callable[[], dot_optax.weightings.Weighting]
+    # Whether both gradients are weighted by `config.distillation` before. Not where the update is as long as the shorter
+    # or the first of them: a weight of 0.1 would make it ten times shorter.
+    weighted: bool
+    what: str  # it makes of both gradients
+
+
+_AGGREGATIONS = {
+    "projected": _Aggregation(weightings.projected, True, "each without its part against the other (PCGrad)"),
+    "min_norm": _Aggregation(weightings.min_norm, False, "their shortest convex combination (MGDA)"),
+    "bisector": _Aggregation(weightings.bisector, True, "the direction with the same angle to both (ConFIG)"),
+    "conflict_averse": _Aggregation(
+        weightings.conflict_averse, True, "their mean, moved to the worse-off loss (CAGrad)"
+    ),
+    "aligned": _Aggregation(weightings.aligned, False, "both made orthogonal and equally long (Aligned-MTL)"),
+    "priority": _Aggregation(weightings.priority, False, "the task's, as far as the other gets its share (PCD)"),
+}
+
+
+def _momentum_behind(aggregation: _Aggregation) -> Make:
+    """Aggregates the gradients, before the one momentum."""
+
+    def make(recipe: Recipe) -> optax.GradientTransformation:
+        first = [weight_losses(recipe.weights)] if aggregation.weighted else []
+        return optax.chain(*first, dot_optax.aggregate(aggregation.weighting()), *_optimize_the_sum(recipe))
+
+    make.__doc__ = f"Both gradients, aggregated: {aggregation.what}; then as `kd`."
+    return make
+
+
+def _momenta_before(name: str, aggregation: _Aggregation) -> Make:
+    """Aggregates DOT's momenta."""
+
+    def make(recipe: Recipe) -> optax.GradientTransformation:
+        config = recipe.config
+        if config.name == "adamw":
+            raise UserError(
+                f"method 'dot_{name}' has no AdamW, whose second moment is that of the sum: give"
+                f" --config.optimizer.name=sgd, or --config.method=kd_{name}"
+            )
+        first = [weight_losses(recipe.weights)] if aggregation.weighted else []
+        return optax.chain(
+            *first,
+            dot_optax.per_loss(optax.add_decayed_weights(config.weight_decay, _decay_mask(config)), optax.identity()),
+            dot_optax.per_loss(*map(_trace, _scheduled_betas(recipe))),
+            dot_optax.aggregate(aggregation.weighting()),
+            optax.scale_by_learning_rate(recipe.learning_rate),
+        )
+
+    make.__doc__ = f"DOT's two momenta, aggregated: {aggregation.what}."
+    return make
+
+
+def _trace(beta: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.inject_hyperparams(optax.trace)(decay=beta) if callable(beta) else optax.trace(beta)
+
+
+for (_name, _aggregation), _color in zip(_AGGREGATIONS.items(), _COLORS[1:], strict=False):
+    _behind, _before = _momentum_behind(_aggregation), _momenta_before(_name, _aggregation)
+    _label = _name.replace("_", "-")
+    register(f"kd_{_name}", label=f"KD, {_label}", color=_color, line="--", compares=True)(_behind)
+    register(f"dot_{_name}", label=f"DOT, {_label}", color=_color, line=":", compares=True)(_before)
+
+
+@register("dto_kd", label="DTO-KD", color=_COLORS[7], line="--", compares=True)
+def dto_kd(recipe: Recipe) -> optax.GradientTransformation:
+    """DTO-KD: the shortest convex combination of the gradients of the logarithms of both losses; then as `kd`."""
+    aggregate = dot_optax.aggregate(weightings.min_norm(log=True))
+    return optax.chain(aggregate, *_optimize_the_sum(recipe))
+
+
 def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:
     """Multiplies the gradient of each loss by its weight, a number or a schedule."""
     scaled = (optax.scale_by_schedule(weight) if callable(weight) else optax.scale(weight) for weight in weights)
@@ -308,8 +383,15 @@ def state_metrics(method: str) -> tuple[str, ...]:
 
 def read_state(method: str, opt_state: Any) -> dict[str, jax.Array]:
     """What the log says of the state of a method's optimizer: of one that aggregates, the weights of the last step."""
-    weights = optax.tree.get(opt_state, "weights") if state_metrics(method) else None
-    return {} if weights is None else dict(zip(state_metrics(method), weights, strict=True))
+    if not state_metrics(method):
+        return {}
+    weights = optax.tree.get(opt_state, "weights", filtering=_is_of_aggregate)  # [groups, losses]
+    return {} if weights is None else dict(zip(state_metrics(method), weights[0], strict=True))
+
+
+def _is_of_aggregate(path: Any, value: Any) -> bool:
+    del value
+    return getattr(path[-1], "tuple_name", None) == "AggregateState"
 
 
 def betas(config: ConfigDict) -> dot_optax.PerLoss:

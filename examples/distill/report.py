@@ -158,7 +158,10 @@ def picture(curves: Curves, results: Results) -> bytes:
     """
     # Those that had a teacher; of a sampled loss, not every epoch need have a value.
     distilled = [method for method, lines in curves.items() if any(line["kd_loss"] is not None for line in lines)]
-    figure = Figure(figsize=(12 if distilled else 5, 4.3), layout="constrained")
+    columns = 5 if distilled else 1
+    rows = math.ceil((len(curves) + 2) / columns)  # of the legend
+    height = 4.3 + (0.2 * max(rows - 2, 0) if distilled else 0)
+    figure = Figure(figsize=(12 if distilled else 5, height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
     for axes, (title, x_label, y_label) in zip(panels, _PANELS, strict=False):
@@ -189,7 +192,6 @@ def picture(curves: Curves, results: Results) -> bytes:
         Line2D([], [], color="gray", label="last epoch, while training", **_LAST_EPOCH),
         Line2D([], [], color="gray", label="final student, evaluated: the table", **_EVALUATED),
     ]
-    columns = 5 if distilled else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False)
     png = io.BytesIO()
     figure.savefig(png, dpi=150)

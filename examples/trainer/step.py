@@ -72,7 +72,9 @@ def make_train_step(
 
         gradients, due = sampling.gradients(losses_of, state.step, losses, summed)
         (values, rest), grads = layout.value_and_grads(gradients, due)(state.params, batch)
-        given, of_losses = (container(*(tree[name] for name in losses.trained)) for tree in (grads, values))
+        # A device that sees a part of the batch has its own losses; the optimizer is to be the same on all.
+        whole = layout.average_metrics({name: values[name] for name in losses.trained})
+        given, of_losses = (container(*(tree[name] for name in losses.trained)) for tree in (grads, whole))
         opt_state = (state.opt_state, optax.EmptyState())
         updates, (opt_state, _) = optimizer.update(given, opt_state, state.params, losses=of_losses)
         metrics = {f"{name}_loss": values[name] for name in reported} | state_metrics(opt_state)

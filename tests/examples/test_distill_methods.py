@@ -12,6 +12,7 @@ import dot_optax
 from examples.distill import methods, objectives, settings
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
+from tests.tiers import slow_but
 
 PARAMS = {
     "dense": {"kernel": np.array([[0.5, -1.0]], np.float32), "bias": np.array([2.0, 3.0], np.float32)},
@@ -209,7 +210,11 @@ def test_gain_matched_adam_by_hand():
     np.testing.assert_allclose(params["dense"]["kernel"], theta, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+_AGGREGATED_MOMENTA = [f"dot_{name}" for name in methods._AGGREGATIONS]
+_WITH_ADAMW = [method for method in methods.METHODS if method not in _AGGREGATED_MOMENTA]
+
+
+@pytest.mark.parametrize("method", _WITH_ADAMW)  # the others weight the penalty with the task: see below
 @pytest.mark.parametrize(
     ("name", "decay_mask", "only_kernels"),
     [("sgd", "", False), ("sgd", "kernels", True), ("adamw", "", True), ("adamw", "all", False)],
@@ -225,8 +230,11 @@ def test_which_parameters_decay(method, name, decay_mask, only_kernels):
     assert all((update == 0 if only_kernels else update != 0).all() for update in others)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"name": "adamw"}, {"delta_warmup_epochs": 2}])
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [(method, overrides) for method in methods.METHODS for overrides in ({}, {"delta_warmup_epochs": 2})]
+    + [(method, {"name": "adamw"}) for method in _WITH_ADAMW],
+)
 def test_no_two_parts_of_a_state_share_memory(method, overrides):
     """The train step donates all of it, and XLA takes no buffer twice."""
     leaves = jax.tree.leaves(_optimizer(method, **overrides).init(jax.tree.map(jnp.asarray, PARAMS)))
@@ -345,8 +353,10 @@ def test_numbers_that_no_training_can_use(field, value):
         settings.validated(config)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, "sgd") for method in methods.METHODS] + [(method, "adamw") for method in _WITH_ADAMW],
+)
 def test_every_method_makes_one_tree_of_updates(method, name):
     methods.check_updates(method, _optimizer(method, name=name), PARAMS, _objective(method).container)
 
@@ -374,7 +384,7 @@ def test_a_method_that_does_not_make_one_tree_of_updates(optimizer, message):
 
 @pytest.mark.parametrize(("method", "classes"), [("dkd", 2), ("dkd_dot", 2), ("deepkd", 2)])
 def test_too_few_classes_for_the_losses_of_a_method(method, classes):
-    with pytest.raises(UserError, match=f"^cannot use method '{method}' with {classes} classes: .*3") as error:
+    with pytest.raises(UserError, match=f"^cannot use method '{method}' with {classes} classes: .*classes") as error:
         objectives.check(method, _objective(method), classes)
     assert "\n" not in str(error.value)
     objectives.check(method, _objective(method), 3)
@@ -417,6 +427,107 @@ def test_dkd_is_trained_as_distillation_is(method, like, name):
     """Only its losses and weights are others; the weight of the first epoch is 1/20."""
     given = methods.build(like, _config(name=name), dot_optax.PerLoss(1.0, 0.05), STEPS_PER_EPOCH)
     _assert_close(_train(_optimizer(method, name=name), steps=10), _train(given, steps=10), rtol=1e-6)
+
+
+def _weights_by_hand(name, task, kd, losses):
+    """Of two gradients as vectors, in NumPy; those that have no short formula from `dot_optax.weightings`."""
+    gram = np.array([[task @ task, task @ kd], [task @ kd, kd @ kd]])
+    if name == "projected":
+        return 1 + np.maximum(0, -gram[0, 1]) / np.diag(gram)
+    if name in ("min_norm", "dto_kd"):
+        scale = np.array(losses) if name == "dto_kd" else np.ones(2)
+        gram = gram / np.outer(scale, scale)
+        first = np.clip((gram[1, 1] - gram[0, 1]) / (gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]), 0, 1)
+        return np.array([first, 1 - first]) / scale
+    weighting = getattr(dot_optax.weightings, name)()
+    return np.asarray(weighting.weights(jnp.asarray(gram, jnp.float32), None, weighting.init(2))[0], np.float64)
+
+
+def _vector(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+
+
+_AGGREGATED = [*(f"kd_{name}" for name in methods._AGGREGATIONS), *_AGGREGATED_MOMENTA, "dto_kd"]
+_UNWEIGHTED = ("min_norm", "aligned", "priority", "dto_kd")
+
+
+_IN_THE_FIRST_TIER = (
+    "kd_projected",
+    "kd_min_norm",
+    "dot_projected",
+    "dot_priority",
+    "dto_kd",
+    "dot_projected, warming",
+)
+
+
+@pytest.mark.parametrize("case", slow_but([*_AGGREGATED, "dot_projected, warming"], *_IN_THE_FIRST_TIER))
+def test_aggregation_by_hand(case):
+    """Three steps in float64, the second with gradients in conflict; `priority` forgets nothing here."""
+    method, *warming = case.split(", ")
+    warmup, name = len(warming), method.removeprefix("kd_").removeprefix("dot_")
+    before = method.startswith("dot_")
+    optimizer = _optimizer(method, learning_rate=0.5, weight_decay=0.1, delta_warmup_epochs=warmup)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    theta, v, (v_task, v_kd) = _vector(params), 0.0, np.zeros((2, 5))
+    for step in range(1 if name == "priority" else 3):
+        grads = _grads(step)
+        if step == 1:
+            grads = grads._replace(kd=jax.tree.map(lambda task, kd: kd - 2 * task, *grads))
+        losses = dot_optax.PerLoss(task=0.5, kd=3.0 + step)
+        updates, state = optimizer.update(grads, state, params, losses=losses)
+        params = optax.apply_updates(params, updates)
+
+        weights = (1.0, 1.0) if name in _UNWEIGHTED else WEIGHTS
+        task, kd = (weight * _vector(grad) for weight, grad in zip(weights, grads, strict=True))
+        if before:
+            delta = 0.075 * (step / STEPS_PER_EPOCH if warmup else 1)
+            v_task, v_kd = task + 0.1 * theta + (0.9 - delta) * v_task, kd + (0.9 + delta) * v_kd
+            w = _weights_by_hand(name, v_task, v_kd, losses)
+            v = w[0] * v_task + w[1] * v_kd
+        else:
+            w = _weights_by_hand(name, task, kd, losses)
+            v = w[0] * task + w[1] * kd + 0.1 * theta + 0.9 * v
+        theta = theta - 0.5 * v
+        np.testing.assert_allclose(_vector(params), theta, rtol=1e-4, atol=1e-5)  # float32, roots and quotients
+        logged = methods.read_state(method, state)
+        assert set(logged) == {"task_weight", "kd_weight"}
+        np.testing.assert_allclose([logged["task_weight"], logged["kd_weight"]], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", _AGGREGATED_MOMENTA)
+def test_aggregated_momenta_have_no_adamw(method):
+    with pytest.raises(UserError, match=f"^method '{method}' has no AdamW, .*--config.method=kd_"):
+        _optimizer(method, name="adamw")
+
+
+def test_without_a_conflict_projection_changes_nothing():
+    def agreeing(step):
+        grads = _grads(step)
+        return grads._replace(kd=jax.tree.map(lambda task, kd: kd + 3 * task, *grads))
+
+    _assert_close(_train(_optimizer("kd_projected"), 1, agreeing), _train(_optimizer("kd"), 1, agreeing), rtol=1e-6)
+    _assert_close(_train(_optimizer("dot_projected"), 1, agreeing), _train(_optimizer("dot"), 1, agreeing), rtol=1e-6)
+
+
+def test_what_methods_that_compare_gradients_need():
+    config = get_config()
+    config.method, config.sampling.form = "kd,kd_min_norm", "losses"
+    with pytest.raises(UserError, match="'kd_min_norm' compares them with one another: give --config"):
+        settings.validated(config)
+    config.sampling.form = "examples"
+    settings.validated(config)
+    config.sampling.form, config.parallel = "none", "shard_map"
+    with pytest.raises(UserError, match="'kd_min_norm' was not registered as one"):
+        settings.validated(config)
+
+
+def test_the_log_reads_no_other_weights():
+    """A user's method may compare gradients in its own way, and a parameter may be called so."""
+    assert methods.read_state("dot", {"weights": jnp.zeros(2)}) == {}
+    assert methods.read_state("kd_min_norm", {"weights": jnp.zeros(2)}) == {}
+    state = _optimizer("kd_min_norm").init({"weights": jnp.zeros(3)})
+    np.testing.assert_array_equal(list(methods.read_state("kd_min_norm", state).values()), [1.0, 1.0])
 
 
 @pytest.fixture

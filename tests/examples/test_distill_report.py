@@ -67,6 +67,23 @@ def test_the_table():
     ]
 
 
+def test_a_table_of_many_methods_goes_on_below():
+    names = list(methods.METHODS)
+    first, *others = report.table(_results(names)).split("\n\n")
+    assert first == report.table(_results(names[:5]))
+    assert len(others) == 3
+    for part in (first, *others):
+        lines = part.splitlines()
+        assert len(lines) == 8 and len({len(line) for line in lines}) == 1 and len(lines[0]) <= 140
+
+
+def test_what_is_said_of_methods_with_other_losses():
+    assert "the plain one" not in " ".join(report.notes(_settings(), _results(["kd", "dot_projected"])))
+    notes = " ".join(report.notes(_settings(), _results(["kd", "dkd_dot", "deepkd"])))
+    assert "The KD loss is the plain one in every column; DKD + DOT, DeepKD minimized another" in notes
+    assert "DOT's two momenta multiply" in notes
+
+
 def test_a_table_of_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr(methods, "STYLES", methods.STYLES | {"mine": methods.Style("My method", "#cc79a7")})
     assert report.table(_results(["mine"])).splitlines()[0].split("  ")[-1].strip() == "My method"
@@ -178,6 +195,20 @@ def test_the_values_of_the_table_are_drawn_and_named(figures):
         "last epoch, while training",
         "final student, evaluated: the table",
     ]
+
+
+def test_many_methods_can_be_told_apart(figures):
+    """By color and line style along the way, by color and the filled half of the markers at its end."""
+    names = list(methods.METHODS)
+    assert len(names) > 2 * 8
+    report.picture(_curves(names), _results(names))
+    for axes in figures[0].axes:
+        lines = [line for line in axes.lines if line.get_linestyle() != "None"]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
+        for marker in ("o", "D"):
+            ends = [line for line in axes.lines if line.get_marker() == marker]
+            assert len({(line.get_color(), line.get_fillstyle()) for line in ends}) == len(ends) == len(lines)
+    assert list(_overlaps(figures[0])) == []
 
 
 def test_without_a_teacher_there_is_one_panel(figures):

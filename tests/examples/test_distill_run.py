@@ -15,6 +15,7 @@ from examples.distill import data, jobs, models
 from examples.distill.command_line import parse
 from examples.trainer import checkpoint, loop, records
 from examples.trainer.log import Log
+from tests.tiers import slow_but
 
 _TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
 _EVALUATION = ("task_loss", "kd_loss", "top1", "top5")
@@ -152,6 +153,30 @@ def test_signals_that_save_within_an_epoch(number, finished, distill, tmp_path, 
     saved = checkpoint.saved_steps(tmp_path / "run" / "dot")[-1]
     assert 17 <= saved < 28  # within the second epoch
     assert capsys.readouterr().err.splitlines()[-1] == f"terminated; the same command goes on from step {saved} of dot"
+
+
+@pytest.mark.parametrize("method", slow_but(["dkd_dot", "deepkd", "kd_priority", "dot_projected", "dto_kd"], "deepkd"))
+def test_other_methods_go_on_with_the_same_bits(method, finished, distill, tmp_path, monkeypatch):
+    """The classes and weights of a step, and what weightings remember, follow from what is saved."""
+    flags = (f"--config.method={method}", "--config.epochs=3", "--config.checkpoint_every_steps=10")
+    append_line = records.append_line
+
+    def interrupted(path, record):
+        append_line(path, record)
+        if path.parent.name == method and record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    for name in ("run", "again"):
+        shutil.copytree(finished / "teacher", tmp_path / name / "teacher")
+    assert distill(tmp_path / "run", *flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_line", interrupted)
+        assert distill(tmp_path / "again", *flags) == 130
+    assert distill(tmp_path / "again", *flags) == 0
+    _assert_same_student(tmp_path / "run" / method, tmp_path / "again" / method)
+    a, b = ([line | {"seconds": 0} for line in _lines(tmp_path / name / method)] for name in ("run", "again"))
+    assert a == b
+    assert all(value is not None for line in a for value in line.values())
 
 
 def test_a_run_interrupted_before_its_result_only_evaluates(finished, distill, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The train and evaluation steps, with a model that has BatchNorm."""
 
+import functools
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -225,6 +227,21 @@ def test_three_steps_on_other_losses_are_what_they_are_by_hand(method):
         buffers = [grad + beta * v for grad, beta, v in zip(grads, _MOMENTA[method], buffers, strict=True)]
         theta = theta - 0.1 * sum(buffers)
         np.testing.assert_allclose(_numbers(state.params), theta, rtol=1e-4, atol=1e-5)  # float32, through exponentials
+
+
+def test_an_optimizer_gets_the_losses_and_the_log_its_weights(problem, network, teacher):
+    """DTO-KD by hand: the shortest combination of g / L of both losses, then SGD on it with an L2 penalty."""
+    batch, config = _batch(8, 8), get_config().optimizer
+    (task, task_grad), (kd, kd_grad) = _unweighted_losses(problem, network, teacher, batch)
+    a, b = (jax.flatten_util.ravel_pytree(grad)[0] / loss for loss, grad in ((task, task_grad), (kd, kd_grad)))
+    first = np.clip((b @ b - a @ b) / (a @ a + b @ b - 2 * a @ b), 0, 1)
+    read = functools.partial(methods.read_state, "dto_kd")
+    state, metrics = _step(problem, network, teacher, _optimizer("dto_kd"), batch, state_metrics=read)
+    np.testing.assert_allclose(metrics["task_weight"], first / task, rtol=1e-4)  # sums of some ten float32 numbers
+    np.testing.assert_allclose(metrics["kd_weight"], (1 - first) / kd, rtol=1e-4)
+    theta = jax.flatten_util.ravel_pytree(network[1])[0]
+    expected = theta - config.learning_rate * (first * a + (1 - first) * b + config.weight_decay * theta)
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(state.params)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_that_vanishes_has_no_conflict(network, teacher):

@@ -92,6 +92,13 @@ def test_a_multilayer_perceptron_in_float32(form):
     _assert_close(form, four, _on_one_device("mlp", jnp.float32), bound=40 * 2 * 2**-24)
 
 
+@pytest.mark.parametrize("form", slow_but(["jit", "jit_sharded", "pmap"], "pmap"))
+def test_aggregation_sees_the_losses_and_gradients_of_the_whole_batch(form):
+    """Its weights follow from them. The bound: as above, through quotients of inner products, and 100 times that."""
+    one = _train(MULTILAYER, parallel.jit_layout(_mesh(1)), "dto_kd")
+    _assert_close(form, _train(MULTILAYER, FORMS[form](_mesh()), "dto_kd"), one, bound=40 * 2 * 2**-24 * 100)
+
+
 def test_large_parameters_and_momenta_are_divided():
     layout = parallel.jit_layout(_mesh(), shard_params=True)
     with jax.enable_x64(True):  # as above: the test that comes second need not compile
