@@ -1,5 +1,7 @@
 """The training methods that the example compares; each is one Optax transformation over per-loss gradients.
 
+Here are the methods, and what makes them known and checks them; what they are made of is in optimizers.py.
+
 Every method is fed the gradients of the *unweighted* losses of its objective (objectives.py), mostly
 `PerLoss(task, kd)`, and begins by weighting them: weighting a gradient is weighting its loss. So one train step serves
 all methods, and the losses that it reports mean the same in all of them. `register` adds a method of your own.
@@ -18,25 +20,18 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from dot_optax import weightings
-from examples.distill import objectives, registry
+from examples.distill import objectives, optimizers, registry
 from examples.distill.objectives import Objective
+from examples.distill.optimizers import Recipe as Recipe
+from examples.distill.optimizers import betas as betas
+from examples.distill.optimizers import learning_rate_schedule as learning_rate_schedule
+from examples.distill.optimizers import weight_losses as weight_losses
+from examples.distill.optimizers import why_not_longer as why_not_longer
 from examples.trainer.errors import UserError, one_line
-
-_MAX_STEPS = 2**31 - 1  # Optax counts them in int32.
 
 # Okabe and Ito's colors, which the color-blind can tell apart; without the yellow, which is faint on white.
 _COLORS = ("#7f7f7f", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _LINES = ("-", "--", ":", "-.")  # for the methods after the eighth
-
-
-class Recipe(NamedTuple):
-    """What the optimizer of a method is made of."""
-
-    config: ConfigDict  # the section `optimizer` of a config
-    weights: Any  # of the losses, in their container: numbers, or schedules from the number of updates so far
-    learning_rate: optax.Schedule  # from the number of updates so far, warm-up and drops included
-    steps_per_epoch: int
-    deltas: Any = None  # in the same container: of an objective whose momenta are not DOT's, see `Objective`
 
 
 class Style(NamedTuple):
@@ -141,13 +136,13 @@ def _free_style(name: str) -> tuple[str, str]:
 def ce(recipe: Recipe) -> optax.GradientTransformation:
     """Cross-entropy alone, with weight 1. The teacher is trained like this."""
     only_task = dot_optax.per_loss(optax.identity(), optax.set_to_zero())
-    return optax.chain(only_task, dot_optax.sum_losses(), *_optimize_the_sum(recipe))
+    return optax.chain(only_task, dot_optax.sum_losses(), *optimizers.optimize_the_sum(recipe))
 
 
 @register("kd", label="KD", linear=True)
 def kd(recipe: Recipe) -> optax.GradientTransformation:
     """Plain knowledge distillation: SGD with momentum, or AdamW, on the weighted sum."""
-    return optax.chain(weight_losses(recipe.weights), dot_optax.sum_losses(), *_optimize_the_sum(recipe))
+    return optax.chain(weight_losses(recipe.weights), dot_optax.sum_losses(), *optimizers.optimize_the_sum(recipe))
 
 
 @register("kd_gain_matched", label="KD, gain-matched", linear=True)
@@ -158,11 +153,11 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
     are those that the momenta of each step would have in the long run; DOT's own follow them some 1 / (1 - beta) steps
     later.
     """
-    config, momenta = recipe.config, _scheduled_betas(recipe)
-    mask, gains = _decay_mask(config), _relative_gains(momenta)
+    config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
+    mask, gains = optimizers.decay_mask(config), optimizers.relative_gains(momenta)
     if config.name == "adamw":
         matched = optax.chain(
-            _scale_by_gain_matched_adam(gains, config.momentum, config.b2, config.eps),
+            optimizers.scale_by_gain_matched_adam(gains, config.momentum, config.b2, config.eps),
             optax.add_decayed_weights(config.weight_decay, mask),
             optax.scale_by_learning_rate(recipe.learning_rate),
         )
@@ -183,8 +178,8 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
 @register("dot", label="DOT", linear=True)
 def dot(recipe: Recipe) -> optax.GradientTransformation:
     """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
-    config, momenta = recipe.config, _scheduled_betas(recipe)
-    decay = {"weight_decay": config.weight_decay, "mask": _decay_mask(config)}
+    config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
+    decay = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(config)}
     if config.name == "adamw":
         optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **decay)
     else:
@@ -207,8 +202,8 @@ def dkd_dot(recipe: Recipe) -> optax.GradientTransformation:
 @register("deepkd", label="DeepKD", objective="deepkd", linear=True)
 def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     """DeepKD: a momentum each for the task and for both parts of the distillation loss."""
-    config, mask = recipe.config, _decay_mask(recipe.config)
-    momenta = _momenta(recipe)
+    config, mask = recipe.config, optimizers.decay_mask(recipe.config)
+    momenta = optimizers.momenta_of(recipe)
     if config.name == "adamw":
         return optax.chain(
             weight_losses(recipe.weights),
@@ -248,7 +243,7 @@ def _momentum_behind(aggregation: _Aggregation) -> Make:
 
     def make(recipe: Recipe) -> optax.GradientTransformation:
         first = [weight_losses(recipe.weights)] if aggregation.weighted else []
-        return optax.chain(*first, dot_optax.aggregate(aggregation.weighting()), *_optimize_the_sum(recipe))
+        return optax.chain(*first, dot_optax.aggregate(aggregation.weighting()), *optimizers.optimize_the_sum(recipe))
 
     make.__doc__ = f"Both gradients, aggregated: {aggregation.what}; then as `kd`."
     return make
@@ -267,18 +262,16 @@ def _momenta_before(name: str, aggregation: _Aggregation) -> Make:
         first = [weight_losses(recipe.weights)] if aggregation.weighted else []
         return optax.chain(
             *first,
-            dot_optax.per_loss(optax.add_decayed_weights(config.weight_decay, _decay_mask(config)), optax.identity()),
-            dot_optax.per_loss(*map(_trace, _scheduled_betas(recipe))),
+            dot_optax.per_loss(
+                optax.add_decayed_weights(config.weight_decay, optimizers.decay_mask(config)), optax.identity()
+            ),
+            dot_optax.per_loss(*map(optimizers.trace, optimizers.scheduled_betas(recipe))),
             dot_optax.aggregate(aggregation.weighting()),
             optax.scale_by_learning_rate(recipe.learning_rate),
         )
 
     make.__doc__ = f"DOT's two momenta, aggregated: {aggregation.what}."
     return make
-
-
-def _trace(beta: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.inject_hyperparams(optax.trace)(decay=beta) if callable(beta) else optax.trace(beta)
 
 
 for (_name, _aggregation), _color in zip(_AGGREGATIONS.items(), _COLORS[1:], strict=False):
@@ -292,13 +285,7 @@ for (_name, _aggregation), _color in zip(_AGGREGATIONS.items(), _COLORS[1:], str
 def dto_kd(recipe: Recipe) -> optax.GradientTransformation:
     """DTO-KD: the shortest convex combination of the gradients of the logarithms of both losses; then as `kd`."""
     aggregate = dot_optax.aggregate(weightings.min_norm(log=True))
-    return optax.chain(aggregate, *_optimize_the_sum(recipe))
-
-
-def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the gradient of each loss by its weight, a number or a schedule."""
-    scaled = (optax.scale_by_schedule(weight) if callable(weight) else optax.scale(weight) for weight in weights)
-    return dot_optax.per_loss(type(weights)(*scaled))
+    return optax.chain(aggregate, *optimizers.optimize_the_sum(recipe))
 
 
 def weights_of_the_sum(method: str, weights: Any) -> Any:
@@ -394,20 +381,6 @@ def _is_of_aggregate(path: Any, value: Any) -> bool:
     return getattr(path[-1], "tuple_name", None) == "AggregateState"
 
 
-def betas(config: ConfigDict) -> dot_optax.PerLoss:
-    """DOT's two momenta, after any warm-up; `config` is the section `optimizer` of a config."""
-    try:
-        momenta = dot_optax.betas(config.momentum, config.delta)
-    except ValueError as error:
-        raise UserError(f"bad --config.optimizer.delta={config.delta}: {error}") from error
-    if np.float32(momenta.kd) == 1 or np.float32(momenta.task) == 1:
-        raise UserError(
-            f"bad --config.optimizer.delta={config.delta}: with a momentum of {config.momentum} it makes one that is 1"
-            " in float32; give a smaller one"
-        )
-    return momenta
-
-
 def build(
     method: str,
     config: ConfigDict,
@@ -464,135 +437,3 @@ def check_updates(
             f"cannot use method {method!r}: of the gradients {container.__name__}({', '.join(container._fields)}) it does not"
             " make one tree of updates like the parameters; `dot_optax.dot` and `dot_optax.sum_losses` make one of two"
         )
-
-
-def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int | None = None) -> optax.Schedule:
-    """Constant with drops, or a cosine down to 0 at the end of the last epoch; after a linear warm-up from 0.
-
-    A drop at 150 takes effect in epoch 151, counted from 1, as papers count; a warm-up does not move it.
-    """
-    warmup = config.warmup_epochs * steps_per_epoch
-    if epochs is not None and epochs * steps_per_epoch > _MAX_STEPS:
-        raise UserError(
-            f"{epochs} epochs of {steps_per_epoch} steps are more than {_MAX_STEPS} steps: give fewer epochs"
-        )
-    if config.schedule == "cosine":
-        if epochs is None:
-            raise ValueError("a cosine schedule depends on the number of epochs: give `epochs`")
-        cosine = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
-        if not warmup:
-            return cosine
-        return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), cosine], [warmup])
-    drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
-    reached = {step: factor for step, factor in drops.items() if step <= _MAX_STEPS}
-    steps = optax.piecewise_constant_schedule(config.learning_rate, reached)
-    if not warmup:
-        return steps
-    return lambda count: steps(count) * jnp.minimum(1.0, count / warmup)
-
-
-def why_not_longer(config: ConfigDict) -> str | None:
-    """Why a finished run cannot be trained for more epochs; None if it can.
-
-    It can where the learning rates of its epochs do not depend on how many follow; `config` is the section `optimizer`.
-    """
-    if config.schedule == "steps":
-        return None
-    return (
-        f"its {config.schedule} schedule ended with the last epoch: with more epochs, every epoch would have had another"
-        " learning rate; choose another --workdir to train anew"
-    )
-
-
-def _optimize_the_sum(recipe: Recipe) -> tuple[optax.GradientTransformation, ...]:
-    """What follows `sum_losses`."""
-    config, mask = recipe.config, _decay_mask(recipe.config)
-    if config.name == "adamw":
-        return (
-            optax.adamw(
-                recipe.learning_rate,
-                config.momentum,
-                config.b2,
-                config.eps,
-                weight_decay=config.weight_decay,
-                mask=mask,
-            ),
-        )
-    return (
-        optax.add_decayed_weights(config.weight_decay, mask),
-        optax.sgd(recipe.learning_rate, momentum=config.momentum),
-    )
-
-
-def _decay_mask(config: ConfigDict) -> Callable[[Any], Any] | None:
-    """Which parameters decay; None: all of them."""
-    kind = config.decay_mask or {"sgd": "all", "adamw": "kernels"}[config.name]
-    return _is_kernel if kind == "kernels" else None
-
-
-def _is_kernel(params: Any) -> Any:
-    """A mask of the weights that layers multiply with, which Flax calls kernels."""
-    return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params)
-
-
-def _scheduled_betas(recipe: Recipe) -> dot_optax.PerLoss:
-    """DOT's two momenta: numbers, or with a warm-up of `delta` schedules."""
-    config, momenta = recipe.config, betas(recipe.config)
-    if not config.delta_warmup_epochs:
-        return momenta
-    warmup = optax.linear_schedule(0.0, config.delta, config.delta_warmup_epochs * recipe.steps_per_epoch)
-    return dot_optax.betas(config.momentum, warmup)
-
-
-def _momenta(recipe: Recipe) -> Any:
-    """The momentum of each loss of an objective with `deltas`: numbers, or with a warm-up of these schedules."""
-    config, steps = recipe.config, recipe.config.delta_warmup_epochs * recipe.steps_per_epoch
-
-    def momentum(delta: float) -> optax.ScalarOrSchedule:
-        end = config.momentum + delta
-        return optax.linear_schedule(config.momentum, end, steps) if steps else end
-
-    return type(recipe.deltas)(*map(momentum, recipe.deltas))
-
-
-def _relative_gains(momenta: dot_optax.PerLoss) -> dot_optax.PerLoss:
-    """How much more than their mean the two momenta amplify the gradients of their losses, as schedules."""
-
-    def at(count: Any) -> dot_optax.PerLoss:
-        now = [beta(count) if callable(beta) else beta for beta in momenta]
-        return jax.tree.map(lambda gain: gain * (1 - sum(now) / 2), dot_optax.gains(*now))
-
-    return dot_optax.PerLoss(task=lambda count: at(count).task, kd=lambda count: at(count).kd)
-
-
-def _scale_by_gain_matched_adam(
-    gains: dot_optax.PerLoss, b1: float, b2: float, eps: float
-) -> optax.GradientTransformation:
-    r"""Adam with one first moment, and the gains of `dot_optax.scale_by_dot_adam`: container in, tree out.
-
-    .. math::
-        m &\leftarrow b_1 m + (1 - b_1) (a_{task} g_{task} + a_{kd} g_{kd}), \qquad
-            a_i = \frac{1 - b_1}{1 - \beta_i} \\
-        \nu &\leftarrow b_2 \nu + (1 - b_2) (g_{task} + g_{kd})^2 \\
-        u &= \hat{m} \Big/ (\sqrt{\hat{\nu}} + \epsilon)
-
-    The second moment is that of the plain sum, as DOT has it. Adam on :math:`\sum_i a_i g_i` would divide by the size of
-    that sum: of the gains only their ratio would be left, and DOT would have the larger steps.
-    """
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)  # The train step wants both memories.
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
-
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        del params
-        a_task, a_kd = gains.task(state.count), gains.kd(state.count)
-        amplified = jax.tree.map(lambda task, kd: a_task * task + a_kd * kd, *grads)
-        mu = optax.tree.update_moment(amplified, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(jax.tree.map(jnp.add, *grads), state.nu, b2, 2)
-        count = optax.safe_increment(state.count)
-        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init, update)

@@ -68,7 +68,7 @@ def test_the_table():
 
 
 def test_a_table_of_many_methods_goes_on_below():
-    names = list(methods.METHODS)
+    names = list(methods.METHODS)[:18]  # other tests may have registered more
     first, *others = report.table(_results(names)).split("\n\n")
     assert first == report.table(_results(names[:5]))
     assert len(others) == 3
