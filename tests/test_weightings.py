@@ -83,6 +83,13 @@ for_all = pytest.mark.parametrize("name", WEIGHTINGS)
 for_numbers = pytest.mark.parametrize("n", slow_but(LOSSES, 2, 3))
 
 
+def for_each(names, *, of_two_alone):
+    """All names with all numbers of losses, but some names with two losses alone."""
+    pairs = [(name, n) for name in names for n in LOSSES if n == 2 or name not in of_two_alone]
+    marks = [pytest.param(name, n, marks=[pytest.mark.slow] * (n == 5)) for name, n in pairs]
+    return pytest.mark.parametrize(("name", "n"), marks)
+
+
 @for_all
 @for_numbers
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -97,24 +104,20 @@ def test_weights_are_finite(name, n, dtype):
     assert np.isfinite(np.float32(update(w, every)[0])).all()
 
 
-@for_all
-@for_numbers
+# Of more losses, `aligned` drops gradients 1,000 times shorter than others.
+@for_each(WEIGHTINGS, of_two_alone=["aligned"])
 def test_float32_is_as_good_as_float64(name, n):
     """Where no gradients are parallel or nearly so; 1e-4: cosines are known to 1e-7, and some are divided by 1e-2 or so."""
-    if name == "aligned" and n > 2:
-        pytest.skip("drops gradients 1,000 times shorter than others: test_aligned_is_the_mean_of_orthogonal_gradients")
     j = chosen(n, "similar", "large", "scales")
     (d, size), (exact, _) = (update(weights(name, j, dtype), j) for dtype in (np.float32, np.float64))
     np.testing.assert_array_less(norms(d - exact), 1e-4 * size)
 
 
-@for_all
-@for_numbers
+# Of more losses, `projected` takes them in random order: test_projected_takes_each_order.
+@for_each(WEIGHTINGS, of_two_alone=["projected"])
 def test_the_order_of_the_losses_does_not_matter(name, n):
     j = chosen(n, "similar", "large", "conflict")
     order = [0, *range(n - 1, 0, -1)] if name == "priority" else [*range(n - 1, -1, -1)]
-    if name == "projected" and n > 2:
-        pytest.skip("takes the losses in random order: test_projected_takes_each_order")
     w, permuted = weights(name, j, np.float64), weights(name, j[:, order], np.float64)
     d, size = update(w, j)
     np.testing.assert_array_less(norms(update(permuted, j[:, order])[0] - d), 1e-9 * size)
@@ -141,11 +144,9 @@ def test_the_update_is_linear_in_the_factors_of_the_losses(name, n):
     np.testing.assert_allclose(d[0] + d[1], d[2], atol=1e-9 * norms(d[2]).max())
 
 
-@for_numbers
-@pytest.mark.parametrize("name", ["config", "imtl", "nash", "priority"])
+# Of more losses, the weights of `imtl` may all change their sign.
+@for_each(["config", "imtl", "nash", "priority"], of_two_alone=["imtl"])
 def test_the_direction_ignores_the_factors_of_the_losses(name, n):
-    if name == "imtl" and n > 2:
-        pytest.skip("its weights may all change their sign")
     j = chosen(n, "similar", "conflict")
     factors = np.random.default_rng(1).uniform(0.1, 10, size=(n, 1))
     d, scaled = (update(weights(name, x, np.float64), x)[0] for x in (j, factors * j))
@@ -416,13 +417,11 @@ def torchjd_updates(name, n):
             yield (j, d / norms(d), theirs / norms(theirs)) if factor is None else (j, d, factor * theirs)
 
 
-@for_numbers
-@pytest.mark.parametrize("name", TORCHJD)
+# Without a tolerance: another definition, or another order, for more than two losses.
+@for_each(TORCHJD, of_two_alone=[name for name, settings in TORCHJD.items() if settings[3] is None])
 def test_torchjd_gives_the_same(name, n):
     """TorchJD 0.18.0, with the settings of `reference/torchjd_values.py`."""
     tolerance = TORCHJD[name][2 if n == 2 else 3]
-    if tolerance is None:
-        pytest.skip("has another definition, or another order, for more than two losses")
     for j, ours, theirs in torchjd_updates(name, n):
         assert norms(ours - theirs) < tolerance * norms(theirs)
         if name == "MGDA":  # ... and where we differ ours is the shorter one,
