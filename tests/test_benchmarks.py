@@ -29,6 +29,7 @@ from benchmarks import (
     scaling,
     train_step,
     update_step,
+    vocabulary,
 )
 from examples.distill import models
 from tests.networks import abstract
@@ -76,6 +77,16 @@ def test_aggregation(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert 'pip install "torchjd[full]"' in printed
     assert all(f"| {name} " in printed for name in aggregation.PAIRS)
+
+
+@pytest.mark.slow
+def test_vocabulary(tmp_path, tpu_compiler):
+    path = tmp_path / "memory.json"
+    vocabulary.main(["--tokens", "256", "--json", str(path)])
+    memory = json.loads(path.read_text())["temporary"]
+    assert all(len(found) == 4 for found in memory.values())
+    for chip in ("CPU", "TPU v5e"):
+        assert all(memory[f"chunked_kd_loss from {what}"][f"{chip}, float32"] < 1 for what in ("logits", "features"))
 
 
 @pytest.mark.slow
