@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dot_optax._checks import _check_scalar, _describe, _is_number
-from dot_optax.losses._logits import Array, _Checked, _checked, _compare, _kl_terms, _Soft, _soften, _sum_of_terms
+from dot_optax.losses._logits import Array, _Checked, _checked, _compare, _kl_terms, _soften, _sum_of_terms
 
 
 def tckd_loss(
@@ -53,7 +53,7 @@ def tckd_loss(
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
     found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=2)
-    return found.result(_tckd(found, is_target, axis))
+    return found.result(_tckd(found, is_target))
 
 
 def nckd_loss(
@@ -100,7 +100,7 @@ def nckd_loss(
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
     found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    return found.result(_nckd(found, is_target, axis))
+    return found.result(_nckd(found, is_target))
 
 
 def dkd_loss(
@@ -147,7 +147,7 @@ def dkd_loss(
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
     found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    return found.result(alpha * _tckd(found, is_target, axis) + beta * _nckd(found, is_target, axis))
+    return found.result(alpha * _tckd(found, is_target) + beta * _nckd(found, is_target))
 
 
 def dkd_warmup(steps_per_epoch: int, epochs: int = 20) -> optax.Schedule:
@@ -226,9 +226,9 @@ def deepkd_losses(
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
     """
     found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    others = _nckd(found if k is None else found._replace(where=_top_k(found, is_target, k, axis)), is_target, axis)
-    q, _, _ = _compare(_soften(*found[:3], axis, found.where), axis)[0]
-    return found.result(_tckd(found, is_target, axis)), found.result(jnp.sum(q, axis, where=~is_target) * others)
+    others = _nckd(found if k is None else found._replace(where=_top_k(found, is_target, k)), is_target)
+    q, _, _ = _compare(_soften(*found[:5]), axis)[0]
+    return found.result(_tckd(found, is_target)), found.result(jnp.sum(q, axis, where=~is_target) * others)
 
 
 def top_k_mask(teacher_logits: Array, labels: Array, k: Array, *, axis: int = -1) -> jax.Array:
@@ -256,7 +256,7 @@ def top_k_mask(teacher_logits: Array, labels: Array, k: Array, *, axis: int = -1
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
     """
     found, is_target = _targets(teacher_logits, teacher_logits, labels, 1.0, axis, None, least=3)
-    return _top_k(found, is_target, k, axis)
+    return _top_k(found, is_target, k)
 
 
 def top_k_schedule(num_classes: int, begin: int, end: int, fraction: float = 0.05) -> optax.Schedule:
@@ -297,41 +297,33 @@ def top_k_schedule(num_classes: int, begin: int, end: int, fraction: float = 0.0
     return lambda step: jnp.asarray(rise(step), jnp.int32)
 
 
-def _targets(
-    student: Any, teacher: Any, labels: Any, temperature: Any, axis: int, where: Any, least: int
-) -> tuple[_Checked, jax.Array]:
+def _targets(student: Any, teacher: Any, labels: Any, temperature: Any, axis: int, where: Any, least: int) -> Any:
     """The checked logits, and where their targets are."""
     found = _checked(student, teacher, temperature, axis, where, least)
-    examples = list(found.student.shape)
-    num_classes = examples.pop(axis)
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or list(jnp.shape(labels)) != examples:
-        raise ValueError(
-            f"labels must be integers of shape {tuple(examples)}, one per example; got {_describe(labels)}"
-        )
+    shape = list(found.student.shape)
+    num_classes = shape.pop(axis)
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or list(jnp.shape(labels)) != shape:
+        raise ValueError(f"labels must be integers of shape {tuple(shape)}, one per example; got {_describe(labels)}")
     return found, jax.nn.one_hot(labels, num_classes, dtype=bool, axis=axis)
 
 
-def _nckd(found: _Checked, is_target: jax.Array, axis: int) -> jax.Array:
-    return _sum_of_terms(_kl_terms, *found[:3], axis, _others(found, is_target))
+def _nckd(found: _Checked, is_target: jax.Array) -> jax.Array:
+    return _sum_of_terms(_kl_terms, *found[:4], found.where & ~is_target)
 
 
-def _tckd(found: _Checked, is_target: jax.Array, axis: int) -> jax.Array:
+def _tckd(found: _Checked, is_target: jax.Array) -> jax.Array:
     """Between two classes: the target, and all others in one, whose logit is the logarithm of their summed exponentials."""
-    soft = _soften(*found[:3], axis, found.where)
-    without = (jnp.where(is_target, fill, logits) for fill, logits in zip((-jnp.inf, -jnp.inf, 0.0), soft, strict=True))
-    _, of_others = _compare(_Soft(*without), axis)
-    of_target = (jnp.sum(logits, axis, keepdims=True, where=is_target) for logits in soft)
-    pair = _Soft(*(jnp.concatenate(both, axis) for both in zip(of_target, of_others, strict=True)))
+    soft, axis = _soften(*found[:5]), found.axis
+    without = [jnp.where(is_target, fill, logits) for fill, logits in zip((-jnp.inf, -jnp.inf, 0.0), soft, strict=True)]
+    _, of_others = _compare(without, axis)
+    of_target = [jnp.sum(logits, axis, keepdims=True, where=is_target) for logits in soft]
+    pair = [jnp.concatenate(both, axis) for both in zip(of_target, of_others, strict=True)]
     return jnp.sum(_kl_terms(*_compare(pair, axis)[0]), axis)
 
 
-def _others(found: _Checked, is_target: jax.Array) -> jax.Array:
-    return ~is_target if found.where is None else found.where & ~is_target
-
-
-def _top_k(found: _Checked, is_target: jax.Array, k: Any, axis: int) -> jax.Array:
+def _top_k(found: _Checked, is_target: jax.Array, k: Any) -> jax.Array:
     if _is_number(k):
         _check_scalar("k", k, 1)
-    others = jnp.where(_others(found, is_target), found.teacher, -jnp.inf)
-    rank = jnp.argsort(jnp.argsort(-others, axis), axis)
-    return (rank < k) & _others(found, is_target)
+    others = found.where & ~is_target
+    order = jnp.argsort(jnp.where(others, -found.teacher, jnp.inf), found.axis)
+    return (jnp.argsort(order, found.axis) < k) & others

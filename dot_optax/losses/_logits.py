@@ -1,7 +1,6 @@
 """Divergences between the predictions of student and teacher, and the one comparison of both that all of them share."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -179,8 +178,8 @@ def jsd_loss(
         Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, equation 1.
     """
     if _is_number(beta) and beta in (0, 1):
-        end = kd_loss if beta == 0 else reverse_kl_loss
-        return end(student_logits, teacher_logits, temperature, axis=axis, where=where)
+        end = _kl_terms if beta == 0 else _reverse_kl_terms
+        return _divergence(end, student_logits, teacher_logits, temperature, axis, where)
     _check_scalar("beta", beta, 0, 1)
     return _divergence(_jsd_terms, student_logits, teacher_logits, temperature, axis, where, beta)
 
@@ -265,8 +264,8 @@ def bernoulli_kd_loss(
     """
     found = _checked(student_logits, teacher_logits, temperature, axis, where, least=1)
     pair = [jnp.stack([logits, jnp.zeros_like(logits)], axis=-1) for logits in found[:2]]
-    included = None if found.where is None else found.where[..., None]
-    return found.result(jnp.sum(_sum_of_terms(_kl_terms, *pair, found.temperature, -1, included), axis=axis))
+    kl = _sum_of_terms(_kl_terms, *pair, found.temperature, -1, found.where[..., None])
+    return found.result(jnp.sum(kl, axis=axis))
 
 
 def dist_loss(
@@ -320,11 +319,10 @@ def dist_loss(
         Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022.
     """
     found = _checked(student_logits, teacher_logits, temperature, axis, where)
-    q, p, _ = _compare(_soften(*found[:3], axis, found.where), axis)[0]
-    included = jnp.ones_like(q, bool) if found.where is None else found.where
+    q, p, _ = _compare(_soften(*found[:5]), axis)[0]
     others = tuple(i for i in range(q.ndim) if i != axis % q.ndim)
-    between, within = (_one_minus_correlation(q, p, over, included) for over in (axis, others))
-    classes = jnp.maximum(jnp.sum(jnp.any(included, axis=others)), 1)
+    between, within = (_one_minus_correlation(q, p, over, found.where) for over in (axis, others))
+    classes = jnp.maximum(jnp.sum(jnp.any(found.where, axis=others)), 1)
     return found.result(beta * between + gamma * jnp.sum(within) / classes)
 
 
@@ -357,9 +355,8 @@ def standardize_logits(logits: Array, *, axis: Axis = -1, where: Any = None) -> 
         Sun et al., `Logit Standardization in Knowledge Distillation <https://arxiv.org/abs/2403.01427>`_, 2024.
     """
     found = _checked(logits, logits, 1.0, axis, where, least=1)
-    included = jnp.ones_like(found.student, bool) if found.where is None else found.where
-    count = jnp.sum(included, axis=axis, keepdims=True)
-    return (jnp.sqrt(count) * _unit(_centred(found.student, axis, included), axis)).astype(found.dtype)
+    count = jnp.sum(found.where, axis=axis, keepdims=True)
+    return (jnp.sqrt(count) * _unit(_centred(found.student, axis, found.where), axis)).astype(found.dtype)
 
 
 class _Checked(NamedTuple):
@@ -368,7 +365,8 @@ class _Checked(NamedTuple):
     student: jax.Array
     teacher: jax.Array
     temperature: jax.Array
-    where: jax.Array | None  # of the shape of the logits
+    axis: Any
+    where: jax.Array  # of the shape of the logits
     dtype: Any  # of the result
 
     def result(self, loss: Any) -> jax.Array:
@@ -377,10 +375,18 @@ class _Checked(NamedTuple):
 
 def _checked(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, least: int = 2) -> _Checked:
     _check_logits(student, teacher, axis, least)
-    where = None if where is None else jnp.broadcast_to(_check_where(where), student.shape)
+    _check_temperature(temperature)
     dtype, wide = _dtypes(student, teacher)
-    student, teacher, temperature = (jnp.asarray(x, wide) for x in (student, teacher, _check_temperature(temperature)))
-    return _Checked(student, teacher, temperature, where, dtype)
+    student, teacher, temperature = (jnp.asarray(x, wide) for x in (student, teacher, temperature))
+    return _Checked(student, teacher, temperature, axis, _included(where, student.shape), dtype)
+
+
+def _included(where: Any, shape: tuple[int, ...]) -> jax.Array:
+    """`where` in full: by default everything is included."""
+    where = True if where is None else where
+    if not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
+        raise ValueError(f"where must be bools, got {_describe(where)}")
+    return jnp.broadcast_to(where, shape)
 
 
 def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:
@@ -390,37 +396,28 @@ def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:
     return dtype, jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _divergence(
-    terms: Callable[..., jax.Array], student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, *args: Any
-) -> jax.Array:
+def _divergence(terms: Any, student: Any, teacher: Any, temperature: Any, axis: Any, where: Any, *args: Any) -> Any:
     """T^2 times the sum of `terms(q, p, log(p / q), *args)` over the classes, for each example."""
     found = _checked(student, teacher, temperature, axis, where)
     weights = [jnp.asarray(arg, found.student.dtype) for arg in args]
-    return found.result(_sum_of_terms(terms, *found[:3], axis, found.where, *weights))
+    return found.result(_sum_of_terms(terms, *found[:5], *weights))
 
 
 # As jax.nn has it: some forty operations, one by one, would be slow.
 @functools.partial(jax.jit, static_argnames=("terms", "axis"))
-def _sum_of_terms(
-    terms: Any, student: Any, teacher: Any, temperature: Any, axis: Any, where: Any, *args: Any
-) -> jax.Array:
+def _sum_of_terms(terms: Any, student: Any, teacher: Any, temperature: Any, axis: Any, where: Any, *args: Any) -> Any:
     compared, _ = _compare(_soften(student, teacher, temperature, axis, where), axis)
     return jnp.sum(terms(*compared, *args), axis=axis)
 
 
-class _Soft(NamedTuple):
-    """Both logits over T, minus infinity where a class is excluded; and their difference, which cancels nothing."""
+def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, top: Any = None) -> Any:
+    """Both logits over T, minus infinity where a class is excluded; and their difference, which cancels nothing.
 
-    student: jax.Array
-    teacher: jax.Array
-    difference: jax.Array  # plus or minus infinity where one of both alone excludes the class, 0 where both do
-
-
-def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any, top: Any = None) -> _Soft:
-    if where is not None:
-        # An example without a class gets equal logits, which have no loss and no gradient.
-        excluded = jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0.0)
-        student, teacher = (jnp.where(where, logits, excluded) for logits in (student, teacher))
+    The difference is plus or minus infinity where one of both alone excludes the class, and 0 where both do.
+    """
+    # An example without a class gets equal logits, which have no loss and no gradient.
+    excluded = jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0.0)
+    student, teacher = (jnp.where(where, logits, excluded) for logits in (student, teacher))
     # The teacher's largest logit is taken from all, so that large logits lose nothing: their differences count.
     top = jax.lax.stop_gradient(jnp.max(teacher, axis=axis, keepdims=True)) if top is None else top
     no_student, no_teacher = student == -jnp.inf, teacher == -jnp.inf
@@ -428,15 +425,14 @@ def _soften(student: Any, teacher: Any, temperature: Any, axis: Axis, where: Any
     finite_student, finite_teacher = jnp.where(no_student, 0.0, student), jnp.where(no_teacher, 0.0, teacher)
     difference = (finite_student - finite_teacher) / temperature
     difference = jnp.where(no_student & no_teacher, 0.0, jnp.where(no_student, -jnp.inf, difference))
-    return _Soft(
-        jnp.where(no_student, -jnp.inf, (finite_student - jnp.where(no_student, 0.0, top)) / temperature),
-        jnp.where(no_teacher, -jnp.inf, (finite_teacher - jnp.where(no_teacher, 0.0, top)) / temperature),
-        jnp.where(no_teacher & ~no_student, jnp.inf, difference),
-    )
+    difference = jnp.where(no_teacher & ~no_student, jnp.inf, difference)
+    student = jnp.where(no_student, -jnp.inf, (finite_student - jnp.where(no_student, 0.0, top)) / temperature)
+    teacher = jnp.where(no_teacher, -jnp.inf, (finite_teacher - jnp.where(no_teacher, 0.0, top)) / temperature)
+    return student, teacher, difference
 
 
-def _compare(soft: _Soft, axis: Axis) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """What all losses of two predictions are made of, as exact as the difference of the logits is.
+def _compare(soft: Any, axis: Axis) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """What all losses of two predictions are made of, as exact as the difference of their logits in `_soften` is.
 
     Returns:
         The teacher's probabilities q, the student's p, and log(p / q) of each class, plus or minus infinity where one
@@ -543,12 +539,5 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> Non
         )
 
 
-def _check_temperature(temperature: Any) -> Any:
+def _check_temperature(temperature: Any) -> None:
     _check_scalar("temperature", temperature, float(jnp.finfo(jnp.float32).tiny))
-    return temperature
-
-
-def _check_where(where: Any) -> jax.Array:
-    if not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
-        raise ValueError(f"where must be bools, got {_describe(where)}")
-    return jnp.asarray(where)

@@ -1,7 +1,7 @@
 """The distillation loss for large vocabularies: of a teacher's likeliest tokens, and without logits of all tokens at once."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +10,7 @@ import optax
 
 from dot_optax._checks import _check_scalar
 from dot_optax.losses import _logits
-from dot_optax.losses._logits import Array, _Soft
-
-Operand = tuple[jax.Array | None, jax.Array]  # logits are `features @ kernel`, or the second array alone
+from dot_optax.losses._logits import Array
 
 
 def top_k_kd_loss(
@@ -73,25 +71,18 @@ def top_k_kd_loss(
             "teacher_log_probs and teacher_indices must have the same shape [..., k] beside logits of shape "
             f"{found.student.shape}, got {known.shape} and {jnp.shape(teacher_indices)}"
         )
-    included = jnp.ones(found.student.shape, bool) if found.where is None else found.where
-    kept = jnp.take_along_axis(included, teacher_indices, -1)
-    outside = jnp.put_along_axis(included, teacher_indices, False, axis=-1, inplace=False)
+    kept = jnp.take_along_axis(found.where, teacher_indices, -1)
+    outside = jnp.put_along_axis(found.where, teacher_indices, False, axis=-1, inplace=False)
     any_outside = jnp.any(outside, -1, keepdims=True)
-    student = jnp.where(included, found.student, 0.0) / found.temperature
+    student = jnp.where(found.where, found.student, 0.0) / found.temperature
     of_rest = jax.nn.logsumexp(jnp.where(outside | ~any_outside, student, -jnp.inf), axis=-1, keepdims=True)
     known = jnp.where(kept, known.astype(wide), -jnp.inf)
     left = 1 - jnp.sum(jnp.exp(known), -1, keepdims=True)
     left = jnp.where(any_outside & (left > 0) & (remainder == "other"), left, 0.0)
-    return found.result(
-        _logits._sum_of_terms(
-            _logits._kl_terms,
-            jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1),
-            jnp.concatenate([known, jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)], -1),
-            jnp.ones((), wide),
-            -1,
-            jnp.concatenate([kept, any_outside], -1),
-        )
-    )
+    student = jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1)
+    log_left = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)
+    teacher, where = jnp.concatenate([known, log_left], -1), jnp.concatenate([kept, any_outside], -1)
+    return found.result(_logits._sum_of_terms(_logits._kl_terms, student, teacher, jnp.ones((), wide), -1, where))
 
 
 def chunked_kd_loss(
@@ -148,94 +139,94 @@ def chunked_kd_loss(
         Hsu et al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024, which chunks over the tokens of the text.
     """
     _check_scalar("chunk_size", chunk_size, 1)
+    _logits._check_temperature(temperature)
     pairs = ((student, student_kernel), (teacher, teacher_kernel))
     operands = [(None, x) if kernel is None else (jnp.asarray(x), kernel) for x, kernel in pairs]
     logits = [jax.eval_shape(_output, *operand) for operand in operands]
     _logits._check_logits(logits[0], logits[1], -1)
-    included = jnp.broadcast_to(_logits._check_where(True if where is None else where), (*logits[0].shape[:-1], 1))
-    masked = [(None if x is None else jnp.where(included, x, 0), jnp.asarray(last)) for x, last in operands]
-    dtype, wide = _logits._dtypes(logits[0], logits[1])
-    temperature = jnp.asarray(_logits._check_temperature(temperature), wide)
-    kl = _chunked_kl(min(chunk_size, logits[0].shape[-1]), included, temperature, *masked)
+    included = _logits._included(where, (*logits[0].shape[:-1], 1))
+    dtype, wide = _logits._dtypes(*logits)
+    temperature = jnp.asarray(temperature, wide)
+    features = [None if x is None else jnp.where(included, x, 0) for x, _ in operands]
+    cut = [jnp.asarray(last) for _, last in operands]
+    kl = _chunked_kl(min(chunk_size, logits[0].shape[-1]), included, [temperature, *features], cut)
     return (temperature**2 * kl[..., 0]).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_kl(size: int, included: jax.Array, temperature: jax.Array, *operands: Operand) -> Any:
-    """KL(q || p) of each token, of shape [..., 1], from the operands of student and teacher."""
-    return _chunked_forward(size, included, temperature, *operands)[0]
+def _chunked_kl(size: int, included: jax.Array, whole: Any, cut: Any) -> Any:
+    """KL(q || p) of each token, of shape [..., 1].
+
+    `whole` is the temperature with the features of student and teacher, None where there are logits; `cut` is the arrays
+    whose last axis is the vocabulary: their kernels or logits.
+    """
+    return _chunked_forward(size, included, whole, cut)[0]
 
 
-def _chunked_forward(size: int, included: jax.Array, temperature: jax.Array, *operands: Operand) -> Any:
+def _chunked_forward(size: int, included: jax.Array, whole: Any, cut: Any) -> Any:
     def normalise(log_z: Any, start: Any, counted: Any, parts: Any) -> Any:
-        soft = _soften_chunk(counted, temperature, *parts)
+        soft = _soften_chunk(counted, whole, parts)
         return [jnp.logaddexp(z, jax.nn.logsumexp(x, -1, keepdims=True)) for z, x in zip(log_z, soft, strict=False)]
 
     def add(kl: Any, start: Any, counted: Any, parts: Any) -> Any:
-        return kl + _kl_of_chunk(counted, log_z, zero, temperature, *parts)
+        return kl + _kl_of_chunk(counted, log_z, zero, whole, parts)
 
-    zero = jnp.zeros(included.shape, temperature.dtype)
-    log_z = _scan_chunks(size, included, operands, normalise, [zero - jnp.inf] * 2)
-    kl = _scan_chunks(size, included, operands, add, zero)
-    return kl, (included, temperature, operands, log_z, kl)
+    zero = jnp.zeros(included.shape, whole[0].dtype)
+    log_z = _scan_chunks(size, included, cut, normalise, [zero - jnp.inf] * 2)
+    kl = _scan_chunks(size, included, cut, add, zero)
+    return kl, (included, whole, cut, log_z, kl)
 
 
 def _chunked_backward(size: int, residuals: Any, cotangent: jax.Array) -> Any:
-    included, temperature, operands, log_z, kl = residuals
+    included, whole, cut, log_z, kl = residuals
 
     def add(grads: Any, start: Any, counted: Any, parts: Any) -> Any:
+        def add_part(total: Any, part: Any) -> Any:
+            part = part + jax.lax.dynamic_slice_in_dim(total, start, size, -1)
+            return jax.lax.dynamic_update_slice_in_dim(total, part, start, -1)
+
         of_chunk = functools.partial(_kl_of_chunk, counted, log_z, kl)
-        for_temperature, *for_parts = jax.vjp(of_chunk, temperature, *parts)[1](cotangent)
-        total, *totals = grads
-        added = [total + for_temperature]
-        for (whole, last), (g_whole, g_last) in zip(totals, for_parts, strict=True):
-            g_last = g_last + jax.lax.dynamic_slice_in_dim(last, start, size, -1)
-            last = jax.lax.dynamic_update_slice_in_dim(last, g_last, start, -1)
-            added.append((None if whole is None else whole + g_whole, last))
-        return added
+        for_whole, for_parts = jax.vjp(of_chunk, whole, parts)[1](cotangent)
+        return jax.tree.map(jnp.add, grads[0], for_whole), jax.tree.map(add_part, grads[1], for_parts)
 
     # What every chunk adds to is summed in float32.
-    zeros = [(None if x is None else jnp.zeros(x.shape, kl.dtype), jnp.zeros_like(last)) for x, last in operands]
-    grads = _scan_chunks(size, included, operands, add, [jnp.zeros_like(temperature), *zeros])
-    return None, grads[0], *optax.tree.cast_like(tuple(grads[1:]), operands)
+    zeros = optax.tree.zeros_like(whole, kl.dtype), optax.tree.zeros_like(cut)
+    return None, *optax.tree.cast_like(_scan_chunks(size, included, cut, add, zeros), (whole, cut))
 
 
 _chunked_kl.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _scan_chunks(
-    size: int, included: jax.Array, operands: Sequence[Operand], add: Callable[..., Any], init: Any
-) -> Any:
+def _scan_chunks(size: int, included: jax.Array, cut: Any, add: Callable[..., Any], init: Any) -> Any:
     """Adds up over ranges of the vocabulary; the last one begins earlier where the size does not divide it.
 
-    `add` is given the total, where the range begins, which of its tokens count, and the operands cut to the range.
+    `add` is given the total, where the range begins, which of its tokens count, and the arrays cut to the range.
     """
-    vocabulary = operands[0][1].shape[-1]
+    vocabulary = cut[0].shape[-1]
 
     def step(total: Any, first: jax.Array) -> tuple[Any, None]:
         start = jnp.minimum(first, vocabulary - size)
         new = jnp.expand_dims(start + jnp.arange(size) >= first, range(included.ndim - 1))
-        parts = [(x, jax.lax.dynamic_slice_in_dim(last, start, size, -1)) for x, last in operands]
+        parts = [jax.lax.dynamic_slice_in_dim(x, start, size, -1) for x in cut]
         return add(total, start, included & new, parts), None
 
     return jax.lax.scan(step, init, jnp.arange(0, vocabulary, size))[0]
 
 
-def _kl_of_chunk(
-    counted: jax.Array, log_z: Sequence[jax.Array], kl: jax.Array, temperature: jax.Array, *parts: Operand
-) -> jax.Array:
+def _kl_of_chunk(counted: jax.Array, log_z: Any, kl: jax.Array, whole: Any, parts: Any) -> jax.Array:
     """The chunk's part of KL(q || p), less `kl` times its part of sum(q).
 
     With normalisers and `kl` as constants, the gradient of this is that of KL(q || p): the derivative of KL(q || p) is
     0 in the logarithm of the student's normaliser, and minus `kl` in that of the teacher's.
     """
-    student, teacher, difference = _soften_chunk(counted, temperature, *parts)
+    student, teacher, difference = _soften_chunk(counted, whole, parts)
     q, p = jnp.exp(teacher - log_z[1]), jnp.exp(student - log_z[0])
     return jnp.sum(_logits._kl_terms(q, p, difference - (log_z[0] - log_z[1])) - kl * q, axis=-1, keepdims=True)
 
 
-def _soften_chunk(counted: jax.Array, temperature: jax.Array, *parts: Operand) -> _Soft:
-    student, teacher = (_output(*part).astype(temperature.dtype) for part in parts)
+def _soften_chunk(counted: jax.Array, whole: Any, parts: Any) -> Any:
+    temperature, *features = whole
+    student, teacher = (_output(*pair).astype(temperature.dtype) for pair in zip(features, parts, strict=True))
     return _logits._soften(student, teacher, temperature, -1, counted, top=0.0)
 
 
