@@ -52,7 +52,7 @@ def tckd_loss(
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
-    found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=2)
+    found, is_target, _ = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=2)
     return found.result(_tckd(found, is_target))
 
 
@@ -99,8 +99,8 @@ def nckd_loss(
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
-    found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    return found.result(_nckd(found, is_target))
+    found, _, others = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
+    return found.result(_nckd(found, others))
 
 
 def dkd_loss(
@@ -146,8 +146,8 @@ def dkd_loss(
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
-    found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    return found.result(alpha * _tckd(found, is_target) + beta * _nckd(found, is_target))
+    found, is_target, others = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
+    return found.result(alpha * _tckd(found, is_target) + beta * _nckd(found, others))
 
 
 def dkd_warmup(steps_per_epoch: int, epochs: int = 20) -> optax.Schedule:
@@ -225,10 +225,10 @@ def deepkd_losses(
     References:
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
     """
-    found, is_target = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
-    others = _nckd(found if k is None else found._replace(where=_top_k(found, is_target, k)), is_target)
+    found, is_target, others = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
+    nckd = _nckd(found, others if k is None else _top_k(found, others, k))
     q, _, _ = _compare(_soften(*found[:5]), axis)[0]
-    return found.result(_tckd(found, is_target)), found.result(jnp.sum(q, axis, where=~is_target) * others)
+    return found.result(_tckd(found, is_target)), found.result(jnp.sum(q, axis, where=~is_target) * nckd)
 
 
 def top_k_mask(teacher_logits: Array, labels: Array, k: Array, *, axis: int = -1) -> jax.Array:
@@ -255,8 +255,8 @@ def top_k_mask(teacher_logits: Array, labels: Array, k: Array, *, axis: int = -1
     References:
         Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
     """
-    found, is_target = _targets(teacher_logits, teacher_logits, labels, 1.0, axis, None, least=3)
-    return _top_k(found, is_target, k)
+    found, _, others = _targets(teacher_logits, teacher_logits, labels, 1.0, axis, None, least=3)
+    return _top_k(found, others, k)
 
 
 def top_k_schedule(num_classes: int, begin: int, end: int, fraction: float = 0.05) -> optax.Schedule:
@@ -298,17 +298,18 @@ def top_k_schedule(num_classes: int, begin: int, end: int, fraction: float = 0.0
 
 
 def _targets(student: Any, teacher: Any, labels: Any, temperature: Any, axis: int, where: Any, least: int) -> Any:
-    """The checked logits, and where their targets are."""
+    """The checked logits, where their targets are, and where the other classes that are included."""
     found = _checked(student, teacher, temperature, axis, where, least)
     shape = list(found.student.shape)
     num_classes = shape.pop(axis)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or list(jnp.shape(labels)) != shape:
         raise ValueError(f"labels must be integers of shape {tuple(shape)}, one per example; got {_describe(labels)}")
-    return found, jax.nn.one_hot(labels, num_classes, dtype=bool, axis=axis)
+    is_target = jax.nn.one_hot(labels, num_classes, dtype=bool, axis=axis)
+    return found, is_target, found.where & ~is_target
 
 
-def _nckd(found: _Checked, is_target: jax.Array) -> jax.Array:
-    return _sum_of_terms(_kl_terms, *found[:4], found.where & ~is_target)
+def _nckd(found: _Checked, others: jax.Array) -> jax.Array:
+    return _sum_of_terms(_kl_terms, *found[:4], others)
 
 
 def _tckd(found: _Checked, is_target: jax.Array) -> jax.Array:
@@ -321,9 +322,8 @@ def _tckd(found: _Checked, is_target: jax.Array) -> jax.Array:
     return jnp.sum(_kl_terms(*_compare(pair, axis)[0]), axis)
 
 
-def _top_k(found: _Checked, is_target: jax.Array, k: Any) -> jax.Array:
+def _top_k(found: _Checked, others: jax.Array, k: Any) -> jax.Array:
     if _is_number(k):
         _check_scalar("k", k, 1)
-    others = found.where & ~is_target
     order = jnp.argsort(jnp.where(others, -found.teacher, jnp.inf), found.axis)
     return (jnp.argsort(order, found.axis) < k) & others

@@ -484,14 +484,10 @@ def _skew_terms(q: jax.Array, p: jax.Array, log_ratio: jax.Array, alpha: jax.Arr
 
 def _mixture(q: jax.Array, p: jax.Array, log_ratio: jax.Array, beta: jax.Array) -> tuple[jax.Array, ...]:
     """m = beta q + (1 - beta) p, log(m / q) and log(m / p): each from the exponential of what is not positive."""
-    log_m_q = jnp.log1p((1 - beta) * jnp.expm1(jnp.minimum(log_ratio, 0.0)))
-    log_m_p = jnp.log1p(beta * jnp.expm1(-jnp.maximum(log_ratio, 0.0)))
-    likelier = log_ratio > 0
-    return (
-        beta * q + (1 - beta) * p,
-        jnp.where(likelier, log_m_p + log_ratio, log_m_q),
-        jnp.where(likelier, log_m_p, log_m_q - log_ratio),
-    )
+    more = log_ratio > 0
+    weight, distance = jnp.where(more, beta, 1 - beta), jnp.where(more, -log_ratio, log_ratio)
+    log_m = jnp.log1p(weight * jnp.expm1(distance))  # less the logarithm of the larger one of q and p
+    return beta * q + (1 - beta) * p, log_m + jnp.where(more, log_ratio, 0.0), log_m - jnp.where(more, 0.0, log_ratio)
 
 
 def _exp_minus_1_minus_x(x: jax.Array) -> jax.Array:
