@@ -19,7 +19,7 @@ import numpy as np
 from dot_optax._checks import _describe, _listed
 from dot_optax._containers import LossNames, PerLoss, _entries_by_key
 from dot_optax._gradients import Argnums, LossFn, _differentiated, _forward, _output, _split_losses
-from dot_optax._reach import _leaf_mask
+from dot_optax._reach import _reads
 
 Periods = Mapping[Any, int] | tuple[int, ...]
 Offsets = Mapping[Any, int] | None
@@ -32,11 +32,12 @@ class Sampled:
 
     # It knows whose turn it is at each step: `_periods` of everything that is not due at every step, by name, and `_kinds`,
     # the different sets of names that are due together. Its `_form` is the name of the function that returned it.
-    _call: Callable[..., Any]  # takes the step within the turn of all periods, and the arguments of `loss_fn`
+    # Its `_call` takes the step within the turn of all periods, and the arguments of `loss_fn`.
 
-    def __init__(self, form: str, loss_fn: LossFn, argnums: Argnums, has_aux: bool, periods: Any, offsets: Any = None):
+    def __init__(self, call: Any, form: str, loss_fn: LossFn, argnums: Any, has_aux: bool, periods: Any, offsets: Any):
         functools.update_wrapper(self, loss_fn, updated=())
         vars(self).pop("__wrapped__")  # by which `jax.jit` would number the arguments: those of `loss_fn` have no step
+        self._call: Callable[..., Any] = functools.partial(call, self)
         self._form, self._loss_fn, self._argnums, self._has_aux = form, loss_fn, argnums, has_aux
         given = _periods_by_name(form, periods)
         self._given, self._in_order = list(given), isinstance(periods, tuple)
@@ -94,29 +95,19 @@ class Sampled:
         skipped = self._periods if self._form == "sampled_losses" else ()
         return {name: _at([name in names for names in self._kinds], kind) for name in skipped}
 
-    def _calling(self, call: Callable[..., Any]) -> "Sampled":
-        """Itself, with what it calls at each step."""
-        self._call = call
-        return self
-
     def _position(self, step: Any) -> Any:
         """The step within the turn, for a step's number or a key."""
-        dtype = getattr(step, "dtype", None)
-        if dtype is not None and (
-            jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and np.shape(step) == (2,))
-        ):
+        dtype, shape = getattr(step, "dtype", np.dtype(object)), getattr(step, "shape", ())
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and shape == (2,)):
             return jax.random.randint(step, (), 0, self._length)
         if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
             return int(step) % self._length
-        if dtype is None or np.shape(step) or not jnp.issubdtype(dtype, jnp.integer):
+        if shape or not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(
                 f"{self._form}: the step, which comes before the arguments of loss_fn, must be a whole number or a key of"
                 f" jax.random; got {_describe(step)}"
             )
         return step % self._length
-
-    def _forward(self, args: Any, kwargs: Any, wanted: Any = None) -> Any:
-        return _forward(self._loss_fn, self._argnums, self._has_aux, self._form, args, kwargs, wanted)
 
     def _match(self, args: Any, kwargs: Any) -> tuple[dict[Any, Any], dict[Any, int]]:
         """By the name in `periods`: the key of the loss that it stands for; and by this key the period of every loss."""
@@ -240,13 +231,11 @@ def sampled_losses(
         Ours for distillation. Bohn et al., `M-ConFIG <https://arxiv.org/abs/2408.11104>`_, 2025, take losses in turn, each
         with its own momentum.
     """
-    sampled = Sampled("sampled_losses", loss_fn, argnums, has_aux, periods, offsets)
 
-    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
         def branch(due: Sequence[Any]) -> Any:
-            due_keys = [keys[name] for name in due]
-            taken = [key for key, period in period_of.items() if period == 1 or key in due_keys]
-            forward = sampled._forward(args, kwargs, taken)
+            taken = {keys[name] for name in due} | {key for key, period in period_of.items() if period == 1}
+            forward = _forward(loss_fn, argnums, has_aux, "sampled_losses", args, kwargs, taken)
             # The gradient of no loss is zeros.
             grads = {key: forward.gradient([key] if key in taken else [], k) for key, k in period_of.items()}
             return _output(forward, grads, has_aux)
@@ -254,7 +243,7 @@ def sampled_losses(
         keys, period_of = sampled._match(args, kwargs)
         return sampled._switch(position, branch)
 
-    return sampled._calling(call)
+    return Sampled(call, "sampled_losses", loss_fn, argnums, has_aux, periods, offsets)
 
 
 def sampled_difference(
@@ -302,16 +291,15 @@ def sampled_difference(
     References:
         Ours.
     """
-    sampled = Sampled("sampled_difference", loss_fn, argnums, has_aux, {"period": period})
 
     def spread(share: float, total: Any, own: Any = None) -> Any:
         # Zero times a gradient that overflowed would be NaN.
         mean = jnp.zeros_like(total) if share == 0 else total if share == 1 else share * total
         return mean if own is None or share in (0, 1) else mean + period * (own - mean)
 
-    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
         def branch(due: Sequence[Any]) -> Any:
-            forward = sampled._forward(args, kwargs)
+            forward = _forward(loss_fn, argnums, has_aux, "sampled_difference", args, kwargs)
             losses = forward.losses
             grads = {key: forward.gradient([key]) for key in losses} if due or period == 1 else {}
             if period > 1:
@@ -323,7 +311,7 @@ def sampled_difference(
 
         return sampled._switch(position, branch)
 
-    return sampled._calling(call)
+    return Sampled(call, "sampled_difference", loss_fn, argnums, has_aux, {"period": period}, None)
 
 
 def sampled_examples(
@@ -382,13 +370,13 @@ def sampled_examples(
             name = f"argument {index}"
             return jax.tree.map_with_path(lambda path, x: part(x, name + jax.tree_util.keystr(path)), args[index])
 
-        wrong = [index for index in indices if not -len(args) <= index < len(args)]
-        if wrong:
+        try:
+            cut_indices = [range(len(args))[index] for index in indices]
+        except IndexError:
             raise TypeError(
                 f"sampled_examples: batch_argnums={batch_argnums!r} counts the arguments of loss_fn from 0, without the step and"
                 f" those by keyword, and there are {len(args)}"
-            )
-        cut_indices = [range(len(args))[index] for index in indices]
+            ) from None
         both = set(cut_indices).intersection(_differentiated(argnums, args, "sampled_examples"))
         if both:
             raise TypeError(
@@ -399,24 +387,21 @@ def sampled_examples(
     return _sampled_examples(loss_fn, periods, cut, argnums, has_aux)
 
 
-def _sampled_examples(
-    loss_fn: LossFn, periods: Periods, cut: Callable[..., Any], argnums: Argnums, has_aux: bool
-) -> Sampled:
+def _sampled_examples(loss_fn: LossFn, periods: Any, cut: Callable[..., Any], argnums: Any, has_aux: bool) -> Sampled:
     """`sampled_examples`, where `cut(args, part)` applies `part(array, name)` to the arrays that have the rows."""
-    sampled = Sampled("sampled_examples", loss_fn, argnums, has_aux, periods)
 
-    def call(position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
         _, period_of = sampled._match(args, kwargs)
         passes = {}
         for period in sorted(set(period_of.values()), reverse=True):  # the whole batch last: its `aux` is kept
             wanted = [key for key in period_of if period_of[key] == period]
             rows = args if period == 1 else cut(args, functools.partial(_part, period, position % period))
-            passes[period] = sampled._forward(rows, kwargs, wanted)
+            passes[period] = _forward(loss_fn, argnums, has_aux, "sampled_examples", rows, kwargs, wanted)
         losses = {key: passes[period].losses[key] for key, period in period_of.items()}
         grads = {key: passes[period].gradient([key]) for key, period in period_of.items()}
         return _output(passes[min(passes)]._replace(losses=losses), grads, has_aux)
 
-    return sampled._calling(call)
+    return Sampled(call, "sampled_examples", loss_fn, argnums, has_aux, periods, None)
 
 
 def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
@@ -433,8 +418,6 @@ def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
 def _shares(losses: Any, reached: Any, params: Any) -> dict[Any, Any]:
     """Of each loss, by key: the part of the summed gradient that it gets, a tree with a number for each parameter."""
     keys, names = list(_entries_by_key(losses)[0]), LossNames.of(losses, "losses")
-    masks = [True] * len(keys) if reached is None else names.entries(reached, "reached").values()
-    reads = [_leaf_mask(mask, params, f"reached, {key}") for key, mask in zip(keys, masks, strict=True)]
-    counts = [max(1, sum(leaf)) for leaf in zip(*reads, strict=True)]
-    parts = [[read / n for read, n in zip(row, counts, strict=True)] for row in reads]
+    reads = _reads(names, reached, params)
+    parts = [[leaf[i] / max(1, sum(leaf)) for leaf in reads] for i in range(len(keys))]
     return dict(zip(keys, map(jax.tree.structure(params).unflatten, parts), strict=True))

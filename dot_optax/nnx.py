@@ -117,8 +117,7 @@ def sampled_losses(
     References:
         As `dot_optax.sampled_losses`.
     """
-    make = functools.partial(_sampling.sampled_losses, periods=periods, offsets=offsets, has_aux=True)
-    return _sampled(make, loss_fn, has_aux, wrt)
+    return _sampled(_sampling.sampled_losses, loss_fn, has_aux, wrt, periods=periods, offsets=offsets)
 
 
 def sampled_difference(
@@ -157,8 +156,7 @@ def sampled_difference(
     References:
         As `dot_optax.sampled_difference`.
     """
-    make = functools.partial(_sampling.sampled_difference, period=period, reached=reached, has_aux=True)
-    return _sampled(make, loss_fn, has_aux, wrt)
+    return _sampled(_sampling.sampled_difference, loss_fn, has_aux, wrt, period=period, reached=reached)
 
 
 def sampled_examples(
@@ -216,8 +214,7 @@ def sampled_examples(
 
         return [params, nnx.map_state(cut_leaf, rest)]
 
-    make = functools.partial(_sampling._sampled_examples, periods=periods, cut=cut, argnums=0, has_aux=True)
-    return _sampled(make, loss_fn, has_aux, wrt)
+    return _sampled(_sampling._sampled_examples, loss_fn, has_aux, wrt, periods=periods, cut=cut, argnums=0)
 
 
 def reached(
@@ -261,15 +258,17 @@ def reached(
         return _reach.reached(pure, params, rest, has_aux=True)
 
 
-def _sampled(make: Callable[..., Any], loss_fn: LossFn, has_aux: bool, wrt: Any) -> Sampled:
-    """What `make` makes of functions of pytrees, for a function of a module."""
+def _sampled(sample: Callable[..., Sampled], loss_fn: LossFn, has_aux: bool, wrt: Any, **settings: Any) -> Sampled:
+    """What `sample` makes of functions of pytrees, for a function of a module."""
 
     def call(position: Any, model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return _on_modules(
-            lambda pure: functools.partial(make(pure), position), loss_fn, has_aux, wrt, (model, args, kwargs)
-        )
+        arguments = model, args, kwargs
+        return _on_modules(lambda pure: functools.partial(make(pure), position), loss_fn, has_aux, wrt, arguments)
 
-    return make(loss_fn)._calling(call)
+    make = functools.partial(sample, has_aux=True, **settings)
+    sampled = make(loss_fn)
+    sampled._call = call
+    return sampled
 
 
 @nnx.update_context(_TAG)
