@@ -274,9 +274,8 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
         # A d with each g_i . d >= theta min(n) is g_0 + g_y with C y >= b, y >= 0; the greatest theta for which |g_y| = radius.
         rise, fall = _solutions(cosines, a)[1:], _solutions(cosines, g0)[1:]
         square, half = rise @ a, rise @ g0
-        root = jnp.where(
-            square > 0, half**2 - square * (fall @ g0 - radius**2), -1
-        )  # negative: |g_y| > radius for any theta
+        # Where the root is negative, |g_y| > radius for any theta.
+        root = jnp.where(square > 0, half**2 - square * (fall @ g0 - radius**2), -1)
         theta = ((half + jnp.sqrt(jnp.maximum(root, 0))) / _or_one(square))[:, None]
         y = theta * rise - fall
         y = _valid(y, jnp.minimum(y @ cosines - theta * a[None] + g0[None], root[:, None]))
@@ -368,9 +367,8 @@ def priority(tau: float = 0.02, decay: float = 0.999, eps: float = 1e-8) -> Weig
         `Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization
         <https://arxiv.org/abs/2606.29521>`_, 2026 (PCD).
     """
-    _check_scalar("tau", tau, 0, 1)
-    _check_scalar("decay", decay, 0, 1)
-    _check_scalar("eps", eps, low=0)
+    for name, value, high in (("tau", tau, 1), ("decay", decay, 1), ("eps", eps, jnp.inf)):
+        _check_scalar(name, value, 0, high)
 
     def weights(gram: Any, losses: Any, state: Any) -> tuple[Any, Any]:
         n, inverse, cosines = _norms_and_cosines(gram)
