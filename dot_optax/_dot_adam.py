@@ -123,12 +123,10 @@ def _wide_adam_momenta(
             _check_trainable(params, "params")
             *mu, nu = _momenta._kept(plan_for(params), len(now))
             first_moments = losses.pack([_momenta._init_buffers(params, keeps, mu_dtype) for keeps in mu])
-            return ScaleByAdamMomentaState(
-                jnp.zeros([], jnp.int32), first_moments, _momenta._init_buffers(params, nu, None)
-            )
+            count = jnp.zeros([], jnp.int32)
+            return ScaleByAdamMomentaState(count, first_moments, _momenta._init_buffers(params, nu, None))
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-            del extra_args
             count = optax.safe_increment(state.count)
             rate = None if normalize else 1 - sum(now) / len(now)
             step_now = functools.partial(step, t=count, rate=rate)

@@ -81,13 +81,10 @@ def scale_by_momenta(
     References:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023, for two losses.
     """
-    momenta = _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype)
-    return _in_the_dtypes_of_params(momenta)
+    return _in_the_dtypes_of_params(_wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype))
 
 
-def _wide_momenta(
-    betas: Betas, weight_decay: Any, mask: Any, reached: Any, nesterov: bool, accumulator_dtype: Any
-) -> optax.GradientTransformationExtraArgs:
+def _wide_momenta(betas: Any, weight_decay: Any, mask: Any, reached: Any, nesterov: Any, accumulator_dtype: Any) -> Any:
     """`scale_by_momenta` with updates of 32 bits or more, so that nothing is rounded or lost before the learning rate."""
     losses = LossNames.of(betas, "betas")
     buffer_dtype = _canonical_dtype(accumulator_dtype, "accumulator_dtype")
@@ -106,7 +103,6 @@ def _wide_momenta(
             return losses.pack([optax.TraceState(_init_buffers(params, keeps, buffer_dtype)) for keeps in kept])
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-            del extra_args
             _check_params(params, decayed)
             traces = [entry.trace for entry in losses.entries(state, "state").values()]
             total, *traces = _update_parameters(step, losses, plan_for, updates, traces, params)
@@ -203,9 +199,7 @@ class ScheduledState(NamedTuple):
     inner_state: Any
 
 
-def _with_schedules(
-    make: Callable[..., optax.GradientTransformationExtraArgs], losses: LossNames, betas: Any
-) -> optax.GradientTransformationExtraArgs:
+def _with_schedules(make: Callable[..., Any], losses: LossNames, betas: Any) -> optax.GradientTransformationExtraArgs:
     """`make(*betas)`, with those that are schedules evaluated at the number of updates so far."""
     momenta = list(losses.entries(betas, "betas").values())
 

@@ -87,16 +87,13 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
 def _tap(on_gradient: Callable[[], None]) -> Callable[[Any], Any]:
     """The identity, which calls `on_gradient` when a cotangent that is not known to be zero is traced through it."""
 
-    @jax.custom_vjp
-    def tap(x: Any) -> Any:
-        return x
-
     def backward(_: None, cotangent: Any) -> tuple[Any]:
         if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
             return (None,)
         on_gradient()
         return (cotangent,)
 
+    tap = jax.custom_vjp(lambda x: x)
     tap.defvjp(lambda x: (x.value, None), backward, symbolic_zeros=True)
     return tap
 
@@ -115,9 +112,7 @@ class Plan(NamedTuple):
     l2: int | None
 
 
-def _plans(
-    losses: LossNames, betas: Sequence[Any], reached: Any, decayed: Mask, params: Any, like: Any = None
-) -> list[Plan]:
+def _plans(losses: LossNames, betas: Any, reached: Any, decayed: Mask, params: Any, like: Any = None) -> list[Plan]:
     """The plan of each parameter, in the order of the leaves of `params`, or of a tree `like` them where that is None.
 
     Where several losses move a parameter each has a buffer with its own momentum. Where exactly one does, this has the
@@ -157,15 +152,14 @@ def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[boo
         if params is None:
             raise ValueError(f"{name} is a function of the parameters: call update(grads, state, params)")
         mask = mask(params)
+    entries, below = {}, defaultdict(set)  # `below` has the values of the entries within a part of the tree
     for path, value in jax.tree.leaves_with_path(mask):
         if not _is_tree_of_bools(value):
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{where}: expected True or False, known before tracing; got {_describe(value)}")
-    entries = {_names(path): bool(value) for path, value in jax.tree.leaves_with_path(mask)}
-    below = defaultdict(set)  # the values of the entries within a part of the tree
-    for path, value in entries.items():
-        for part in _prefixes(path):
-            below[part].add(value)
+        entries[_names(path)] = bool(value)
+        for part in _prefixes(_names(path)):
+            below[part].add(bool(value))
     leaves = [_names(path) for path, _ in jax.tree.leaves_with_path(tree)]
     values = {path: {entries[part] for part in _prefixes(path) if part in entries} or below[path] for path in leaves}
     parts = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))

@@ -115,9 +115,7 @@ def _grads_of(updates: Any, total: Any, grads: Sequence[Any]) -> list[Any]:
     return [jax.tree.map(lambda leaf, i=i: found[id(leaf)][i], updates) for i in range(len(grads))]
 
 
-def _accumulated(
-    wrapper: Callable[[Any], Any], tx: optax.GradientTransformationExtraArgs, container: LossNames, losses: Any
-) -> optax.GradientTransformationExtraArgs:
+def _accumulated(wrapper: Any, tx: Any, container: LossNames, losses: Any) -> optax.GradientTransformationExtraArgs:
     """`wrap` of `optax.MultiSteps`, which accumulates any tree: here, the container."""
     to_container = _to_container(tx, container)
     multi_steps = wrapper(to_container)
@@ -134,9 +132,7 @@ def _accumulated(
     return optax.GradientTransformationExtraArgs(steps.init, update)
 
 
-def _to_container(
-    tx: optax.GradientTransformationExtraArgs, container: LossNames
-) -> optax.GradientTransformationExtraArgs:
+def _to_container(tx: Any, container: LossNames) -> optax.GradientTransformationExtraArgs:
     """`tx` from container to container: its update in the place of the first loss, and zeros.
 
     `optax.MultiSteps` wants updates that look like the gradients.
