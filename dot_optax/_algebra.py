@@ -115,12 +115,11 @@ def sum_losses() -> optax.GradientTransformationExtraArgs:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
 
-    def update(updates: Any, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any) -> Any:
-        del extra_args
+    def add(updates: Any, params: Any) -> Any:
         trees, _ = LossNames.of(updates, "updates").gradients(updates, params)
-        return _sum_like(trees, params), state
+        return _sum_like(trees, params)
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.with_extra_args_support(optax.stateless(add))
 
 
 def joint(

@@ -67,8 +67,7 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
         Ours; `tests/test_parallel.py` compares it with averaged gradients, and the bytes that each moves.
     """
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        del params, extra_args
+    def average(updates: Any, params: Any) -> Any:
         varies = _varying_axes(jax.lax.axis_index(axis_name))
         for path, leaf in jax.tree.leaves_with_path(updates):
             if not varies <= _varying_axes(leaf):
@@ -76,9 +75,9 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
                     f"average_over({axis_name!r}): the update{jax.tree_util.keystr(path)} is the same on all devices: take "
                     f"the gradients at jax.lax.pcast(params, {axis_name!r}, to='varying'), else JAX adds them up"
                 )
-        return jax.lax.pmean(updates, axis_name), state
+        return jax.lax.pmean(updates, axis_name)
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.with_extra_args_support(optax.stateless(average))
 
 
 def _varying_axes(x: Any) -> frozenset[Any]:
