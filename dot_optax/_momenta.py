@@ -152,9 +152,7 @@ def _init_buffers(params: Any, kept: Sequence[bool], dtype: Any) -> Any:
     return treedef.unflatten(map(buffer, leaves, kept))
 
 
-def _update_parameters(
-    step: Callable[..., Any], losses: LossNames, plan_for: Callable[..., Any], updates: Any, buffers: Any, params: Any
-) -> list[Any]:
+def _update_parameters(step: Any, losses: LossNames, plan_for: Any, updates: Any, buffers: Any, params: Any) -> Any:
     """The update, and then the new buffers, from one `step(plan, gradients, buffers, value)` for each parameter."""
     grads, _ = losses.gradients(updates, params)
     leaves, treedef = jax.tree.flatten(grads[0])
@@ -163,10 +161,8 @@ def _update_parameters(
         expected = treedef.unflatten([g if keep else optax.MaskedNode() for g, keep in zip(leaves, keeps, strict=True)])
         if _shapes(tree) != _shapes(expected):
             hint = "" if _same_structure(grads[0], params) else f"; {LOOKS_SINGLE}"
-            raise ValueError(
-                "updates: the state was made for other parameters, or with other masks for `reached` or `mask`: "
-                f"{_shapes(tree)!s:.200}, not {_shapes(expected)!s:.200}{hint}"
-            )
+            made = "the state was made for other parameters, or with other masks for `reached` or `mask`"
+            raise ValueError(f"updates: {made}: {_shapes(tree)!s:.200}, not {_shapes(expected)!s:.200}{hint}")
     values = [None] * len(plan) if params is None else jax.tree.leaves(params)
     columns = [*map(jax.tree.leaves, grads), *map(treedef.flatten_up_to, buffers)]
     n = len(grads)
@@ -245,10 +241,8 @@ def _decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:
     """Which parameters are decayed: False if none ever is."""
     _check_scalar("weight_decay", weight_decay, low=0)
     if isinstance(mask, (bool, np.bool_)):
-        raise ValueError(
-            f"mask must be a tree of bools or a function of the parameters, got {mask}; if inject_hyperparams called "
-            "your function, give it static_args='mask'"
-        )
+        remedy = "if inject_hyperparams called your function, give it static_args='mask'"
+        raise ValueError(f"mask must be a tree of bools or a function of the parameters, got {mask}; {remedy}")
     if _is_number(weight_decay) and weight_decay == 0:
         return False
     return True if mask is None else mask

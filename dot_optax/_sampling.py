@@ -49,16 +49,14 @@ class Sampled:
             if name not in given:
                 raise ValueError(f"{form}: offsets has {name!r}, but periods has {_listed(given)}")
             if not isinstance(offset, (int, np.integer)) or not 0 <= offset < given[name]:
-                raise ValueError(
-                    f"{form}: offsets[{name!r}] must be a whole number below the period of this loss; got {_describe(offset)}"
-                )
+                wanted = "a whole number below the period of this loss"
+                raise ValueError(f"{form}: offsets[{name!r}] must be {wanted}; got {_describe(offset)}")
             due_at[name] = int(offset)
         self._length = math.lcm(*self._periods.values())
         if self._length > _LONGEST:
-            raise ValueError(
-                f"{form}: the periods {list(self._periods.values())} start together only every {self._length} steps: the most"
-                f" is {_LONGEST}; give smaller ones, or periods with a smaller common multiple"
-            )
+            found = f"{form}: the periods {list(self._periods.values())} start together only every {self._length} steps"
+            remedy = "give smaller ones, or periods with a smaller common multiple"
+            raise ValueError(f"{found}: the most is {_LONGEST}; {remedy}")
         at = [tuple(n for n, k in self._periods.items() if t % k == due_at[n]) for t in range(self._length)]
         self._kinds = list(dict.fromkeys(at))
         self._kind_at = [self._kinds.index(names) for names in at]
@@ -84,9 +82,8 @@ class Sampled:
         """
         position = self._position(step)
         if not isinstance(position, int):
-            raise TypeError(
-                f"{self._form}: kind(step) is for a loop in Python: the step must be an int, and was an array or a key; give int(step)"
-            )
+            found = "the step must be an int, and was an array or a key; give int(step)"
+            raise TypeError(f"{self._form}: kind(step) is for a loop in Python: {found}")
         return position if self._form == "sampled_examples" else self._kind_at.index(self._kind_at[position])
 
     def due(self, step: Any) -> dict[Any, Any]:
@@ -103,10 +100,8 @@ class Sampled:
         if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
             return int(step) % self._length
         if shape or not jnp.issubdtype(dtype, jnp.integer):
-            raise TypeError(
-                f"{self._form}: the step, which comes before the arguments of loss_fn, must be a whole number or a key of"
-                f" jax.random; got {_describe(step)}"
-            )
+            what = f"{self._form}: the step, which comes before the arguments of loss_fn,"
+            raise TypeError(f"{what} must be a whole number or a key of jax.random; got {_describe(step)}")
         return step % self._length
 
     def _match(self, args: Any, kwargs: Any) -> tuple[dict[Any, Any], dict[Any, int]]:
@@ -373,15 +368,12 @@ def sampled_examples(
         try:
             cut_indices = [range(len(args))[index] for index in indices]
         except IndexError:
-            raise TypeError(
-                f"sampled_examples: batch_argnums={batch_argnums!r} counts the arguments of loss_fn from 0, without the step and"
-                f" those by keyword, and there are {len(args)}"
-            ) from None
+            counts = "counts the arguments of loss_fn from 0, without the step and those by keyword, and there are"
+            raise TypeError(f"sampled_examples: batch_argnums={batch_argnums!r} {counts} {len(args)}") from None
         both = set(cut_indices).intersection(_differentiated(argnums, args, "sampled_examples"))
         if both:
-            raise TypeError(
-                f"sampled_examples: argument {min(both)} is in batch_argnums and is differentiated: give one of both"
-            )
+            found = f"argument {min(both)} is in batch_argnums and is differentiated"
+            raise TypeError(f"sampled_examples: {found}: give one of both")
         return [cut_argument(i) if i in cut_indices else arg for i, arg in enumerate(args)]
 
     return _sampled_examples(loss_fn, periods, cut, argnums, has_aux)
@@ -408,9 +400,8 @@ def _part(period: int, phase: Any, x: Any, name: str) -> jax.Array:
     """Every k-th row of an array."""
     x = jnp.asarray(x)
     if not x.ndim or x.shape[0] % period:
-        raise ValueError(
-            f"sampled_examples: {name} must have a first axis of rows that the period {period} divides; got {_describe(x)}"
-        )
+        wanted = f"a first axis of rows that the period {period} divides"
+        raise ValueError(f"sampled_examples: {name} must have {wanted}; got {_describe(x)}")
     rows = x.reshape(x.shape[0] // period, period, *x.shape[1:])
     return jax.lax.dynamic_index_in_dim(rows, phase, axis=1, keepdims=False)
 

@@ -203,10 +203,8 @@ def sampled_examples(
         paths: Any = nnx.to_flat_state(rest).paths
         found = {path[1] + 1 for path in paths if path[0] == 1}
         if not indices <= found:
-            raise TypeError(
-                f"sampled_examples: batch_argnums={batch_argnums!r} must name positional arguments with arrays, which are"
-                f" {sorted(found)} here; the model is number 0"
-            )
+            wanted = f"positional arguments with arrays, which are {sorted(found)} here; the model is number 0"
+            raise TypeError(f"sampled_examples: batch_argnums={batch_argnums!r} must name {wanted}")
 
         def cut_leaf(path: Any, leaf: Any) -> Any:
             is_row = path[0] == 1 and path[1] + 1 in indices  # 1: the positional arguments behind the model

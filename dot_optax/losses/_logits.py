@@ -529,10 +529,10 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> Non
             raise TypeError(f"{name} must be an array of real floating point numbers, got {_describe(logits)}")
     examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
     if student.shape != teacher.shape or 0 < student.size < least * examples.size:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape [..., num_classes], with "
-            f"{('one class', 'two classes', 'three classes')[least - 1]} or more, got {student.shape} and {teacher.shape}"
-        )
+        classes = ("one class", "two classes", "three classes")[least - 1]
+        expected = f"the same shape [..., num_classes], with {classes} or more"
+        shapes = f"{student.shape} and {teacher.shape}"
+        raise ValueError(f"student_logits and teacher_logits must have {expected}, got {shapes}")
 
 
 def _check_temperature(temperature: Any) -> None:

@@ -67,10 +67,9 @@ def top_k_kd_loss(
     found = _logits._checked(student_logits, student_logits, temperature, -1, where)
     known, wide = jnp.asarray(teacher_log_probs), found.student.dtype
     if known.shape[:-1] != found.student.shape[:-1] or known.shape != jnp.shape(teacher_indices):
-        raise ValueError(
-            "teacher_log_probs and teacher_indices must have the same shape [..., k] beside logits of shape "
-            f"{found.student.shape}, got {known.shape} and {jnp.shape(teacher_indices)}"
-        )
+        wanted = f"the same shape [..., k] beside logits of shape {found.student.shape}"
+        shapes = f"{known.shape} and {jnp.shape(teacher_indices)}"
+        raise ValueError(f"teacher_log_probs and teacher_indices must have {wanted}, got {shapes}")
     kept = jnp.take_along_axis(found.where, teacher_indices, -1)
     outside = jnp.put_along_axis(found.where, teacher_indices, False, axis=-1, inplace=False)
     any_outside = jnp.any(outside, -1, keepdims=True)
