@@ -176,6 +176,23 @@ def test_the_same_logits_have_no_loss_and_no_gradient():
     assert not value.any() and not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [
+        (losses.jsd_loss, 0.5 * 0.5),  # beta (1 - beta)
+        (losses.skew_kl_loss, 0.9**2),  # (1 - alpha)^2
+        (losses.jeffreys, 2.0),
+    ],
+)
+def test_second_derivatives_where_student_and_teacher_are_equal(loss, factor):
+    """The Hessian is that of KL(q || p), diag(p) - p p^T, times what the second derivative in p has there."""
+    logits = jnp.array([1.0, 2.0, 0.5, 0.3])
+    p = np.asarray(jax.nn.softmax(logits / 2))
+    hessian = jax.jit(jax.hessian(loss))(logits, logits, 2.0)
+    # Float32 rounding of numbers of order one.
+    np.testing.assert_allclose(hessian, factor * (np.diag(p) - np.outer(p, p)), rtol=0, atol=1e-6)
+
+
 def test_second_derivatives_and_those_in_the_temperature():
     """The Hessian in the student's logits is diag(p) - p p^T, whatever the form of the sum."""
     student, teacher = jnp.array([1.0, 2.0, 0.5, 0.3]), jnp.array([0.0, 1.0, 3.0, -1.0])
