@@ -227,7 +227,7 @@ def sampled_losses(
         with its own momentum.
     """
 
-    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, /, *args: Any, **kwargs: Any) -> Any:
         def branch(due: Sequence[Any]) -> Any:
             taken = {keys[name] for name in due} | {key for key, period in period_of.items() if period == 1}
             forward = _forward(loss_fn, argnums, has_aux, "sampled_losses", args, kwargs, taken)
@@ -292,7 +292,7 @@ def sampled_difference(
         mean = jnp.zeros_like(total) if share == 0 else total if share == 1 else share * total
         return mean if own is None or share in (0, 1) else mean + period * (own - mean)
 
-    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, /, *args: Any, **kwargs: Any) -> Any:
         def branch(due: Sequence[Any]) -> Any:
             forward = _forward(loss_fn, argnums, has_aux, "sampled_difference", args, kwargs)
             losses = forward.losses
@@ -382,7 +382,7 @@ def sampled_examples(
 def _sampled_examples(loss_fn: LossFn, periods: Any, cut: Callable[..., Any], argnums: Any, has_aux: bool) -> Sampled:
     """`sampled_examples`, where `cut(args, part)` applies `part(array, name)` to the arrays that have the rows."""
 
-    def call(sampled: Sampled, position: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(sampled: Sampled, position: Any, /, *args: Any, **kwargs: Any) -> Any:
         _, period_of = sampled._match(args, kwargs)
         passes = {}
         for period in sorted(set(period_of.values()), reverse=True):  # the whole batch last: its `aux` is kept

@@ -508,6 +508,20 @@ def test_the_step_is_the_first_argument_for_jit():
     assert list(inspect.signature(KD_4).parameters) == ["step", "args", "kwargs"]
 
 
+@pytest.mark.parametrize("name", ["sampled", "position", "step", "self"])
+def test_loss_fn_may_have_keywords_of_any_name(name):
+    def loss(w, **kwargs):
+        return PerLoss(task=w * kwargs[name], kd=w)
+
+    for sampled in (
+        dot_optax.sampled_losses(loss, {"kd": 2}),
+        dot_optax.sampled_difference(loss, 2),
+        dot_optax.sampled_examples(loss, {"kd": 1}, batch_argnums=()),
+    ):
+        values, _ = sampled(0, 2.0, **{name: 3.0})
+        close(values.task, 6.0)
+
+
 def test_attributes_of_the_loss_function_do_not_hide_methods():
     def losses(params):
         return PerLoss(params, params)
