@@ -81,6 +81,17 @@ def test_the_type_of_the_temperature_does_not_matter(temperature):
     np.testing.assert_array_equal(losses.kd_loss(student, teacher, temperature), losses.kd_loss(student, teacher, 20.0))
 
 
+def test_float64_of_numpy_is_float32_where_jax_has_no_float64():
+    student, teacher, labels = reference.examples()
+    for value in (
+        losses.kd_loss(student, teacher),
+        losses.dkd_loss(student, teacher, labels),
+        losses.chunked_kd_loss(student, teacher, chunk_size=4),
+        losses.feature_loss(student, teacher),
+    ):
+        assert value.dtype == jnp.float32
+
+
 def test_excluded_classes_may_hold_anything_finite():
     logits = jnp.array([[0.0, 1.0, 3e38]])
     where = jnp.array([[True, True, False]])

@@ -391,8 +391,8 @@ def _included(where: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:
     """The dtype of the loss of two arrays, and the one to compute it in."""
-    # Not jnp.promote_types, which the strict mode of JAX's type promotion forbids for 16 bits.
-    dtype = max(student.dtype, teacher.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    # Of each by itself: to promote them, the strict mode of JAX's type promotion forbids for 16 bits.
+    dtype = max(map(jnp.result_type, (student, teacher)), key=lambda dtype: jnp.finfo(dtype).bits)
     return dtype, jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
