@@ -57,7 +57,8 @@ def aggregate(
     It is not linear in the gradients, so on many devices it must see the averages of all N of them, not each device its own. In
     `jax.shard_map` and `jax.pmap` put `average_over` before it, as in `chain(per_loss(...), average_over('data'),
     aggregate(...))`: N trees are averaged. Behind it, where `average_over` serves `dot`, it would be wrong. Under `jax.jit` with sharded
-    arrays nothing is to be done. `wrap` of `optax.MultiSteps` accumulates the gradient of each loss, and is exact.
+    arrays nothing is to be done. `wrap` of `optax.MultiSteps` accumulates the gradient of each loss, and is exact; of the `losses`
+    that `min_norm(log=True)` reads it passes on those of the last micro-batch alone: give it their means over all.
 
     Args:
         weighting: one of `dot_optax.weightings`, such as `projected()`, or your own.
@@ -107,9 +108,10 @@ def aggregate(
         Learning <https://arxiv.org/abs/2201.04122>`_, 2022.
     """
     names = LossNames.named(losses, "aggregate")
-    n, group_of = len(names.names), GROUPS.get(groups, groups if callable(groups) else None)
+    n = len(names.names)
     if not isinstance(weighting, Weighting):
         raise TypeError(f"aggregate: expected a Weighting, such as weightings.projected(), got {_describe(weighting)}")
+    group_of: Any = groups if callable(groups) else GROUPS.get(str(groups))
     if group_of is None:
         raise ValueError(f"aggregate: groups must be 'all', 'layer', 'leaf' or a function, got {_describe(groups)}")
 
@@ -141,6 +143,8 @@ def aggregate(
             losses = jnp.stack([jnp.asarray(x, dtype) for x in names.entries(losses, "losses").values()])
         with jax.default_matmul_precision("highest"):
             w, own = jax.vmap(weighting.weights, in_axes=(0, None, 0))(gram, losses, state.weighting)
+        if w.shape != (k, n):
+            raise ValueError(f"aggregate: the weighting must return {n} weights, one for each loss; got {w.shape[1:]}")
         w = jnp.where(jnp.isfinite(gram).all((1, 2))[:, None], w.astype(dtype), jnp.nan)
 
         def total(row: list[Any], i: int | None) -> Any:

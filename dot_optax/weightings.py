@@ -97,7 +97,7 @@ def projected(key: jax.Array | int = 0) -> Weighting:
         if len(n) == 2:
             return 1 + jnp.maximum(0, -cosines[0, 1]) * n[::-1] * inverse, state
 
-        state, *keys = jax.random.split(jax.random.wrap_key_data(state, impl=jax.random.key_impl(first)), len(n) + 1)
+        state, *keys = jax.random.split(jax.random.wrap_key_data(state, impl=jax.random.key_impl(first())), len(n) + 1)
         orders = jnp.stack([jax.random.permutation(k, len(n)) for k in keys], 1)
 
         # For each loss i the coefficients y of the directions in what is left of g_i, and j, whom it meets next.
@@ -108,8 +108,10 @@ def projected(key: jax.Array | int = 0) -> Weighting:
         y, _ = jax.lax.scan(project, jnp.diag(n), orders)
         return jnp.where(n > 0, y.sum(0) * inverse, 1), jax.random.key_data(state)
 
-    first = jax.random.key(key) if isinstance(key, int) else key
-    return Weighting(lambda num_losses: () if num_losses == 2 else jax.random.key_data(first), weights)
+    def first() -> jax.Array:  # not made before it is needed: it would start the backends
+        return jax.random.key(key) if isinstance(key, int) else key
+
+    return Weighting(lambda num_losses: () if num_losses == 2 else jax.random.key_data(first()), weights)
 
 
 def min_norm(log: bool = False) -> Weighting:
@@ -154,7 +156,7 @@ def min_norm(log: bool = False) -> Weighting:
         if log and losses is None:
             raise ValueError("min_norm(log=True) needs losses: call update(grads, state, params, losses=values)")
         n, _, cosines = _norms_and_cosines(gram)
-        per_loss = jnp.where(losses > 0, 1 / _or_one(losses), 0) if log else jnp.ones_like(n)
+        per_loss = jnp.where(losses <= 0, 0, (1 + 0 * losses) / _or_one(losses)) if log else jnp.ones_like(n)
         m = n * per_loss / _or_one((n * per_loss).max())  # scaled, so that no power of it overflows
         if len(n) == 2:
             # The difference of the gradients, squared, as a sum of what is not negative: nothing cancels.
@@ -246,15 +248,15 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
     :math:`g_v \cdot g_0 + \kappa |g_0| |g_v|` is least. So :math:`w_i = 1/N + \kappa v_i |g_0| / |g_v|`.
 
     Args:
-        kappa: :math:`\kappa \geq 0`, how far from the mean; 0 is the mean itself. Below 1 the mean of the losses converges; from
-            1 on the update opposes no gradient, :math:`d \cdot g_i \geq 0`.
+        kappa: :math:`\kappa`, in [0, 1): how far from the mean; 0 is the mean itself, and the closer to 1, the less the update
+            opposes any gradient.
 
     Returns:
         A `Weighting` without state. A loss whose gradient is zero adds its zero to the mean, and takes no part otherwise. Where
         :math:`g_v` is zero to rounding the update is :math:`g_0`.
 
     Raises:
-        TypeError, ValueError: if `kappa` is not a number, or negative.
+        TypeError, ValueError: if `kappa` is not a number, or outside [0, 1).
 
     Example:
         >>> import jax.numpy as jnp, dot_optax
@@ -264,7 +266,7 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
     References:
         Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_, 2021 (CAGrad).
     """
-    _check_scalar("kappa", kappa, low=0)
+    _check_scalar("kappa", kappa, 0, 1)
 
     def weights(gram: Any, losses: Any, state: Any) -> tuple[Any, Any]:
         n, _, cosines = _norms_and_cosines(gram)
@@ -281,7 +283,7 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
         y = _valid(y, jnp.minimum(y @ cosines - theta * a[None] + g0[None], root[:, None]))
         length = jnp.sqrt(jnp.maximum(y @ cosines @ y, 0))
         found = (length > jnp.sqrt(_rounding(n)) * y.max()) | (radius == 0)
-        return jnp.where(found, 1 / len(n) + radius / _or_one(length) * y / _or_one(m), 0), state
+        return 1 / len(n) + jnp.where(found, radius / _or_one(length) * y / _or_one(m), 0), state
 
     return Weighting(lambda num_losses: (), weights)
 
@@ -350,8 +352,8 @@ def priority(tau: float = 0.02, decay: float = 0.999, eps: float = 1e-8) -> Weig
 
     Returns:
         A `Weighting` with an `optax.EmaState`, the moving average not yet corrected. There is no update where the first gradient is zero, or
-        :math:`\tilde d` is to rounding; the update is the first gradient where the others cannot all have their share. A gradient
-        that is not finite stays in the average: skip such steps with `optax.apply_if_finite` in `wrap`.
+        :math:`\tilde d` is to rounding; the update is the first gradient where the others cannot all have their share. Gradients
+        that oppose the first one can turn the update against it, at full length. A gradient that is not finite stays in the average: skip such steps with `optax.apply_if_finite` in `wrap`.
 
     Raises:
         TypeError, ValueError: if an argument is not a number, or out of its range.

@@ -406,6 +406,22 @@ LOSSES = [
                 "float",
             ),
             ("top_k_mask: k 0", lambda: dot_optax.losses.top_k_mask(_LOGITS[0], jnp.zeros(2, int), 0), "k must be in"),
+            (
+                "top_k_mask: k 2.5",
+                lambda: dot_optax.losses.top_k_mask(_LOGITS[0], jnp.zeros(2, int), 2.5),
+                "an integer",
+            ),
+            (
+                "dkd_loss: alpha of each example",
+                lambda: dot_optax.losses.dkd_loss(*_LOGITS, jnp.zeros(2, int), alpha=jnp.ones((2, 1))),
+                "alpha must be a number or a scalar array",
+            ),
+            ("dist_loss: gamma as a string", lambda: dot_optax.losses.dist_loss(*_LOGITS, gamma="1"), "gamma must be"),
+            (
+                "top_k_kd_loss: classes as where",
+                lambda: dot_optax.losses.top_k_kd_loss(*_LOGITS, jnp.zeros((2, 3), int), where=jnp.ones((2, 3), bool)),
+                r"where must broadcast to \(2, 1\), got the shape \(2, 3\)",
+            ),
             ("dkd_warmup: no epochs", lambda: dot_optax.losses.dkd_warmup(10, 0), "epochs must be in"),
             ("dkd_warmup: no steps", lambda: dot_optax.losses.dkd_warmup(0), "steps_per_epoch must be in"),
             ("top_k_schedule: backwards", lambda: dot_optax.losses.top_k_schedule(10, 5, 5), "end must be in"),
@@ -737,7 +753,7 @@ AGGREGATION = [
             f"{make.__name__}: {name}={value!r}", lambda make=make, kw={name: value}: make(**kw), f"{name} must be"
         )
         for make, name, values in (
-            (dot_optax.weightings.conflict_averse, "kappa", (-0.1, None, float("nan"))),
+            (dot_optax.weightings.conflict_averse, "kappa", (-0.1, 1.0, None, float("nan"))),
             (dot_optax.weightings.priority, "tau", (-0.1, 1.0, "0.1")),
             (dot_optax.weightings.priority, "decay", (1.0, -0.1)),
             (dot_optax.weightings.priority, "eps", (-1e-8, None)),

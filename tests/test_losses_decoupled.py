@@ -10,6 +10,7 @@ import pytest
 from dot_optax import losses
 from tests.reference import losses as reference
 
+# Where no other reason stands beside it, a tolerance is that of a few float32 roundings, of 6e-8, in sums of eight terms.
 STUDENT, TEACHER, LABELS = (jnp.asarray(x) for x in reference.examples(batch=6, num_classes=8))
 STUDENT, TEACHER = jnp.float32(STUDENT), jnp.float32(TEACHER)
 GIVEN = (STUDENT, TEACHER, LABELS, 2.0)
@@ -78,6 +79,7 @@ def test_the_schedule_of_classes_has_three_phases():
     assert k[:11] == [5] * 11 and k[30:] == [99] * 10
     assert all(0 < later - earlier <= 5 for earlier, later in itertools.pairwise(k[10:31]))
     assert schedule(0).dtype == jnp.int32 and jax.jit(schedule)(20) == k[20] == 52  # 5 + 94 / 2
+    assert losses.top_k_schedule(100, 0, 1, fraction=0.07)(0) == 7  # 0.07 * 100 is above 7 in float64
     assert losses.top_k_schedule(10, 0, 1)(0) == 2 and losses.top_k_schedule(1000, 0, 5, fraction=0.1)(0) == 100
 
 
@@ -86,3 +88,10 @@ def test_the_warm_up_of_dkd():
     expected = [min((step // 7 + 1) / 4, 1.0) for step in range(40)]
     np.testing.assert_array_equal([weight(step) for step in range(40)], np.float32(expected))
     assert jax.jit(weight)(7) == 0.5
+
+
+def test_a_label_that_is_no_class_is_nan_where_its_example_counts():
+    labels, where = LABELS.at[0].set(-100).at[1].set(8).at[2].set(-1), jnp.arange(6)[:, None] != 2
+    for loss in (losses.tckd_loss, losses.nckd_loss, losses.dkd_loss):
+        np.testing.assert_array_equal(jnp.isnan(loss(STUDENT, TEACHER, labels, where=where)), [1, 1, 0, 0, 0, 0])
+        assert loss(STUDENT, TEACHER, labels, where=where)[2] == 0

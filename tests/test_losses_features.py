@@ -297,13 +297,23 @@ def test_only_the_rows_of_the_batch_move():
 
 
 @pytest.mark.parametrize("place", ["indices", "negatives"])
-def test_an_index_out_of_range_is_not_silent(place):
+@pytest.mark.parametrize("index", [-1, N])
+def test_an_index_out_of_range_is_not_silent(place, index):
     student, teacher, indices, negatives, state = crd_inputs()
-    indices = indices.at[1].set(N) if place == "indices" else indices
-    negatives = negatives.at[1, 2].set(N) if place == "negatives" else negatives
+    indices = indices.at[1].set(index) if place == "indices" else indices
+    negatives = negatives.at[1, 2].set(index) if place == "negatives" else negatives
     state = state._replace(log_z=jnp.ones(2))  # after the first batch, whose Z it would enter
     values, _ = crd(student, teacher, indices, negatives, state)
     np.testing.assert_array_equal(np.isnan(values), np.arange(BATCH) == 1)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_memory_as_it_is():
+    student, teacher, indices, negatives, state = crd_inputs()
+    for bad in (student.at[0, 0].set(jnp.nan), student.at[0, 0].set(jnp.inf)):
+        values, after = losses.crd_loss(bad, teacher, indices, negatives, state)
+        assert not jnp.isfinite(values).all()
+        for new, old in zip(after, state, strict=True):
+            np.testing.assert_array_equal(new, old)
 
 
 def test_the_initial_memory():

@@ -53,6 +53,7 @@ def test_second_derivatives_of_chunks():
 
     chunks = direction(lambda s: losses.chunked_kd_loss(s, TEACHER, 2.0, chunk_size=20))
     expected = direction(lambda s: losses.kd_loss(s, TEACHER, 2.0))(STUDENT)
+    # Second derivatives are sums of products of 50 rounded probabilities.
     np.testing.assert_allclose(chunks(STUDENT), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -146,3 +147,42 @@ def test_a_cache_in_float16():
         # float16 keeps 11 bits of logarithms of up to 10: 5e-3.
         np.testing.assert_allclose(value, losses.kd_loss(STUDENT, TEACHER, 2.0).sum(), rtol=2e-2)
         assert jnp.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("given", ["features", "logits"])
+def test_chunks_in_a_shard_map(given):
+    """With its checks of what varies over the devices: a kernel does not, features and logits do."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    rows, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def of_features(kernel, features, teacher):
+        return losses.chunked_kd_loss(features, teacher, student_kernel=kernel, chunk_size=20).mean()
+
+    def of_logits(offset, features, teacher):
+        return losses.chunked_kd_loss(features @ KERNEL + offset[None, None], teacher, chunk_size=20).mean()
+
+    loss, argument = {"features": (of_features, KERNEL), "logits": (of_logits, jnp.zeros(VOCABULARY))}[given]
+
+    def step(argument, features, teacher):
+        return jax.value_and_grad(lambda a: jax.lax.pmean(loss(a, features, teacher), "data"))(argument)
+
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, rows, rows), out_specs=(everywhere, everywhere))
+    found = jax.block_until_ready(jax.jit(sharded)(argument, FEATURES, TEACHER))
+    expected = jax.jit(jax.value_and_grad(loss))(argument, FEATURES, TEACHER)
+    for actual, of_one in zip(found, expected, strict=True):
+        # The mean of two means, in float32.
+        np.testing.assert_allclose(actual, of_one, rtol=1e-5, atol=1e-6)
+
+
+def test_indices_of_padding_may_be_anything():
+    log_probs, indices = known(5)
+    is_token = jnp.arange(LENGTH)[None, :, None] < 2
+    expected = losses.top_k_kd_loss(STUDENT, log_probs, indices, 2.0)
+    found = losses.top_k_kd_loss(
+        jnp.where(is_token, STUDENT, jnp.nan),
+        jnp.where(is_token, log_probs, jnp.nan),
+        jnp.where(is_token, indices, -100),
+        2.0,
+        where=jnp.broadcast_to(is_token, (BATCH, LENGTH, 1)),
+    )
+    np.testing.assert_allclose(found, jnp.where(is_token[..., 0], expected, 0.0), rtol=1e-6)

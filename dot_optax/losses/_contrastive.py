@@ -136,7 +136,8 @@ def crd_loss(
     Returns:
         The loss of each example, of shape `[batch]`, and the new state. With `value_and_grads` the state is auxiliary
         data. In a `jax.jit` over a mesh, the batch may be sharded and the state replicated; in `jax.shard_map` and
-        `jax.pmap` each device would have a memory of its own. An index out of range makes the loss NaN.
+        `jax.pmap` each device would have a memory of its own. An index out of range makes the loss NaN. A batch with
+        embeddings that are not finite leaves the state as it is.
 
     Raises:
         ValueError: if the shapes do not fit each other, or a Python number is outside its range.
@@ -189,6 +190,7 @@ def crd_loss(
     _check_temperature(temperature)
     _check_scalar("momentum", momentum, 0.0, 1.0)
     embeddings = _unit(jnp.stack([student, teacher]), -1)
+    indices, negatives = (jnp.where(i < 0, n, i) for i in (indices, negatives))  # JAX would count those from the end
     memory, log_z = (leaf.astype(embeddings.dtype) for leaf in jax.lax.stop_gradient(state))
     # All scores of one side against the other's memory, of which each example picks its own: n columns take less memory
     # and time than k + 1 rows of the memory for each example, 64 * 16385 * 128 numbers on CIFAR-100.
@@ -199,6 +201,8 @@ def crd_loss(
     logits = scores - log_z[:, None, None] - jnp.log(k / n)
     loss = jax.nn.softplus(-logits[:, :, 0]) + jnp.sum(jax.nn.softplus(logits[:, :, 1:]), axis=2)
     rows = momentum * memory[:, indices] + (1 - momentum) * jax.lax.stop_gradient(embeddings)
-    memory = memory.at[:, indices].set(_unit(rows, -1))
-    state = CRDState(memory.astype(state.memory.dtype), log_z.astype(state.log_z.dtype))
+    moved = CRDState(memory.at[:, indices].set(_unit(rows, -1)), log_z)
+    # One number that is not finite would stay in the memory, and reach the gradients of all batches to come.
+    finite = jnp.isfinite(rows).all() & jnp.isfinite(log_z).all()
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new.astype(old.dtype), old), moved, state)
     return jnp.sum(loss, axis=0).astype(dtype), state

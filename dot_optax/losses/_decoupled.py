@@ -31,7 +31,8 @@ def tckd_loss(
     Args:
         student_logits: unnormalised log probabilities, of shape `[..., num_classes]`.
         teacher_logits: the teacher's, of the same shape.
-        labels: the target classes, integers of shape `[...]`.
+        labels: the target classes, integers of shape `[...]`. One that is no class makes the loss of its example NaN,
+            unless `where` leaves the whole example out.
         temperature: :math:`T > 0`.
         axis: the axis of the classes.
         where: which classes to include, as for `kd_loss`; the target must be one of them.
@@ -146,6 +147,8 @@ def dkd_loss(
     References:
         Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022.
     """
+    for name, weight in (("alpha", alpha), ("beta", beta)):
+        _check_scalar(name, weight)
     found, is_target, others = _targets(student_logits, teacher_logits, labels, temperature, axis, where, least=3)
     return found.result(alpha * _tckd(found, is_target) + beta * _nckd(found, others))
 
@@ -292,7 +295,7 @@ def top_k_schedule(num_classes: int, begin: int, end: int, fraction: float = 0.0
     _check_scalar("num_classes", num_classes, 3)
     _check_scalar("fraction", fraction, 0, 1)
     _check_scalar("end", end, begin + 1)
-    least = max(2, math.ceil(fraction * num_classes))
+    least = max(2, math.ceil(round(fraction * num_classes, 6)))
     rise = optax.linear_schedule(least, num_classes - 1, end - begin, begin)
     return lambda step: jnp.asarray(rise(step), jnp.int32)
 
@@ -305,6 +308,9 @@ def _targets(student: Any, teacher: Any, labels: Any, temperature: Any, axis: in
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or list(jnp.shape(labels)) != shape:
         raise ValueError(f"labels must be integers of shape {tuple(shape)}, one per example; got {_describe(labels)}")
     is_target = jax.nn.one_hot(labels, num_classes, dtype=bool, axis=axis)
+    # A label that is no class makes its loss NaN, as in Optax, where the example counts.
+    known = jnp.any(is_target, axis, keepdims=True) | ~jnp.any(found.where, axis, keepdims=True)
+    found = found._replace(student=jnp.where(known, found.student, jnp.nan))
     return found, is_target, found.where & ~is_target
 
 
@@ -323,6 +329,8 @@ def _tckd(found: _Checked, is_target: jax.Array) -> jax.Array:
 
 
 def _top_k(found: _Checked, others: jax.Array, k: Any) -> jax.Array:
+    if jnp.ndim(k) or not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+        raise TypeError(f"k must be an integer, got {_describe(k)}")
     if _is_number(k):
         _check_scalar("k", k, 1)
     order = jnp.argsort(jnp.where(others, -found.teacher, jnp.inf), found.axis)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dot_optax._checks import _check_scalar, _describe, _is_number, _kind
+from dot_optax._checks import _check_scalar, _describe, _kind
 
 Array = jax.typing.ArrayLike
 Axis = int | tuple[int, ...]
@@ -43,7 +43,7 @@ def kd_loss(
             padding is `where=is_token[..., None]`.
 
     Returns:
-        The loss of each example in nats, of shape `[...]`.
+        The loss of each example in nats, of shape `[...]`. In float16 a loss above 65,504 is infinite.
 
     Raises:
         ValueError: if the shapes differ, `where` is not of bools or does not fit them, there are fewer than two classes,
@@ -76,7 +76,7 @@ def reverse_kl_loss(
     Args:
         student_logits: as for `kd_loss`.
         teacher_logits: likewise. Where the teacher alone excludes a class, the loss is infinite.
-        temperature: likewise.
+        temperature: likewise. Language models are usually distilled at 1, where the factor is 1, too.
         axis: likewise.
         where: likewise.
 
@@ -110,7 +110,7 @@ def jeffreys(
     Args:
         student_logits: as for `kd_loss`.
         teacher_logits: likewise. Where one of both alone excludes a class, the loss is infinite.
-        temperature: likewise.
+        temperature: likewise. Language models are usually distilled at 1, where the factor is 1, too.
         axis: likewise.
         where: likewise.
 
@@ -156,8 +156,8 @@ def jsd_loss(
     Args:
         student_logits: as for `kd_loss`.
         teacher_logits: likewise. The loss is finite whatever is excluded, for :math:`0 < \beta < 1`.
-        temperature: likewise. TRL has no factor :math:`T^2`.
-        beta: :math:`\beta \in [0, 1]`. A traced array must lie between the ends.
+        temperature: likewise. TRL has no factor :math:`T^2`. Language models are usually distilled at 1, where it is 1.
+        beta: :math:`\beta \in [0, 1]`. A traced one must lie between the ends.
         axis: as for `kd_loss`.
         where: likewise.
 
@@ -177,7 +177,7 @@ def jsd_loss(
     References:
         Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, equation 1.
     """
-    if _is_number(beta) and beta in (0, 1):
+    if not isinstance(beta, jax.core.Tracer) and jnp.ndim(beta) == 0 and beta in (0, 1):
         end = _kl_terms if beta == 0 else _reverse_kl_terms
         return _divergence(end, student_logits, teacher_logits, temperature, axis, where)
     _check_scalar("beta", beta, 0, 1)
@@ -204,7 +204,7 @@ def skew_kl_loss(
     Args:
         student_logits: as for `kd_loss`.
         teacher_logits: likewise.
-        temperature: likewise.
+        temperature: likewise. Language models are usually distilled at 1, where the factor is 1, too.
         alpha: :math:`\alpha \in [0, 1)`. With 0 it is `kd_loss`.
         axis: as for `kd_loss`.
         where: likewise.
@@ -318,6 +318,8 @@ def dist_loss(
     References:
         Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022.
     """
+    for name, weight in (("beta", beta), ("gamma", gamma)):
+        _check_scalar(name, weight)
     found = _checked(student_logits, teacher_logits, temperature, axis, where)
     q, p, _ = _compare(_soften(*found[:5]), axis)[0]
     others = tuple(i for i in range(q.ndim) if i != axis % q.ndim)
@@ -386,7 +388,10 @@ def _included(where: Any, shape: tuple[int, ...]) -> jax.Array:
     where = True if where is None else where
     if not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
         raise ValueError(f"where must be bools, got {_describe(where)}")
-    return jnp.broadcast_to(where, shape)
+    try:
+        return jnp.broadcast_to(where, shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"where must broadcast to {shape}, got the shape {jnp.shape(where)}") from error
 
 
 def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:

@@ -38,10 +38,11 @@ def top_k_kd_loss(
         teacher_log_probs: :math:`\log q_c` of the k likeliest tokens, of shape `[..., k]`, at the same temperature:
             `jax.lax.top_k(jax.nn.log_softmax(teacher_logits / temperature), k)` gives them, and ...
         teacher_indices: ... which tokens they are, distinct integers of the same shape.
-        temperature: :math:`T > 0`.
+        temperature: :math:`T > 0`. Language models are usually distilled at 1, where the factor is 1, too.
         remainder: what becomes of the probability outside: `"other"` or `"zero"`. Where rounding makes the sum of the
             given ones exceed 1, they are scaled down and nothing remains.
-        where: as for `kd_loss`, of a shape that broadcasts to the student's logits: `is_token[..., None]` for padding.
+        where: which examples to include, bools that broadcast to `[..., 1]`: `is_token[..., None]` for padding, where
+            all else may hold anything. The others have a loss of 0 and no gradient.
 
     Returns:
         The loss of each token in nats, of shape `[...]`.
@@ -64,24 +65,25 @@ def top_k_kd_loss(
     """
     if remainder not in ("other", "zero"):
         raise ValueError(f"remainder must be 'other' or 'zero', got {remainder!r}")
-    found = _logits._checked(student_logits, student_logits, temperature, -1, where)
+    found = _logits._checked(student_logits, student_logits, temperature, -1, None)
+    included = _logits._included(where, (*found.student.shape[:-1], 1))
     known, wide = jnp.asarray(teacher_log_probs), found.student.dtype
     if known.shape[:-1] != found.student.shape[:-1] or known.shape != jnp.shape(teacher_indices):
         wanted = f"the same shape [..., k] beside logits of shape {found.student.shape}"
         shapes = f"{known.shape} and {jnp.shape(teacher_indices)}"
         raise ValueError(f"teacher_log_probs and teacher_indices must have {wanted}, got {shapes}")
-    kept = jnp.take_along_axis(found.where, teacher_indices, -1)
+    teacher_indices = jnp.where(included, teacher_indices, jnp.arange(known.shape[-1])[(None,) * (known.ndim - 1)])
     outside = jnp.put_along_axis(found.where, teacher_indices, False, axis=-1, inplace=False)
     any_outside = jnp.any(outside, -1, keepdims=True)
-    student = jnp.where(found.where, found.student, 0.0) / found.temperature
+    student = jnp.where(included, found.student, 0.0) / found.temperature
     of_rest = jax.nn.logsumexp(jnp.where(outside | ~any_outside, student, -jnp.inf), axis=-1, keepdims=True)
-    known = jnp.where(kept, known.astype(wide), -jnp.inf)
+    known = jnp.where(included, known.astype(wide), -jnp.inf)
     left = 1 - jnp.sum(jnp.exp(known), -1, keepdims=True)
     left = jnp.where(any_outside & (left > 0) & (remainder == "other"), left, 0.0)
     student = jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1)
     log_left = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)
-    teacher, where = jnp.concatenate([known, log_left], -1), jnp.concatenate([kept, any_outside], -1)
-    return found.result(_logits._sum_of_terms(_logits._kl_terms, student, teacher, jnp.ones((), wide), -1, where))
+    teacher, counted = jnp.concatenate([known, log_left], -1), jnp.broadcast_to(included, student.shape)
+    return found.result(_logits._sum_of_terms(_logits._kl_terms, student, teacher, jnp.ones((), wide), -1, counted))
 
 
 def chunked_kd_loss(
@@ -101,15 +103,17 @@ def chunked_kd_loss(
         q = \mathrm{softmax}(h_{teacher} W_{teacher} / T), \quad p = \mathrm{softmax}(h_{student} W_{student} / T)
 
     With kernels, logits of `[batch, length, vocabulary]` are never formed, neither forward nor backward; of logits that
-    are there already no copy in float32 is. The value takes two passes over the chunks, one for the normalisers and one
+    are there already no copy in float32 is (on TPUs and, of float32, on CPUs: the CPU's compiler widens whole arrays of
+    16 bits; `python -m benchmarks.vocabulary` prints the memory). The value takes two passes over the chunks, one for the normalisers and one
     for the loss, and the gradient one more, in which the logits of a chunk are computed again. Value and gradients are
-    those of `kd_loss`, in all arguments. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
+    those of `kd_loss`, in all arguments, but for rounding where all logits have a large offset in common: of 1,000, float32
+    gradients are off by some 3e-4. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
 
     Args:
         student: with `student_kernel` the features before the output layer, of shape `[..., width]`; else the logits, of
             shape `[..., vocabulary]`.
         teacher: the teacher's, likewise; its width may differ.
-        temperature: :math:`T > 0`.
+        temperature: :math:`T > 0`. Language models are usually distilled at 1, where the factor is 1, too.
         student_kernel: the weights of the output layer, of shape `[width, vocabulary]`: a transposed embedding where the
             two are tied.
         teacher_kernel: the teacher's, likewise.
@@ -170,7 +174,9 @@ def _chunked_forward(size: int, included: jax.Array, whole: Any, cut: Any) -> An
     def add(kl: Any, start: Any, counted: Any, parts: Any) -> Any:
         return kl + _kl_of_chunk(counted, log_z, zero, whole, parts)
 
-    zero = jnp.zeros(included.shape, whole[0].dtype)
+    # Of something that varies over the devices of a `shard_map` where the operands do, as what is added to it will.
+    first = [_output(x, last[..., :1]) for x, last in zip(whole[1:], cut, strict=True)]
+    zero = jnp.zeros_like(included & (first[0] == first[1]), whole[0].dtype)
     log_z = _scan_chunks(size, included, cut, normalise, [zero - jnp.inf] * 2)
     kl = _scan_chunks(size, included, cut, add, zero)
     return kl, (included, whole, cut, log_z, kl)
