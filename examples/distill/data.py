@@ -1,8 +1,9 @@
 """From stored images to batches on the device: augment, shuffle, batch, transfer, all of it by Grain.
 
 Where the images come from, and how to bring one's own (`register`), stands in `sources.py`. A batch is a dict of arrays:
-`image` uint8 [batch, height, width, channels], as the network sees it but not yet normalized, and `label` int32 [batch];
-evaluation batches also have `valid` bool [batch], which is False for the images that only fill up the batches.
+`image` uint8 [batch, height, width, channels], as the network sees it but not yet normalized, and `label` int32 [batch].
+Training batches also have `index` int32 [batch]: which images of the split these are. Evaluation batches also have `valid`
+bool [batch], which is False for the images that only fill up the batches.
 
 On several hosts each reads and decodes its own part of every batch, no image twice; only images that are kept in memory
 are decoded once by every host, since each epoch is shuffled over all of them. Which images make up a batch, and how they
@@ -53,6 +54,7 @@ class Dataset(NamedTuple):
     preprocessing: images.Preprocessing
     threads: int = 0  # that read and decode; none for images in memory
     workers: int = 0  # processes that do it in training, in the place of threads
+    labels: Callable[[], np.ndarray] | None = None  # of the whole training split, if it is in memory: int32 [images]
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -90,6 +92,8 @@ def load(config: ConfigDict) -> Dataset:
         threads=0 if at_hand else _THREADS,
         workers=0 if at_hand else min(config.workers, _CORES),
     )
+    if config.in_memory or (source.in_memory and not config.synthetic):  # Synthetic data stand for those of the config.
+        dataset = dataset._replace(labels=functools.cache(functools.partial(_labels, dataset.train)))
     if dataset.workers:
         _check_workers(dataset, source.title)
     return dataset
@@ -131,7 +135,8 @@ def train_batches(
     host = host or _this_host()
     _check_batch(batch_size, host, dataset.image_shape, "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
-    examples = dataset.train.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
+    indexed = dataset.train.map_with_index(functools.partial(_indexed, len(dataset.train)))
+    examples = indexed.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
     threads = 1 if dataset.workers else dataset.threads
     batches = ElasticIterator(
         examples,
@@ -180,7 +185,16 @@ def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, jax.ShapeDtypeS
     return {
         "image": jax.ShapeDtypeStruct((batch_size, *dataset.image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
+        "index": jax.ShapeDtypeStruct((batch_size,), np.int32),
     }
+
+
+def _labels(examples: grain.MapDataset) -> np.ndarray:
+    return np.array([examples[i]["label"] for i in range(len(examples))], np.int32)
+
+
+def _indexed(count: int, index: int, example: dict[str, Any]) -> dict[str, Any]:
+    return example | {"index": np.int32(index % count)}  # Grain counts on from epoch to epoch.
 
 
 def _to_device(batches: grain.IterDataset, put: Callable[[Any], Batch], workers: int = 0) -> grain.DatasetIterator:

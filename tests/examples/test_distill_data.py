@@ -115,6 +115,29 @@ def test_every_image_once_per_epoch_in_a_new_order(dataset):
     assert first != second
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_batches_say_which_images_they_have(dataset, hosts):
+    """By the place in the whole split: in every epoch, whatever the seed, on every host, and with a ragged batch."""
+    for host in range(hosts):
+        for batch in _train(dataset, batch_size=128, seed=3, epochs=3, host=_host(host, hosts)):
+            assert batch["index"].dtype == np.int32
+            stored = [dataset.train[int(i)] for i in batch["index"]]
+            np.testing.assert_array_equal(batch["image"], [example["image"] for example in stored])
+            np.testing.assert_array_equal(batch["label"], [example["label"] for example in stored])
+            np.testing.assert_array_equal(dataset.labels()[np.asarray(batch["index"])], batch["label"])
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in data.batch_shapes(dataset, 128 // hosts).items()}
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == shapes
+
+
+def test_the_labels_are_at_hand_where_the_images_are(dataset, config):
+    assert dataset.labels().shape == (900,)
+    assert dataset.labels() is dataset.labels()
+    config.in_memory = False
+    assert data.load(config).labels is None
+    config.synthetic = True  # it stands for data that are not in memory
+    assert data.load(config).labels is None
+
+
 def test_the_ragged_training_batch_is_dropped(dataset):
     batches = _train(dataset, batch_size=64, epochs=2)
     assert len(batches) == 2 * data.steps_per_epoch(dataset, 64) == 2 * 14
