@@ -3,7 +3,7 @@
 A checkpoint has three items, so that each reader takes only what it needs:
 
     variables   {'params', 'rest'}: the network
-    optimizer   {'step', 'opt_state'}
+    optimizer   {'step', 'opt_state'}, and if losses have params or a rest of their own, {'own'}: these
     progress    JSON: see `Progress`; the state of the Grain iterator, which is the same on all hosts; and checksums
 
 The files are written in the background, into a folder that gets its name when all is there. Kept are the last few
@@ -31,7 +31,7 @@ from examples.trainer import paths
 from examples.trainer.errors import UserError, one_line
 from examples.trainer.log import warn
 from examples.trainer.records import reading, writing
-from examples.trainer.step import TrainState
+from examples.trainer.step import OWN, TrainState, has_own, network
 
 _REMEDY = "; restore that folder, or delete it"
 _SHOWN_PROBLEMS = 5
@@ -151,7 +151,11 @@ class Checkpoints:
         batches.set_state(record.pop("data"))
         best = record["best"] and Best(*record["best"].values())  # The value was once called "top1".
         self._best.step = best.step if best else None
-        return TrainState(**restored["variables"], **restored["optimizer"]), Progress(**record | {"best": best})
+        own = restored["optimizer"].pop("own", {})
+        variables = {
+            name: tree | {OWN: own[name]} if name in own else tree for name, tree in restored["variables"].items()
+        }
+        return TrainState(**variables, **restored["optimizer"]), Progress(**record | {"best": best})
 
     def _find_intact(self, like: Mapping[str, Any]) -> int | None:
         """Returns the step of the newest intact checkpoint, which the first host finds out for all."""
@@ -308,9 +312,11 @@ def _number_lists(tree: Any) -> Any:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
+    variables = {"params": state.params, "rest": state.rest}
+    own = {name: tree[OWN] for name, tree in variables.items() if has_own(tree)}
     return {
-        "variables": {"params": state.params, "rest": state.rest},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "variables": {name: network(tree) for name, tree in variables.items()},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state} | ({"own": own} if own else {}),
     }
 
 

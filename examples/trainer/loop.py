@@ -18,7 +18,7 @@ from examples.trainer.job import Job, Variables
 from examples.trainer.log import Log
 from examples.trainer.parallel import Layout
 from examples.trainer.preemption import Preempted
-from examples.trainer.step import Metrics
+from examples.trainer.step import Metrics, network
 
 _STEPS_AHEAD = 2  # that the device has in hand while the host waits for the metrics of a step
 
@@ -138,7 +138,7 @@ class _Training:
     def variables(self) -> Variables:
         """The network as it is now."""
         state = self._options.layout.gather(self.state)
-        return state.params, state.rest
+        return network(state.params), network(state.rest)
 
     def run(self) -> None:
         """Trains to the last epoch. When it ends with `Preempted`, the last step is saved."""

@@ -94,13 +94,17 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
 
     sharding = functools.partial(state_sharding, mesh, divided=shard_params)
 
+    def shardings(state: Any) -> Any:
+        # What is not trained is small, or looked up at random, as the memory of CRD is.
+        return jax.tree.map(sharding, state)._replace(rest=jax.tree.map(lambda _: NamedSharding(mesh, P()), state.rest))
+
     def place(state: Any) -> Any:
-        return jax.device_put(state, jax.tree.map(sharding, state))
+        return jax.device_put(state, shardings(state))
 
     def compile(step: Callable[..., Any]) -> Callable[..., Any]:
         def placed(*args: Any) -> Any:
             state, metrics = step(*args)
-            return jax.lax.with_sharding_constraint(state, jax.tree.map(sharding, state)), metrics
+            return jax.lax.with_sharding_constraint(state, shardings(state)), metrics
 
         return jax.jit(placed, donate_argnums=0)
 

@@ -1,6 +1,6 @@
 """A train step with one gradient for each loss: a pure function, compiled once."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from examples.trainer.sampling import EXACT, Losses, Sampling
 
 Metrics = dict[str, jax.Array]
 
+OWN = "of-the-losses"  # an entry of `params` and of `rest`: what the losses have of their own, such as a projector
+
 
 class TrainState(NamedTuple):
     """Everything that changes during training."""
@@ -20,6 +22,16 @@ class TrainState(NamedTuple):
     params: Any
     rest: Any  # of the network: what the optimizer does not train, such as the statistics of BatchNorm
     opt_state: optax.OptState
+
+
+def network(tree: Any) -> Any:
+    """The network's part of `params`, or of `rest`: all but what the losses have of their own."""
+    return {name: value for name, value in tree.items() if name != OWN} if has_own(tree) else tree
+
+
+def has_own(tree: Any) -> bool:
+    """Whether the losses have something of their own in `params`, or in `rest`."""
+    return isinstance(tree, Mapping) and OWN in tree
 
 
 def init_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) -> TrainState:
