@@ -9,7 +9,8 @@
     jobs.py         the teacher and the students, as the trainer takes them
     methods.py      the methods that are compared, each an Optax transformation over per-loss gradients
     optimizers.py   what these are made of: weights, momenta, learning rates
-    objectives.py   the losses that they train on: plain distillation, DKD, DeepKD
+    objectives.py   the losses that they train on: plain distillation, DKD, DeepKD, CRD
+    crd.py          the projectors and the memory of CRD
     steps.py        what a train step and an evaluation step compute
     sources.py      where images come from: TFDS, arrays, Grain; datasets/ holds those of this example
     data.py         from there to batches on the devices

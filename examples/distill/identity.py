@@ -35,7 +35,7 @@ _FREE_FIELDS = (
     "dataset.workers",
 )
 # The teacher does not depend on these.
-_STUDENT_SECTIONS = ("epochs", "student", "distillation", "dkd", "deepkd", "optimizer", "sampling")
+_STUDENT_SECTIONS = ("epochs", "student", "distillation", "dkd", "deepkd", "crd", "optimizer", "sampling")
 _CHECKSUM = "teacher.checksum"  # in the record: of its variables, by which a teacher is known wherever it lies
 
 

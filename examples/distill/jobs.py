@@ -17,11 +17,12 @@ from examples.distill import data, methods, models, objectives, steps
 from examples.distill.objectives import Length, Objective
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
+from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
 from examples.trainer.records import Record
 from examples.trainer.sampling import EXACT, Sampling, check_rows
-from examples.trainer.step import init_state
+from examples.trainer.step import OWN, init_state
 
 
 def metrics(method: str, names: Sequence[str] = objectives.PLAIN.names) -> MetricNames:
@@ -29,7 +30,8 @@ def metrics(method: str, names: Sequence[str] = objectives.PLAIN.names) -> Metri
     losses = dict.fromkeys((*names[:1], "kd", *names[1:]))  # the plain distillation loss, whatever is trained
     return MetricNames(
         # Means over the images of an epoch, unweighted; the norms of the gradients of the unweighted losses that are
-        # trained; and of two of them the cosine between these: below 0, the losses are in conflict. With
+        # trained; and of two of them the cosine between these: below 0, the losses are in conflict. Norms and cosine are
+        # over all parameters: the task's norm has the head in it, CRD's the projectors, which the other does not reach. With
         # --config.parallel=shard_map norms and cosine are those of each device's own part of a batch, averaged: the
         # gradients themselves are never averaged there, and the noise of a smaller batch makes their norms larger. null:
         # without a teacher, or without config.gradient_metrics. With --config.sampling the means are over the steps that
@@ -109,8 +111,11 @@ def check(names: Sequence[str], shared: Shared) -> None:
     for name in names:
         objective = _objective(name, shared)
         objectives.check(name, objective, dataset.num_classes)
+        if objective.own:
+            _check_own(name, objective, shared)
         optimizer = _optimizer(name, config.optimizer, shared, config.epochs, objective)
-        methods.check_updates(name, optimizer, shapes[1], objective.container)  # of the student
+        params, _ = _start_shapes(config.student.model, objective, shared)
+        methods.check_updates(name, optimizer, params, objective.container)
 
 
 def network(model: ConfigDict, shared: Shared, *, axis_name: str | None = None) -> tuple[nnx.GraphDef, Any, Any]:
@@ -130,6 +135,38 @@ def network(model: ConfigDict, shared: Shared, *, axis_name: str | None = None) 
 def network_shapes(model: ConfigDict, shared: Shared) -> tuple[nnx.GraphDef, Any, Any]:
     """The same with shapes in the place of arrays."""
     return nnx.eval_shape(lambda: network(model, shared))
+
+
+def _start(model: ConfigDict, objective: Objective, shared: Shared) -> tuple[Any, Any]:
+    """Returns (params, rest) before the first step, of a student and of its losses."""
+    _, params, rest = network(model, shared)
+    if objective.own is None:
+        return params, rest
+    config, shape = shared.config, shared.dataset.image_shape
+    widths = tuple(
+        models.features_width(network_shapes(each, shared), shape, each.name) for each in (model, config.teacher.model)
+    )
+    of_params, of_rest = objective.own.init(widths, len(shared.dataset.labels()))
+    return params | {OWN: of_params}, rest | {OWN: of_rest}
+
+
+def _start_shapes(model: ConfigDict, objective: Objective, shared: Shared) -> tuple[Any, Any]:
+    """The same with shapes in the place of arrays."""
+    return jax.eval_shape(lambda: _start(model, objective, shared))
+
+
+def _check_own(name: str, objective: Objective, shared: Shared) -> None:
+    """Raises if what the losses of method `name` have of their own cannot be had."""
+    if shared.dataset.labels is None:
+        raise UserError(
+            f"method {name!r} needs the labels of all training images at once: give --config.dataset.in_memory=True"
+        )
+    _, rest = _start_shapes(shared.config.student.model, objective, shared)
+    data.check_memory(
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rest[OWN])),
+        f"what method {name!r} remembers of {len(shared.dataset.labels()):,} images",
+        "--config.dataset.train fewer",
+    )
 
 
 def _sampling(method: str, config: ConfigDict) -> Sampling:
@@ -155,7 +192,32 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     weights = objective.weights if weighted else objective.container(*[1.0] * len(objective.names))
     steps_per_epoch = data.steps_per_epoch(shared.dataset, shared.config.batch_size)
-    return methods.build(method, config, weights, steps_per_epoch, epochs, objective.deltas)
+    reached = _reached(objective, shared) if objective.own else None
+    return methods.build(method, config, weights, steps_per_epoch, epochs, objective.deltas, reached)
+
+
+def _reached(objective: Objective, shared: Shared) -> Any:
+    """Which loss reaches which parameter of a student whose losses have parameters of their own."""
+    config = shared.config
+    student, teacher = (network_shapes(config[section].model, shared) for section in ("student", "teacher"))
+    problem = _problem(student[0], teacher[0], objective, shared)
+    start = _start_shapes(config.student.model, objective, shared)
+    return steps.reached(problem, *start, teacher[1:], data.batch_shapes(shared.dataset, config.batch_size))
+
+
+def _problem(
+    student: nnx.GraphDef, teacher: nnx.GraphDef | None, objective: Objective, shared: Shared
+) -> steps.Problem:
+    config = shared.config
+    return steps.Problem(
+        student=student,
+        teacher=teacher,
+        temperature=config.distillation.temperature,
+        mean=config.dataset.mean,
+        std=config.dataset.std,
+        objective=objective,
+        all_labels=shared.dataset.labels() if objective.own else None,
+    )
 
 
 def _job(
@@ -173,17 +235,10 @@ def _job(
     summed: Any = None,
 ) -> Job:
     config, dataset, layout, _ = shared
-    new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
     teacher_graphdef, teacher_variables = teacher or (None, None)
-    problem = steps.Problem(
-        student=nnx.eval_shape(new_network)[0],
-        teacher=teacher_graphdef,
-        temperature=config.distillation.temperature,
-        mean=config.dataset.mean,
-        std=config.dataset.std,
-        kd_gradient=config.gradient_metrics or name != "ce",
-        objective=objective,
-    )
+    new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
+    problem = _problem(nnx.eval_shape(new_network)[0], teacher_graphdef, objective, shared)
+    problem = problem._replace(kd_gradient=config.gradient_metrics or name != "ce")
     step = steps.make_train_step(
         problem,
         optimizer,
@@ -197,10 +252,14 @@ def _job(
     def cost() -> Record:
         """Of a step, on average: how often the teacher sees a batch, and the operations up to the gradients."""
         teacher, *teacher_shapes = network_shapes(config.teacher.model, shared)
-        student, *student_shapes = network_shapes(model, shared)
+        student, *_ = network_shapes(model, shared)
         here = problem._replace(student=student, teacher=problem.teacher and teacher)
         plain = here._replace(teacher=teacher, objective=objectives.PLAIN, kd_gradient=True)
-        args = (*student_shapes, tuple(teacher_shapes), data.batch_shapes(dataset, config.batch_size))
+        args = (
+            *_start_shapes(model, objective, shared),
+            tuple(teacher_shapes),
+            data.batch_shapes(dataset, config.batch_size),
+        )
         return {
             "teacher_forwards": sampling.teacher_forwards if problem.teacher else 0.0,
             "relative_flops": steps.relative_flops(here, plain, sampling, summed, *args),
@@ -209,7 +268,7 @@ def _job(
     return Job(
         name=name,
         directory=directory,
-        init_state=lambda: init_state(*new_network()[1:], optimizer),
+        init_state=lambda: init_state(*_start(model, objective, shared), optimizer),
         step=lambda state, batch: step(state, teacher_variables, batch),
         evaluate=_evaluate(name, problem, teacher_variables, shared),
         batches=lambda: data.train_batches(dataset, config.batch_size, config.seed, epochs, layout.put_batch),

@@ -28,6 +28,7 @@ from examples.distill.optimizers import learning_rate_schedule as learning_rate_
 from examples.distill.optimizers import weight_losses as weight_losses
 from examples.distill.optimizers import why_not_longer as why_not_longer
 from examples.trainer.errors import UserError, one_line
+from examples.trainer.sampling import EXACT, Sampling
 
 # Okabe and Ito's colors, which the color-blind can tell apart; without the yellow, which is faint on white.
 _COLORS = ("#7f7f7f", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -179,11 +180,11 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
 def dot(recipe: Recipe) -> optax.GradientTransformation:
     """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
     config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
-    decay = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(config)}
+    options = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(config), "reached": recipe.reached}
     if config.name == "adamw":
-        optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **decay)
+        optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **options)
     else:
-        optimizer = dot_optax.dot(recipe.learning_rate, *momenta, **decay)
+        optimizer = dot_optax.dot(recipe.learning_rate, *momenta, **options)
     return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
@@ -214,6 +215,18 @@ def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     betas = {f"beta_{name}": beta for name, beta in momenta._asdict().items()}
     optimizer = dot_optax.deepkd(recipe.learning_rate, **betas, weight_decay=config.weight_decay, mask=mask)
     return optax.chain(weight_losses(recipe.weights), optimizer)
+
+
+@register("crd", label="CRD", objective="crd", linear=True)
+def crd(recipe: Recipe) -> optax.GradientTransformation:
+    """Contrastive representation distillation, with one momentum, or AdamW: `kd` on the losses of CRD."""
+    return kd(recipe)
+
+
+@register("crd_dot", label="CRD + DOT", objective="crd", linear=True)
+def crd_dot(recipe: Recipe) -> optax.GradientTransformation:
+    """CRD with DOT's two momenta: the head and the projectors, which only one loss reaches, have their mean."""
+    return dot(recipe)
 
 
 class _Aggregation(NamedTuple):
@@ -294,7 +307,7 @@ def weights_of_the_sum(method: str, weights: Any) -> Any:
     Given the gradient of that sum and zeros, and weights of 1, it makes the same updates. A weight that changes from step
     to step is the method's own.
     """
-    return weights if method in ("kd", "dkd") and not any(map(callable, weights)) else None
+    return weights if method in ("kd", "dkd", "crd") and not any(map(callable, weights)) else None
 
 
 def summary(name: str) -> str:
@@ -316,7 +329,17 @@ def parse(method: str) -> list[str]:
 def check(config: ConfigDict, wanted: list[str]) -> None:
     """Raises if the `wanted` methods and their optimizers cannot be used as a config has them."""
     for name in wanted:
-        objective_of(name, config, objectives.Length(config.epochs, steps_per_epoch=1))
+        objective = objective_of(name, config, objectives.Length(config.epochs, steps_per_epoch=1))
+        if objective.own and config.parallel != "jit":
+            raise UserError(
+                f"--config.parallel={config.parallel} would give each device a memory of its own, and {name!r} has one of"
+                " all images: give --config.parallel=jit"
+            )
+        if objective.own and Sampling.from_config(config.sampling) != EXACT:
+            raise UserError(
+                f"--config.sampling.form={config.sampling.form} leaves out losses or images, and the memory of {name!r}"
+                " moves with all of them at every step: give --config.sampling.form=none"
+            )
     trains_teacher = config.teacher.train and not config.teacher.checkpoint
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
@@ -388,6 +411,7 @@ def build(
     steps_per_epoch: int,
     epochs: int | None = None,
     deltas: Any = None,
+    reached: Any = None,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of `method`.
 
@@ -398,10 +422,11 @@ def build(
         steps_per_epoch: in how many steps an epoch is trained.
         epochs: how many are trained; a cosine schedule needs to know.
         deltas: those of its objective, if it has any.
+        reached: which loss reaches which parameter, if not all reach all; in their container.
     """
     learning_rate = learning_rate_schedule(config, steps_per_epoch, epochs)
     try:
-        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch, deltas))
+        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch, deltas, reached))
     except UserError:
         raise
     except Exception as error:  # The function may be a user's.

@@ -5,6 +5,7 @@ The first loss is always the task's, cross-entropy with the labels; an objective
     kd       the T² KL of plain distillation, in `PerLoss(task, kd)`
     dkd      DKD's weighted sum of its parts, target class and other classes, in `PerLoss(task, kd)`
     deepkd   both parts, each with a gradient of its own, in `DeepKDLosses(task, target, non_target)`
+    crd      CRD's contrast of features, in `PerLoss(task, kd)`; it has projectors and a memory, see crd.py
 
 A method says which one it trains on: `methods.register(name, objective="dkd")`. Whatever the objective, `kd_loss` in the
 log is the plain KL, so that methods can be compared; the losses that are trained have their own names beside it.
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import dot_optax
+from examples.distill import crd as contrast
 from examples.trainer.errors import UserError, one_line
 
 
@@ -29,6 +31,22 @@ class Seen(NamedTuple):
     labels: jax.Array  # [batch]
     temperature: float  # `config.distillation.temperature`
     step: Any  # how many steps were taken before this one
+    # The others are there for an objective that has something of its own.
+    features: jax.Array | None = None  # of the student, which its head is given: [batch, width]
+    teacher_features: jax.Array | None = None  # likewise
+    index: jax.Array | None = None  # [batch]: which images of the training split these are
+    all_labels: Any = None  # of the training split
+
+
+class Own(NamedTuple):
+    """What the losses of an objective have of their own: parameters to be trained, and what is kept from step to step.
+
+    Both are entries `step.OWN`, of the `params` and of the `rest` of a state, beside those of the network.
+    """
+
+    # (the widths of the features of student and teacher, the images of the training split) -> (params, rest)
+    init: Callable[[tuple[int, int], int], tuple[Any, Any]]
+    distill: Callable[[Seen, Any, Any], tuple[tuple[jax.Array, ...], Any]]  # with both -> the losses, the new rest
 
 
 class Objective(NamedTuple):
@@ -39,6 +57,7 @@ class Objective(NamedTuple):
     weights: Any  # of the losses, in a container: numbers, or schedules from the number of updates so far
     distill: Callable[[Seen], tuple[jax.Array, ...]]  # the losses behind the task's, of each example
     deltas: Any = None  # in a container: how far the momentum of each loss is from `momentum`, if not by DOT's `delta`
+    own: Own | None = None  # what its losses have of their own; then it has their `distill`, and no other
 
 
 class Length(NamedTuple):
@@ -98,11 +117,30 @@ def deepkd(config: ConfigDict, length: Length) -> Objective:
     )
 
 
-OBJECTIVES: dict[str, Callable[[ConfigDict, Length], Objective]] = {"kd": kd, "dkd": dkd, "deepkd": deepkd}
+def crd(config: ConfigDict, length: Length) -> Objective:
+    """Cross-entropy and CRD's contrast of features."""
+    del length
+    section, seed = config.crd, config.seed
+
+    def distill(seen: Seen, params: Any, rest: Any) -> tuple[tuple[jax.Array], Any]:
+        loss, rest = contrast.loss(section, seed, seen, params, rest)
+        return (loss,), rest
+
+    own = Own(
+        init=lambda widths, num_images: contrast.init(section, seed, widths, num_images),
+        distill=distill,
+    )
+    weights = dot_optax.PerLoss(section.task_weight, section.crd_weight)
+    return Objective(dot_optax.PerLoss, ("task", "crd"), weights, lambda seen: (), own=own)
+
+
+OBJECTIVES: dict[str, Callable[[ConfigDict, Length], Objective]] = {"kd": kd, "dkd": dkd, "deepkd": deepkd, "crd": crd}
 
 
 def check(name: str, objective: Objective, num_classes: int) -> None:
     """Raises if the losses cannot be computed for so many classes: the method `name` could not train."""
+    if objective.own:  # whatever the number of classes
+        return
     logits, labels = jax.ShapeDtypeStruct((2, num_classes), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
     try:
         jax.eval_shape(lambda *seen: objective.distill(Seen(*seen, temperature=1.0, step=0)), logits, logits, labels)

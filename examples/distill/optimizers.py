@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
     learning_rate: optax.Schedule  # from the number of updates so far, warm-up and drops included
     steps_per_epoch: int
     deltas: Any = None  # in the same container: of an objective whose momenta are not DOT's, see `Objective`
+    reached: Any = None  # likewise: which loss reaches which parameter, see `dot_optax.dot`; None: all reach all
 
 
 def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:

@@ -106,7 +106,7 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
         f"One seed. The {plus_minus} is the standard error that comes from the size of the test split; seeds differ as"
         " well."
     ]
-    if {"dot", "dkd_dot"} & set(results):
+    if {"dot", "dkd_dot", "crd_dot"} & set(results):
         lines += _what_dot_changes(settings)
     others = [method for method in results if method in methods.TRAITS and methods.TRAITS[method].objective != "kd"]
     if others:

@@ -86,6 +86,7 @@ _WEIGHTS = {
     "distillation": ("task_weight", "kd_weight"),
     "dkd": ("task_weight", "alpha", "beta"),
     "deepkd": ("task_weight", "target_weight", "non_target_weight"),
+    "crd": ("task_weight", "crd_weight"),
 }
 _FLOAT32 = np.finfo(np.float32)
 _MAX_EPOCHS = 1_000_000
@@ -144,6 +145,9 @@ _RULES = settings.TRAINING | {
     "beta": _NOT_NEGATIVE,
     "target_weight": _NOT_NEGATIVE,
     "non_target_weight": _NOT_NEGATIVE,
+    "crd_weight": _NOT_NEGATIVE,
+    "dim": COUNT,
+    "negatives": COUNT,
     "delta_task": _NUMBER,
     "delta_target": _NUMBER,
     "delta_non_target": _NUMBER,

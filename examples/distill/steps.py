@@ -15,7 +15,7 @@ from examples.distill.objectives import Seen
 from examples.trainer import step
 from examples.trainer.parallel import Layout
 from examples.trainer.sampling import EXACT, Losses, Sampling, flops
-from examples.trainer.step import Metrics, TrainState
+from examples.trainer.step import OWN, Metrics, TrainState, network
 
 
 class Teacher(NamedTuple):
@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     std: tuple[float, ...]
     kd_gradient: bool = True  # else the distillation loss is there for the log alone
     objective: objectives.Objective = objectives.PLAIN
+    all_labels: Any = None  # of the training split, for an objective that has something of its own
 
     @property
     def losses(self) -> Losses:
@@ -76,6 +77,16 @@ def relative_flops(problem: Problem, plain: Problem, sampling: Sampling, summed:
     return found / of_kd if found and of_kd else None
 
 
+def reached(problem: Problem, params: Any, *args: Any) -> Any:
+    """Which loss that is trained reaches which parameter; the arguments are those of a step's losses, or their shapes."""
+
+    def losses(params: Any, *args: Any) -> Any:
+        values, _ = _train_losses(problem, params, *args, step=0)
+        return problem.objective.container(*(values[name] for name in problem.losses.trained))
+
+    return dot_optax.reached(losses, params, *args)
+
+
 def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Metrics]:
     """Returns `eval_step(variables, teacher_variables, batch)`, which gives sums over the valid examples.
 
@@ -89,7 +100,7 @@ def make_eval_step(problem: Problem) -> Callable[[tuple[Any, Any], Any, Any], Me
         logits, _ = models.apply(problem.student, *variables, images, train=False)
         per_example = {"task_loss": _task_loss(logits, label)}
         if problem.teacher is not None:
-            teacher_logits = _teacher_logits(problem, teacher_variables, images)
+            teacher_logits, _ = models.apply(problem.teacher, *teacher_variables, images, train=False)
             per_example["kd_loss"] = dot_optax.losses.kd_loss(logits, teacher_logits, problem.temperature)
         for k in (1, 5):
             _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
@@ -103,29 +114,40 @@ def _train_losses(
     problem: Problem, params: Any, rest: Any, teacher_variables: Any, batch: Any, step: Any
 ) -> tuple[dict[str, jax.Array], Any]:
     images, label = _normalize(problem, batch["image"]), batch["label"]
-    teacher_logits = _teacher_logits(problem, teacher_variables, images)
-    logits, rest = models.apply(problem.student, params, rest, images, train=True)
+    own = problem.objective.own
+    apply = models.apply_with_features if own else _apply
+    if problem.teacher is not None:
+        teacher_logits, teacher_features, _ = apply(problem.teacher, *teacher_variables, images, train=False)
+    logits, features, new = apply(problem.student, network(params), network(rest), images, train=True)
     task, *others = problem.losses.trained
     losses = {task: jnp.mean(_task_loss(logits, label))}
-    if teacher_logits is None:
-        return losses | {name: jnp.zeros_like(losses[task]) for name in others}, rest
+    if problem.teacher is None:
+        return losses | {name: jnp.zeros_like(losses[task]) for name in others}, new
     seen = Seen(logits, teacher_logits, label, problem.temperature, step)
-    distilled = dict(zip(others, map(jnp.mean, problem.objective.distill(seen)), strict=True))
+    if own:
+        seen = seen._replace(features=features, teacher_features=teacher_features, index=batch["index"])
+        found, of_losses = own.distill(seen._replace(all_labels=problem.all_labels), params[OWN], rest[OWN])
+        new = new | {OWN: of_losses}
+    else:
+        found = problem.objective.distill(seen)
+    distilled = dict(zip(others, map(jnp.mean, found), strict=True))
     if not problem.kd_gradient:
         distilled = jax.lax.stop_gradient(distilled)
     still = seen._replace(logits=jax.lax.stop_gradient(logits))  # a loss for the log alone needs no gradient
     logged = {name: jnp.mean(objectives.kd_loss(still)) for name in problem.losses.logged}
-    return losses | distilled | logged, rest
+    return losses | distilled | logged, new
+
+
+def _apply(*args: Any, train: bool) -> tuple[jax.Array, None, Any]:
+    """As `models.apply_with_features`, without them."""
+    logits, rest = models.apply(*args, train=train)
+    return logits, None, rest
 
 
 def _normalize(problem: Problem, images: jax.Array) -> jax.Array:
     leading = range(images.ndim - 1)
     mean, std = (jnp.expand_dims(jnp.float32(values), leading) for values in (problem.mean, problem.std))
     return (images.astype(jnp.float32) - mean) / std
-
-
-def _teacher_logits(problem: Problem, variables: Any, images: jax.Array) -> jax.Array | None:
-    return None if problem.teacher is None else models.apply(problem.teacher, *variables, images, train=False)[0]
 
 
 def _task_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -95,6 +95,12 @@ _SAME_FOR_ALL = {
     "deepkd.delta_non_target": 0.075,
     "deepkd.top_k_fraction": 0.05,
     "deepkd.top_k_phases": (0.25, 0.5),
+    "crd.task_weight": 1.0,
+    "crd.crd_weight": 0.8,
+    "crd.dim": 128,
+    "crd.negatives": 16384,
+    "crd.temperature": 0.07,
+    "crd.momentum": 0.5,
 }
 # Mean and standard deviation of each channel, of pixels from 0 to 1.
 _PIXELS = {

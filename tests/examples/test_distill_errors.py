@@ -229,7 +229,7 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert f"Configs: {', '.join(CONFIGS)}" in lines
-    for method in ("ce", "kd", "kd_gain_matched", "dot", "dkd", "dkd_dot", "deepkd"):
+    for method in ("ce", "kd", "kd_gain_matched", "dot", "dkd", "dkd_dot", "deepkd", "crd", "crd_dot"):
         assert any(line.split()[:1] == [method] for line in lines)
     listed = [line.strip().split("=")[0] for line in lines if line.startswith("  --")]
     assert listed == [f"--config.{field}" for field in fields(get_config())]
@@ -258,11 +258,13 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher", "deepkd"), "dkd.beta", False),
         (("teacher", "dkd_dot"), "dkd.beta", True),
         (("teacher", "deepkd"), "deepkd.top_k_phases", True),
+        (("teacher", "kd"), "crd.dim", False),
+        (("teacher", "crd_dot"), "crd.dim", True),
     ],
 )
 def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
     config = settings.validated(get_config())
-    for job in ("teacher", "kd", "ce", "dkd_dot", "deepkd"):
+    for job in ("teacher", "kd", "ce", "dkd_dot", "deepkd", "crd_dot"):
         (tmp_path / job / "checkpoints").mkdir(parents=True)
         (tmp_path / job / "metrics.jsonl").touch()
     for job in saved:

@@ -594,7 +594,7 @@ def test_a_file_that_is_run_twice_registers_its_method_twice(registry, tmp_path)
         ("a", {"label": " "}, "bad label"),
         ("a", {"color": "no color"}, "bad color 'no color' of method 'a'"),
         ("dot", {}, "there is a method 'dot' already"),
-        ("a", {"objective": "dto"}, "bad objective 'dto' of method 'a': give one of kd, dkd, deepkd"),
+        ("a", {"objective": "dto"}, "bad objective 'dto' of method 'a': give one of kd, dkd, deepkd, crd"),
     ],
 )
 def test_what_cannot_be_registered(registry, name, options, message):

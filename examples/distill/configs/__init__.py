@@ -68,6 +68,14 @@ def default() -> ConfigDict:
     config.deepkd.top_k_fraction = 0.05  # NCKD begins on this part of the classes, the teacher's likeliest; 1: on all
     config.deepkd.top_k_phases = (0.25, 0.5)  # parts of all epochs: up to the first it stays so, from the second on all
 
+    config.crd = ConfigDict()  # crd and crd_dot: task_weight x cross-entropy + crd_weight x the contrast of features
+    config.crd.task_weight = 1.0
+    config.crd.crd_weight = 0.8
+    config.crd.dim = 128  # the width to which the features of student and teacher are projected
+    config.crd.negatives = 16384  # images of other classes that each is told from; drawn twice where there are fewer
+    config.crd.temperature = 0.07  # by which the products of two embeddings are divided
+    config.crd.momentum = 0.5  # how much of an image's embedding in the memory stays when it is seen again
+
     config.sampling = ConfigDict()  # of the students' gradients, below their exact cost; see trainer/sampling.py
     config.sampling.form = "none"  # or losses, alternating, difference, examples
     config.sampling.period = 2  # k: the KD loss, or the difference, at every k-th step, or on every k-th image

@@ -38,6 +38,12 @@ def cifar100(teacher: str, student: str) -> ConfigDict:
     config.deepkd.top_k_fraction = 0.05
     config.deepkd.top_k_phases = (0.25, 0.5)
 
+    config.crd.task_weight, config.crd.crd_weight = 1.0, 0.8
+    config.crd.dim = 128
+    config.crd.negatives = 16384
+    config.crd.temperature = 0.07
+    config.crd.momentum = 0.5
+
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 5e-4
     config.optimizer.drop_epochs = (150, 180, 210)

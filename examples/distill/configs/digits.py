@@ -65,6 +65,8 @@ def get_config() -> ConfigDict:
     config.distillation.task_weight = 0.1
     config.distillation.kd_weight = 0.9
 
+    config.crd.negatives = 256  # of 900 images: near the third that 16384 are of CIFAR-100's 50,000
+
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.delta = 0.075

@@ -93,8 +93,10 @@ def register(name: str) -> Callable[[_Network], _Network]:
         dtype           what to compute in: `config.dtype` as a NumPy dtype. Without this parameter it is float32.
 
     The module is a function of images (batch, height, width, channels), normalized, in float32, and returns logits
-    (batch, num_classes) in float32. What it trains are its `nnx.Param`, in float32; whatever other variables it has are
-    kept from step to step. `nnx.BatchNorm` and `nnx.Dropout` are told when they train; for other layers, see
+    (batch, num_classes) in float32. For a method that asks for features, as CRD does, it is called `with_features=True`
+    and returns (logits, list of features), the last of them what its head is given, (batch, width). What it trains are
+    its `nnx.Param`, in float32; whatever other variables it has are kept from step to step. `nnx.BatchNorm` and
+    `nnx.Dropout` are told when they train; for other layers, see
     `nnx.Module.train`.
 
     Raises:
@@ -172,6 +174,33 @@ def apply(
     model.train() if train else model.eval()
     outputs = model(images, **options)
     return outputs, split(model)[2]
+
+
+def apply_with_features(
+    graphdef: nnx.GraphDef, params: Any, rest: Any, images: jax.Array, *, train: bool
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns the logits, the last features, which the head is given, and the new `rest`."""
+    (logits, features), rest = apply(graphdef, params, rest, images, train=train, with_features=True)
+    return logits, features[-1], rest
+
+
+def features_width(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...], name: str) -> int:
+    """How many features the head of a network is given for an image. Raises if the network does not say them."""
+    batch, (graphdef, *variables) = 2, network
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    try:
+        features = jax.eval_shape(functools.partial(apply_with_features, graphdef, train=False), *variables, images)[1]
+    except Exception as error:  # whatever a network of the user's raises
+        raise UserError(
+            f"model {name!r} gives no features: called with `with_features=True` it must return (logits, list of features);"
+            f" {_describe(error)}"
+        ) from error
+    if len(features.shape) != 2 or features.shape[0] != batch or not jnp.issubdtype(features.dtype, jnp.floating):
+        raise UserError(
+            f"model {name!r} gives features {features.dtype} {list(features.shape)} for {batch} images, not floating-point"
+            f" numbers [{batch}, width]"
+        )
+    return features.shape[1]
 
 
 def _without_key_type(leaf: Any) -> Any:
