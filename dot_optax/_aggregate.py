@@ -56,7 +56,7 @@ def aggregate(
 
     It is not linear in the gradients, so on many devices it must see the averages of all N of them, not each device its own. In
     `jax.shard_map` and `jax.pmap` put `average_over` before it, as in `chain(per_loss(...), average_over('data'),
-    aggregate(...))`: N trees are averaged. Behind it, where `average_over` serves `dot`, it would be wrong. Under `jax.jit` with sharded
+    aggregate(...))`: N trees are averaged. Behind `aggregate` it would be wrong, unlike behind `scale_by_dot`. Under `jax.jit` with sharded
     arrays nothing is to be done. `wrap` of `optax.MultiSteps` accumulates the gradient of each loss, and is exact; of the `losses`
     that `min_norm(log=True)` reads it passes on those of the last micro-batch alone: give it their means over all.
 

@@ -255,7 +255,7 @@ WITH_WHERE = {
     "dkd_loss": losses.dkd_loss,
     "deepkd_losses": lambda *args, **kw: losses.deepkd_losses(*args, **kw, k=2)[1],
     "chunked_kd_loss": functools.partial(losses.chunked_kd_loss, chunk_size=4),
-    "top_k_kd_loss": lambda s, t, **kw: losses.top_k_kd_loss(s, *jax.lax.top_k(jax.nn.log_softmax(t), 3), **kw),
+    "top_k_kd_loss": lambda s, t, **kw: losses.top_k_kd_loss(s, *jax.lax.top_k(jax.nn.log_softmax(t), 3), 1.0, **kw),
 }
 
 

@@ -315,7 +315,6 @@ def test_two_losses_have_the_closed_form_of_the_definition(name):
         ("imtl", [[0, 0], [0, 4]], [0, 1]),
         ("nash", [[0, 0], [0, 4]], [0, 0.5]),
         ("conflict_averse", [[0, 0], [0, 4]], [0.5, 0.75]),
-        ("conflict_averse", [[1, -1, 0], [-1, 1, 0], [0, 0, 1]], [1 / 3] * 3),  # g_v = 0: the mean
         ("aligned", [[0, 0], [0, 4]], [0, 0.5]),
         ("aligned", [[1, 2], [2, 4]], [0.3, 0.6]),  # d = (g_1 + g_2) / 2
         ("priority", [[0, 0], [0, 4]], [0, 0]),
@@ -402,6 +401,11 @@ TORCHJD = {
     "ConFIG": (weightings.bisector("config"), 1, 1e-12, 1e-12),
     "PCD": (weightings.priority(0.1, 0.9), 1, 1e-12, 1e-11),
 }
+
+
+def test_conflict_averse_is_the_mean_where_no_direction_helps_the_worst():
+    gram = np.array([[1, -1, 0], [-1, 1, 0], [0, 0, 1]])
+    np.testing.assert_allclose(of_grams("conflict_averse", gram[None])[0], 1 / 3, rtol=1e-6)
 
 
 def torchjd_updates(name, n):

@@ -51,7 +51,7 @@ def crd_init(key: jax.Array, num_examples: int, dim: int) -> CRDState:
 def crd_negatives(key: jax.Array, labels: ArrayLike, all_labels: ArrayLike, k: int) -> jax.Array:
     """Draws k examples of other classes for each example of a batch, every one with the same probability.
 
-    Without replacement, as published; with replacement for a class that fewer than k examples do not belong to. The draw
+    Without replacement, as published; with replacement where fewer than k examples are of other classes. The draw
     sorts a random number of 32 bits for each pair of an example of the batch and one of the training set. Call it inside
     the training step, so that it runs on the device.
 
@@ -117,12 +117,12 @@ def crd_loss(
     over the first batch, fixed from then on. After the loss, the rows of the batch move:
     :math:`w \leftarrow m w + (1 - m) s`, made unit vectors again. No gradient flows into memory and normalisers.
 
-    The published code adds 1e-7 to the denominators, which adds up to 1e-7 n to either half (0.005 on CIFAR-100). As
-    logarithms of sigmoids they need no such number. Embeddings of less than 32 bits are promoted to float32 inside; the
+    The published code adds 1e-7 to the denominators, which adds up to 1e-7 n to either half (0.005 on CIFAR-100). Here
+    logarithms of sigmoids are taken, which need no such number. Embeddings of less than 32 bits are promoted to float32 inside; the
     loss has the dtype of the embeddings and the state keeps its own.
 
-    Both embeddings are projections to the same width by parameters that only this loss reaches, also the teacher's:
-    train both. Published weights are 1 for the cross-entropy and 0.8 for the mean of this loss.
+    Both embeddings are projections to the same width. The parameters of both projections, also of the teacher's, are
+    trained, and only this loss reaches them. Published weights are 1 for the cross-entropy and 0.8 for the mean of this loss.
 
     Args:
         student_embeddings: of shape `[batch, dim]`.

@@ -25,8 +25,8 @@ def tckd_loss(
     .. math::
         T^2 \, \mathrm{KL}([q_y, 1 - q_y] \,\|\, [p_y, 1 - p_y])
 
-    for the label :math:`y`, with :math:`q` and :math:`p` as in `kd_loss`. Both are taken from the logarithms, where
-    :math:`1 - p_y` of a student that is sure would be 0.
+    for the label :math:`y`, with :math:`q` and :math:`p` as in `kd_loss`. It is computed from logarithms, since :math:`1 - p_y` of a student that
+    is sure would be rounded to 0.
 
     Args:
         student_logits: unnormalised log probabilities, of shape `[..., num_classes]`.
@@ -81,8 +81,8 @@ def nckd_loss(
         labels: likewise.
         temperature: likewise.
         axis: likewise.
-        where: which classes to include; `top_k_mask` gives those of DeepKD. Of a single class there is nothing to
-            learn, and the loss is 0.
+        where: which classes to include; `top_k_mask` gives those of DeepKD. Where it leaves one class besides the
+            target, the loss is 0.
 
     Returns:
         The loss of each example in nats, of shape `[...]`.
@@ -198,8 +198,9 @@ def deepkd_losses(
     .. math::
         \mathrm{TCKD}, \qquad (1 - q_y) \, \mathrm{NCKD}_k
 
-    where :math:`\mathrm{NCKD}_k` compares student and teacher on the teacher's :math:`k` likeliest classes besides the
-    target alone. Without :math:`k` the sum of both is `kd_loss`.
+    where :math:`\mathrm{NCKD}_k` compares student and teacher only on the teacher's :math:`k` likeliest classes besides
+    the target. Without :math:`k` the sum of both is `kd_loss`. Both need the teacher: with `sampled_losses` give them the
+    same period and the same offset.
 
     Args:
         student_logits: as for `tckd_loss`.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dot_optax._checks import _check_scalar, _describe, _kind
+from dot_optax._checks import _check_scalar, _describe, _is_number, _kind
 
 Array = jax.typing.ArrayLike
 Axis = int | tuple[int, ...]
@@ -27,7 +27,7 @@ def kd_loss(
     .. math::
         \mathrm{KL}(q \,\|\, p) = \sum_c q_c \, (e^{d_c} - 1 - d_c), \qquad d_c = \log p_c - \log q_c
 
-    which is the same, since :math:`\sum_c q_c e^{d_c} = \sum_c p_c = 1`, and of which no term is negative. Logits of
+    This is the same, since :math:`\sum_c q_c e^{d_c} = \sum_c p_c = 1`, and no term of it is negative. Logits of
     less than 32 bits are promoted to float32 inside; the result has the dtype of the logits. Gradients flow into both
     arguments: use `jax.lax.stop_gradient` on a teacher that is part of the parameters.
 
@@ -40,7 +40,7 @@ def kd_loss(
         axis: the axis, or axes, of the classes.
         where: which classes to include, of a shape that broadcasts to the logits. The others have no probability, and
             their logits may hold anything, even NaN. An example without any class has a loss of 0 and no gradient, so
-            padding is `where=is_token[..., None]`.
+            padding is `where=is_token[..., None]`. Then average with `jnp.mean(loss, where=is_token)`.
 
     Returns:
         The loss of each example in nats, of shape `[...]`. In float16 a loss above 65,504 is infinite.
@@ -149,8 +149,8 @@ def jsd_loss(
         T^2 \, (\beta \, \mathrm{KL}(q \,\|\, m) + (1 - \beta) \, \mathrm{KL}(p \,\|\, m)), \qquad
         m = \beta q + (1 - \beta) p
 
-    At the ends, where this is 0, it means `kd_loss` (:math:`\beta = 0`) and `reverse_kl_loss` (:math:`\beta = 1`), to
-    which it tends when it is divided by :math:`\beta`, or by :math:`1 - \beta`. That is TRL's convention; EasyDeL's is
+    At both ends this formula is 0, so there another one takes over: `kd_loss` for :math:`\beta = 0` and
+    `reverse_kl_loss` for :math:`\beta = 1`, the limits of the formula over :math:`\beta` and over :math:`1 - \beta`. That is TRL's convention; EasyDeL's is
     the other way round: its :math:`\beta = 0` is the reverse divergence, and its mixture :math:`(1 - \beta) q + \beta p`.
 
     Args:
@@ -180,7 +180,9 @@ def jsd_loss(
     if not isinstance(beta, jax.core.Tracer) and jnp.ndim(beta) == 0 and beta in (0, 1):
         end = _kl_terms if beta == 0 else _reverse_kl_terms
         return _divergence(end, student_logits, teacher_logits, temperature, axis, where)
-    _check_scalar("beta", beta, 0, 1)
+    _check_scalar("beta", beta)
+    if _is_number(beta) and not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
     return _divergence(_jsd_terms, student_logits, teacher_logits, temperature, axis, where, beta)
 
 
@@ -286,8 +288,7 @@ def dist_loss(
 
     for example :math:`b`, where :math:`\rho` is Pearson's correlation: of the probabilities of an example over the
     classes, and of those of a class over the examples of the batch. The second sum is the same for all examples, so the
-    mean over the batch is the published loss. It knows the examples that this call is given: with `pmap` and `shard_map`
-    those of one device. A correlation with a constant is undefined and counts as 0.
+    mean over the batch is the published loss. With `pmap` and `shard_map` the batch is that of one device. A correlation with a constant is undefined and counts as 0.
 
     Args:
         student_logits: unnormalised log probabilities, of shape `[batch, num_classes]`. All axes but `axis` are
@@ -297,7 +298,7 @@ def dist_loss(
         beta: :math:`\beta`, the weight of the correlation between classes.
         gamma: :math:`\gamma`, the weight of that within classes.
         axis: the axis of the classes.
-        where: which classes of which examples to include, as for `kd_loss`.
+        where: which classes of which examples to include, as for `kd_loss`. Average over the examples that count.
 
     Returns:
         The loss of each example, of shape `[batch]`; for one without any class, the part within classes.
@@ -391,7 +392,7 @@ def _included(where: Any, shape: tuple[int, ...]) -> jax.Array:
     try:
         return jnp.broadcast_to(where, shape)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"where must broadcast to {shape}, got the shape {jnp.shape(where)}") from error
+        raise ValueError(f"where of shape {jnp.shape(where)} does not fit {shape}; for padding: [..., None]") from error
 
 
 def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ def top_k_kd_loss(
     student_logits: Array,
     teacher_log_probs: Array,
     teacher_indices: Array,
-    temperature: Array = 4.0,
+    temperature: Array,
     *,
     remainder: str = "other",
     where: Any = None,
@@ -28,16 +28,16 @@ def top_k_kd_loss(
         T^2 \Big( \sum_{c \in K} q_c \log \frac{q_c}{p_c} + q_r \log \frac{q_r}{p_r} \Big), \qquad
         q_r = 1 - \sum_{c \in K} q_c, \quad p_r = \sum_{c \notin K} p_c
 
-    All tokens outside :math:`K` are one more class, of which student and teacher need only agree on the whole. So the
-    loss is never above that of the full distributions, it is equal for :math:`k` = all, and a student that equals its
-    teacher has none. With `remainder="zero"` the teacher's probabilities of :math:`K` are scaled to a sum of 1 and the
+    All tokens outside :math:`K` are one more class: only its probability as a whole is compared. So the loss is never
+    above that of the full distributions, it is equal for :math:`k` = all, and a student that equals its teacher has none.
+    A cache belongs to one temperature: one of `jax.nn.log_softmax(teacher_logits)` can only be used with 1. With `remainder="zero"` the teacher's probabilities of :math:`K` are scaled to a sum of 1 and the
     others are 0: then the student learns to be surer than the teacher is.
 
     Args:
         student_logits: unnormalised log probabilities, of shape `[..., vocabulary]`.
-        teacher_log_probs: :math:`\log q_c` of the k likeliest tokens, of shape `[..., k]`, at the same temperature:
-            `jax.lax.top_k(jax.nn.log_softmax(teacher_logits / temperature), k)` gives them, and ...
-        teacher_indices: ... which tokens they are, distinct integers of the same shape.
+        teacher_log_probs: :math:`\log q_c` of the k likeliest tokens, of shape `[..., k]`: the first result of
+            `jax.lax.top_k(jax.nn.log_softmax(teacher_logits / temperature), k)`.
+        teacher_indices: which tokens these are, distinct integers of the same shape: its second result.
         temperature: :math:`T > 0`. Language models are usually distilled at 1, where the factor is 1, too.
         remainder: what becomes of the probability outside: `"other"` or `"zero"`. Where rounding makes the sum of the
             given ones exceed 1, they are scaled down and nothing remains.
@@ -82,7 +82,8 @@ def top_k_kd_loss(
     left = jnp.where(any_outside & (left > 0) & (remainder == "other"), left, 0.0)
     student = jnp.concatenate([jnp.take_along_axis(student, teacher_indices, -1), of_rest], -1)
     log_left = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)
-    teacher, counted = jnp.concatenate([known, log_left], -1), jnp.broadcast_to(included, student.shape)
+    teacher = jnp.concatenate([known, log_left], -1)
+    counted = jnp.concatenate([jnp.broadcast_to(included, known.shape), included & any_outside], -1)
     return found.result(_logits._sum_of_terms(_logits._kl_terms, student, teacher, jnp.ones((), wide), -1, counted))
 
 
@@ -103,8 +104,8 @@ def chunked_kd_loss(
         q = \mathrm{softmax}(h_{teacher} W_{teacher} / T), \quad p = \mathrm{softmax}(h_{student} W_{student} / T)
 
     With kernels, logits of `[batch, length, vocabulary]` are never formed, neither forward nor backward; of logits that
-    are there already no copy in float32 is (on TPUs and, of float32, on CPUs: the CPU's compiler widens whole arrays of
-    16 bits; `python -m benchmarks.vocabulary` prints the memory). The value takes two passes over the chunks, one for the normalisers and one
+    are given no copy in float32 is made (but by the CPU's compiler, for logits of 16 bits; `python -m
+    benchmarks.vocabulary` prints the memory). The value takes two passes over the chunks, one for the normalisers and one
     for the loss, and the gradient one more, in which the logits of a chunk are computed again. Value and gradients are
     those of `kd_loss`, in all arguments, but for rounding where all logits have a large offset in common: of 1,000, float32
     gradients are off by some 3e-4. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
@@ -115,7 +116,7 @@ def chunked_kd_loss(
         teacher: the teacher's, likewise; its width may differ.
         temperature: :math:`T > 0`. Language models are usually distilled at 1, where the factor is 1, too.
         student_kernel: the weights of the output layer, of shape `[width, vocabulary]`: a transposed embedding where the
-            two are tied.
+            two are tied. For a bias, append it to the kernel as a row, and a 1 to the features.
         teacher_kernel: the teacher's, likewise.
         chunk_size: how many tokens of the vocabulary to take at a time; it need not divide their number.
         where: which examples to include, bools that broadcast to `[..., 1]`: `is_token[..., None]` for padding, whose
@@ -144,6 +145,10 @@ def chunked_kd_loss(
     _check_scalar("chunk_size", chunk_size, 1)
     _logits._check_temperature(temperature)
     pairs = ((student, student_kernel), (teacher, teacher_kernel))
+    for name, (x, kernel) in zip(("student", "teacher"), pairs, strict=True):
+        if kernel is not None and (jnp.ndim(kernel) != 2 or jnp.shape(x)[-1:] != jnp.shape(kernel)[:1]):
+            wanted = f"[width, vocabulary] for features of shape {jnp.shape(x)}"
+            raise ValueError(f"{name}_kernel must have the shape {wanted}, got {jnp.shape(kernel)}")
     operands = [(None, x) if kernel is None else (jnp.asarray(x), kernel) for x, kernel in pairs]
     logits = [jax.eval_shape(_output, *operand) for operand in operands]
     _logits._check_logits(logits[0], logits[1], -1)

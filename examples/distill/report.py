@@ -107,7 +107,8 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
         " well."
     ]
     if {"dot", "dkd_dot", "crd_dot"} & set(results):
-        lines += _what_dot_changes(settings)
+        gains, baseline = _what_dot_changes(settings)
+        lines += [gains, baseline] if "dot" in results else [gains]  # of other losses than KD's it is no baseline
     others = [method for method in results if method in methods.TRAITS and methods.TRAITS[method].objective != "kd"]
     if others:
         lines.append(
