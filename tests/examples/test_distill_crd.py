@@ -237,7 +237,7 @@ def test_which_loss_reaches_which_parameter_of_a_convolutional_network():
         assert reaches == (path[0].key != "classifier"), path
 
 
-@pytest.mark.parametrize("name", slow_but(models._OWN, "mlp", "vit", "resnet8x4", "mobilenetv2"))
+@pytest.mark.parametrize("name", slow_but(sorted(models._OWN), "mlp", "vit", "resnet8x4", "mobilenetv2"))
 def test_every_network_says_what_its_head_is_given(name):
     shape = (28, 28, 3) if name == "vit" else (32, 32, 3)
     options = {"hidden": (7,)} if name == "mlp" else {}
