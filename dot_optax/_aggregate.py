@@ -47,42 +47,44 @@ def aggregate(
     .. math::
         d = \sum_i w_i g_i, \qquad w = \mathrm{weighting}(G), \qquad G_{ij} = \langle g_i, g_j \rangle
 
-    What it replaces is `sum_losses`. Momenta go before it, one for each loss, or behind it, one for the update. The inner products
-    are taken over the parameters that more than one loss reaches. A parameter that one loss alone reaches takes its gradient
-    as it is, with the weight 1; one that no loss reaches has a zero update.
+    What it replaces is `sum_losses`. Momenta go before it, one for each loss, or behind it, one for the update. The
+    inner products are taken over the parameters that more than one loss reaches. A parameter that one loss alone
+    reaches takes its gradient as it is, with the weight 1; one that no loss reaches has a zero update.
 
-    Before you reach for it: Xin et al. and Kurin et al. found that such methods do not beat the sum of the losses with well-tuned
-    fixed weights, which costs one backward pass less. Compare with that.
+    Before you reach for it: Xin et al. and Kurin et al. found that such methods do not beat the sum of the losses with
+    well-tuned fixed weights, which costs one backward pass less. Compare with that.
 
-    It is not linear in the gradients, so on many devices it must see the averages of all N of them, not each device its own. In
-    `jax.shard_map` and `jax.pmap` put `average_over` before it, as in `chain(per_loss(...), average_over('data'),
-    aggregate(...))`: N trees are averaged. Behind `aggregate` it would be wrong, unlike behind `scale_by_dot`. Under `jax.jit` with sharded
-    arrays nothing is to be done. `wrap` of `optax.MultiSteps` accumulates the gradient of each loss, and is exact; of the `losses`
-    that `min_norm(log=True)` reads it passes on those of the last micro-batch alone: give it their means over all.
+    It is not linear in the gradients, so on many devices it must see the averages of all N of them, not each device its
+    own. In `jax.shard_map` and `jax.pmap` put `average_over` before it, as in `chain(per_loss(...),
+    average_over('data'), aggregate(...))`: N trees are averaged. Behind `aggregate` it would be wrong, unlike behind
+    `scale_by_dot`. Under `jax.jit` with sharded arrays nothing is to be done. `wrap` of `optax.MultiSteps` accumulates
+    the gradient of each loss, and is exact; of the `losses` that `min_norm(log=True)` reads it passes on those of the
+    last micro-batch alone: give it their means over all.
 
     Args:
         weighting: one of `dot_optax.weightings`, such as `projected()`, or your own.
         losses: the names of the losses in order, or their number for an unnamed tuple of losses.
-        groups: which parameters share weights: "all"; "layer", those with the same parent in the tree, such as a kernel and its
-            bias; "leaf", each parameter for itself; or a function from the path of a parameter, a tuple of keys such as
-            `('body', 0, 'kernel')`, to what names its group.
-        reached: which loss reaches which parameter, as for `dot`: a container with one mask per loss, which the function
-            `reached` computes. By default every loss reaches every parameter. A gradient where its loss is said not to reach is
-            not read.
+        groups: which parameters share weights: "all"; "layer", those with the same parent in the tree, such as a kernel
+            and its bias; "leaf", each parameter for itself; or a function from the path of a parameter, a tuple of keys
+            such as `('body', 0, 'kernel')`, to what names its group.
+        reached: which loss reaches which parameter, as for `dot`: a container with one mask per loss, which the
+            function `reached` computes. By default every loss reaches every parameter. A gradient where its loss is
+            said not to reach is not read.
 
     Returns:
-        A transformation from a container with one gradient tree per loss to one update tree with the dtypes of `params`. Its
-        state is an `AggregateState`: `optax.tree.get(state, 'weights')` and `optax.tree.get(state, 'cosines')` have one row for
-        each group, in the order in which their first shared parameters come. The inner products, the weights and the update
-        are computed in float32, or in float64 where a parameter is; no matrix product of gradients is taken, so they are exact on
-        TPUs, too, and each parameter may be sharded in its own way. Where a
-        square overflows, as of norms above 1e19 in float32, or a gradient is not finite, weights and update are NaN, for
-        `optax.apply_if_finite` in `wrap`. For complex gradients the real part of the inner product counts. `update` takes the values of the losses by the keyword
-        `losses`, in a container like that of the gradients, for weightings that need them.
+        A transformation from a container with one gradient tree per loss to one update tree with the dtypes of
+        `params`. Its state is an `AggregateState`: `optax.tree.get(state, 'weights')` and `optax.tree.get(state,
+        'cosines')` have one row for each group, in the order in which their first shared parameters come. The inner
+        products, the weights and the update are computed in float32, or in float64 where a parameter is; no matrix
+        product of gradients is taken, so they are exact on TPUs, too, and each parameter may be sharded in its own way.
+        Where a square overflows, as of norms above 1e19 in float32, or a gradient is not finite, weights and update are
+        NaN, for `optax.apply_if_finite` in `wrap`. For complex gradients the real part of the inner product counts.
+        `update` takes the values of the losses by the keyword `losses`, in a container like that of the gradients, for
+        weightings that need them.
 
     Raises:
-        TypeError: if `weighting` is not a `Weighting`; from `init` if a leaf of the parameters cannot be trained; from `update` if
-            the updates are not a container.
+        TypeError: if `weighting` is not a `Weighting`; from `init` if a leaf of the parameters cannot be trained; from
+            `update` if the updates are not a container.
         ValueError: if `losses` or `groups` is none of these, or `reached` does not fit the parameters; from `update` as
             `per_loss`, and if the weighting needs the values of the losses and they are missing.
 
@@ -102,10 +104,10 @@ def aggregate(
         [-0.05 -0.15] [[2.  1.5]]
 
     References:
-        Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024, for
-        aggregation by inner products. Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning Even Help?
-        <https://arxiv.org/abs/2209.11379>`_, 2022. Kurin et al., `In Defense of the Unitary Scalarization for Deep Multi-Task
-        Learning <https://arxiv.org/abs/2201.04122>`_, 2022.
+        Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024,
+        for aggregation by inner products. Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning Even
+        Help? <https://arxiv.org/abs/2209.11379>`_, 2022. Kurin et al., `In Defense of the Unitary Scalarization for
+        Deep Multi-Task Learning <https://arxiv.org/abs/2201.04122>`_, 2022.
     """
     names = LossNames.named(losses, "aggregate")
     n = len(names.names)

@@ -1,8 +1,9 @@
 r"""How much of each loss's gradient goes into the update: the weightings for `dot_optax.aggregate`.
 
-With :math:`g_i` the gradient of loss i, the update is :math:`d = \sum_i w_i g_i`, and a weighting finds the :math:`w_i` from the
-inner products :math:`G_{ij} = g_i \cdot g_j` alone, an N x N matrix. In the formulas :math:`n_i = \sqrt{G_{ii}}` are the norms of
-the gradients, :math:`u_i = g_i / n_i` their directions, :math:`c_{ij} = u_i \cdot u_j` the cosines and c that of two losses.
+With :math:`g_i` the gradient of loss i, the update is :math:`d = \sum_i w_i g_i`, and a weighting finds the :math:`w_i`
+from the inner products :math:`G_{ij} = g_i \cdot g_j` alone, an N x N matrix. In the formulas :math:`n_i =
+\sqrt{G_{ii}}` are the norms of the gradients, :math:`u_i = g_i / n_i` their directions, :math:`c_{ij} = u_i \cdot u_j`
+the cosines and c that of two losses.
 
     projected         each gradient without its part against the others (PCGrad; of two losses twice UPGrad)
     min_norm          the shortest convex combination (MGDA; of log losses DTO-KD)
@@ -11,14 +12,16 @@ the gradients, :math:`u_i = g_i / n_i` their directions, :math:`c_{ij} = u_i \cd
     aligned           gradients made orthogonal and equally long (Aligned-MTL)
     priority          the first loss, as far as each other one still gets its share (PCD)
 
-Two losses have closed forms (`conflict_averse` as its systems of one and two equations have it). With more
-losses, `min_norm`, `conflict_averse` and `priority` solve the N equations of every subset of the losses, 2^N small systems at once, and
-take the one solution that satisfies all conditions: exact to rounding, with neither loops nor a solver on the host, and meant for a
-handful of losses. `bisector` and `aligned` take eigenvectors of an N x N matrix, `bisector("nash")` 40 steps of Newton's method.
+Two losses have closed forms (`conflict_averse` as its systems of one and two equations have it). With more losses,
+`min_norm`, `conflict_averse` and `priority` solve the N equations of every subset of the losses, 2^N small systems at
+once, and take the one solution that satisfies all conditions: exact to rounding, with neither loops nor a solver on the
+host, and meant for a handful of losses. `bisector` and `aligned` take eigenvectors of an N x N matrix,
+`bisector("nash")` 40 steps of Newton's method.
 
-All compute with directions, whose cosines have no scale, so that norms may lie as far apart as their squares in :math:`G` allow: in
-float32 between 1e-18 and 1e18. A shorter gradient counts as zero, of a longer one `aggregate` makes NaNs. Cosines are rounded:
-what differs from -1 or 1 by some rounding errors counts as opposite or parallel.
+All compute with directions, whose cosines have no scale, so that norms may lie as far apart as their squares in
+:math:`G` allow: in float32 between 1e-18 and 1e18. A shorter gradient counts as zero. The square of a longer one
+overflows, and `aggregate` returns NaN. Cosines are rounded: what differs from -1 or 1 by some rounding errors counts as
+opposite or parallel.
 
 A weighting of your own is a `Weighting` of two functions.
 """
@@ -42,9 +45,9 @@ class Weighting(NamedTuple):
 
     Attributes:
         init: from the number of losses to a state, a pytree of arrays; `()` if there is none.
-        weights: `weights(gram, losses, state) -> (w, state)`. `gram` is the N x N matrix of inner products, in float32 or
-            float64; `losses` are the N values that `update` was given by the keyword `losses`, or None; `w` are N weights. A
-            matrix product in here is computed in full precision, also on a TPU.
+        weights: `weights(gram, losses, state) -> (w, state)`. `gram` is the N x N matrix of inner products, in float32
+            or float64; `losses` are the N values that `update` was given by the keyword `losses`, or None; `w` are N
+            weights. A matrix product in here is computed in full precision, also on a TPU.
 
     Example:
         Each gradient divided by its norm:
@@ -69,10 +72,11 @@ def projected(key: jax.Array | int = 0) -> Weighting:
     .. math::
         w_i = 1 + \max(0, -c) \, n_j / n_i \qquad \text{for two losses, } j \text{ the other one}
 
-    With more losses, for each i: start from :math:`v = g_i`, and for the others j in random order take from v its part along
-    :math:`g_j` where :math:`v \cdot g_j < 0`; the update is the sum of these v. Of two losses no gradient is opposed,
-    :math:`d \cdot g_i \geq 0`, and the update is twice that of UPGrad without its regularisation. Of more losses that is not
-    promised. Where no two gradients are in conflict this is `sum_losses`, so a learning rate that suits the one suits the other.
+    With more losses, for each i: start from :math:`v = g_i`, and for the others j in random order take from v its part
+    along :math:`g_j` where :math:`v \cdot g_j < 0`; the update is the sum of these v. Of two losses no gradient is
+    opposed, :math:`d \cdot g_i \geq 0`, and the update is twice that of UPGrad without its regularisation. Of more
+    losses that is not promised. Where no two gradients are in conflict this is `sum_losses`, so a learning rate that
+    suits the one suits the other.
 
     Args:
         key: a random key or a seed, for the order of three losses or more. The state holds its
@@ -88,8 +92,9 @@ def projected(key: jax.Array | int = 0) -> Weighting:
         [2.   1.25]
 
     References:
-        Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_, 2020 (PCGrad). Quinton and Rey,
-        `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024 (UPGrad).
+        Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_, 2020 (PCGrad).
+        Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024
+        (UPGrad).
     """
 
     def weights(gram: Any, losses: Any, state: Any) -> tuple[Any, Any]:
@@ -122,14 +127,16 @@ def min_norm(log: bool = False) -> Weighting:
         w_1 = \operatorname{clip}\Big(\frac{G_{22} - G_{12}}{G_{11} + G_{22} - 2 G_{12}}, 0, 1\Big)
         \quad \text{for two losses}
 
-    No gradient is opposed: :math:`d \cdot g_i \geq |d|^2`. The shortest one rules, so that a loss which is nearly at its minimum
-    stops the training of all, and one whose gradient is zero has the whole weight: no update. So it does not go behind
-    `sampled_losses`, which gives zeros at most steps. The update is at most as long as the shortest gradient.
+    No gradient is opposed: :math:`d \cdot g_i \geq |d|^2`. The shortest one rules, so that a loss which is nearly at
+    its minimum stops the training of all, and one whose gradient is zero has the whole weight: no update. So it does
+    not go behind `sampled_losses`, which gives zeros at most steps. The update is at most as long as the shortest
+    gradient.
 
     Args:
-        log: take the gradients of the logarithms of the losses, :math:`g_i / \ell_i`, in the place of :math:`g_i`, so that a
-            factor of a loss does not matter. `update` then needs the values: `update(grads, state, params, losses=values)`. A
-            loss that is not positive counts as one whose gradient is zero.
+        log: take the gradients of the logarithms of the losses, :math:`g_i / \ell_i`, in the place of :math:`g_i`, so
+        that a factor of a loss does not matter. `update` then needs the values: `update(grads, state, params,
+        losses=values)`. The weights in the state are those of :math:`g_i`, and do not sum to 1. A loss that is not
+        positive counts as one whose gradient is zero.
 
     Returns:
         A `Weighting` without state. The weights are those of the :math:`g_i`: with `log` each is divided by its loss.
@@ -146,10 +153,10 @@ def min_norm(log: bool = False) -> Weighting:
         [0.5  0.25]
 
     References:
-        Desideri, `Multiple-gradient descent algorithm (MGDA)
-        <https://doi.org/10.1016/j.crma.2012.03.014>`_, 2012. Sener and Koltun, `Multi-Task Learning as Multi-Objective
-        Optimization <https://arxiv.org/abs/1810.04650>`_, 2018. Hayder et al., `DTO-KD: Dynamic Trade-off Optimization for
-        Effective Knowledge Distillation <https://openreview.net/forum?id=QMItTyQW92>`_, ICLR 2026.
+        Desideri, `Multiple-gradient descent algorithm (MGDA) <https://doi.org/10.1016/j.crma.2012.03.014>`_, 2012.
+        Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
+        2018. Hayder et al., `DTO-KD: Dynamic Trade-off Optimization for Effective Knowledge Distillation
+        <https://openreview.net/forum?id=QMItTyQW92>`_, ICLR 2026.
     """
 
     def weights(gram: Any, losses: Any, state: Any) -> tuple[Any, Any]:
@@ -185,20 +192,20 @@ def bisector(length: str = "config") -> Weighting:
         \text{imtl: } \sum_i w_i = 1; \qquad
         \text{nash: } w_i \, (g_i \cdot d) = 1
 
-    of two losses :math:`w_i = (n_1 + n_2) / (2 n_i)`, :math:`w_1 = n_2 / (n_1 + n_2)` and :math:`w_i = 1 / (n_i \sqrt{1 + c})`. The
-    first is as long as the sum if the gradients are equally long, so that a learning rate that suits the sum suits it; the second is
-    at most as long as the shortest gradient, and of more losses it may point backwards, where the weights sum to less than 0 before
-    they are scaled; the third does not get shorter at a minimum: lower its learning rate. With more than
-    two losses `nash` is the bargaining solution, which also has another direction.
+    of two losses :math:`w_i = (n_1 + n_2) / (2 n_i)`, :math:`w_1 = n_2 / (n_1 + n_2)` and :math:`w_i = 1 / (n_i \sqrt{1
+    + c})`. `config` is as long as the sum if the gradients are equally long, so it suits the same learning rate. `imtl`
+    is at most as long as the shortest gradient; with more than two losses it may point backwards, since the weights may
+    sum to less than 0 before they are scaled. `nash` does not get shorter at a minimum: lower its learning rate. With
+    more than two losses it is the bargaining solution, which also has another direction.
 
     Args:
         length: "config", "imtl" or "nash".
 
     Returns:
-        A `Weighting` without state. A loss whose gradient is zero takes no part: its weight is 0. Opposite gradients have no
-        bisector: of two, `config` and `imtl` give no update if they are equally long or else a rounding error's, and the
-        weights of `nash` stay below 1,100 / n_i in float32. With more losses, where gradients depend on each other, `config` and `imtl` take
-        the least-squares solution b, whose update may then oppose a gradient.
+        A `Weighting` without state. A loss whose gradient is zero takes no part: its weight is 0. Opposite gradients
+        have no bisector: of two, `config` and `imtl` give an update of at most a rounding error, and the weights of
+        `nash` stay below 1,100 / n_i in float32. With more losses, where gradients depend on each other, `config` and
+        `imtl` take the least-squares solution b, whose update may then oppose a gradient.
 
     Raises:
         ValueError: if `length` is none of the three.
@@ -214,9 +221,9 @@ def bisector(length: str = "config") -> Weighting:
         1.000 0.333
 
     References:
-        Liu et al., `ConFIG <https://arxiv.org/abs/2408.11104>`_, 2024. Liu et al., `Towards Impartial Multi-task Learning
-        <https://openreview.net/forum?id=IMPnRXEWpvr>`_, 2021 (IMTL-G). Navon et al., `Multi-Task Learning as a Bargaining Game
-        <https://arxiv.org/abs/2202.01017>`_, 2022 (Nash-MTL).
+        Liu et al., `ConFIG <https://arxiv.org/abs/2408.11104>`_, 2024. Liu et al., `Towards Impartial Multi-task
+        Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, 2021 (IMTL-G). Navon et al., `Multi-Task Learning as a
+        Bargaining Game <https://arxiv.org/abs/2202.01017>`_, 2022 (Nash-MTL).
     """
     if length not in ("config", "imtl", "nash"):
         raise ValueError(f"bisector: length must be 'config', 'imtl' or 'nash', got {_describe(length)}")
@@ -248,12 +255,12 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
     :math:`g_v \cdot g_0 + \kappa |g_0| |g_v|` is least. So :math:`w_i = 1/N + \kappa v_i |g_0| / |g_v|`.
 
     Args:
-        kappa: :math:`\kappa`, in [0, 1): how far from the mean; 0 is the mean itself, and the closer to 1, the less the update
-            opposes any gradient.
+        kappa: :math:`\kappa`, in [0, 1): how far from the mean; 0 is the mean itself, and the closer to 1, the less the
+            update opposes any gradient.
 
     Returns:
-        A `Weighting` without state. A loss whose gradient is zero adds its zero to the mean, and takes no part otherwise. Where
-        :math:`g_v` is zero to rounding the update is :math:`g_0`.
+        A `Weighting` without state. A loss whose gradient is zero counts in the mean only. Where :math:`g_v` is zero to
+        rounding the update is :math:`g_0`.
 
     Raises:
         TypeError, ValueError: if `kappa` is not a number, or outside [0, 1).
@@ -264,7 +271,8 @@ def conflict_averse(kappa: float = 0.5) -> Weighting:
         [0.75 0.75]
 
     References:
-        Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_, 2021 (CAGrad).
+        Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_, 2021
+        (CAGrad).
     """
     _check_scalar("kappa", kappa, 0, 1)
 
@@ -294,15 +302,16 @@ def aligned() -> Weighting:
     .. math::
         w = \sqrt{\lambda_{min}} \, G^{-1/2} \, (1/N, \ldots, 1/N)^T
 
-    with :math:`\lambda_{min}` the least eigenvalue of :math:`G` other than zero, and of :math:`G^{-1/2}` the part without the
-    eigenvalue zero. Of two losses, with :math:`s = \sqrt{\det G}`: :math:`G^{1/2} = (G + s I) / \sqrt{\operatorname{tr} G + 2 s}`.
-    The update is about as long as the shortest gradient over N. It may oppose a gradient that is shorter than the others.
+    with :math:`\lambda_{min}` the least eigenvalue of :math:`G` other than zero; :math:`G^{-1/2}` leaves the eigenvalue
+    zero out. Of two losses, with :math:`s = \sqrt{\det G}`: :math:`G^{1/2} = (G + s I) /
+    \sqrt{\operatorname{tr} G + 2 s}`. The update is about as long as the shortest gradient over N. It may oppose a
+    gradient that is shorter than the others.
 
     Returns:
-        A `Weighting` without state. It jumps where gradients become parallel (of more losses: dependent on each other), or one zero:
-        then the remaining eigenvalue is the least, and the update the mean gradient. With more than two losses an eigenvalue
-        counts as zero if it is below 1e-6 of the largest, so do gradients 1,000 times shorter than others; with two losses only
-        the angle counts.
+        A `Weighting` without state. It jumps where gradients become parallel (with more losses: linearly dependent) or
+        one becomes zero: then another eigenvalue is the least, and of two losses the update is the mean gradient. With
+        more than two losses an eigenvalue counts as zero below 1e-6 of the largest, and so do gradients 1,000 times
+        shorter than others.
 
     Example:
         >>> import jax.numpy as jnp, dot_optax
@@ -310,8 +319,8 @@ def aligned() -> Weighting:
         [0.5   0.125]
 
     References:
-        Senushkin et al., `Independent Component Alignment for Multi-Task Learning <https://arxiv.org/abs/2305.19000>`_, 2023
-        (Aligned-MTL).
+        Senushkin et al., `Independent Component Alignment for Multi-Task Learning <https://arxiv.org/abs/2305.19000>`_,
+        2023 (Aligned-MTL).
     """
 
     def weights(gram: Any, losses: Any, state: Any) -> tuple[Any, Any]:
@@ -341,9 +350,9 @@ def priority(tau: float = 0.02, decay: float = 0.999, eps: float = 1e-8) -> Weig
         \text{where } \tilde g_j \cdot d \geq \tau |\tilde g_j|^2 \text{ for } j > 1, \qquad
         d = \frac{|g_1|}{|\tilde d|} \tilde d
 
-    with :math:`\hat v_i` the moving average of :math:`|g_i|^2`, without bias as Adam's. Of two losses
-    :math:`\tilde d = \tilde g_1 + \max(0, \tau - \tilde g_1 \cdot \tilde g_2 / |\tilde g_2|^2) \, \tilde g_2`. In distillation one loss is
-    what counts and the other one serves it; for the other order give `aggregate` its `losses` in that order.
+    with :math:`\hat v_i` the moving average of :math:`|g_i|^2`, without bias as Adam's. Of two losses :math:`\tilde d =
+    \tilde g_1 + \max(0, \tau - \tilde g_1 \cdot \tilde g_2 / |\tilde g_2|^2) \, \tilde g_2`. In distillation one loss
+    is what counts and the other one serves it; for the other order give `aggregate` its `losses` in that order.
 
     Args:
         tau: :math:`\tau`, in [0, 1): how much of the progress along its own gradient each other loss is sure of.
@@ -351,9 +360,11 @@ def priority(tau: float = 0.02, decay: float = 0.999, eps: float = 1e-8) -> Weig
         eps: :math:`\epsilon \geq 0`. Gradients with norms near its root or below count for less.
 
     Returns:
-        A `Weighting` with an `optax.EmaState`, the moving average not yet corrected. There is no update where the first gradient is zero, or
-        :math:`\tilde d` is to rounding; the update is the first gradient where the others cannot all have their share. Gradients
-        that oppose the first one can turn the update against it, at full length. A gradient that is not finite stays in the average: skip such steps with `optax.apply_if_finite` in `wrap`.
+        A `Weighting` with an `optax.EmaState`: the moving average before the correction of its bias. There is no update
+        where the first gradient, or :math:`\tilde d` to rounding, is zero. Where the others cannot all have their
+        share, the update is the first gradient. Gradients that oppose the first one can turn the update against it, at
+        full length. A gradient that is not finite stays in the average: skip such steps with `optax.apply_if_finite` in
+        `wrap`.
 
     Raises:
         TypeError, ValueError: if an argument is not a number, or out of its range.
