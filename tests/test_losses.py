@@ -322,7 +322,9 @@ def test_no_value_is_negative(name):
                 assert not values.any()
 
 
-@pytest.mark.parametrize("name", WITH_WHERE)
+@pytest.mark.parametrize(
+    "name", slow_but(WITH_WHERE, "kd_loss", "jsd_loss", "dkd_loss", "chunked_kd_loss", "top_k_kd_loss")
+)
 def test_padding_has_no_influence(name):
     """Not even with NaN in it, on values and on gradients."""
     student, teacher, _ = map(jnp.float32, reference.examples(batch=4, num_classes=10))
@@ -365,7 +367,10 @@ def test_padding_of_a_batch_of_correlations():
     assert not grad[3].any() and grad[:3].any() and jnp.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_WHERE if name not in ("chunked_kd_loss", "top_k_kd_loss")])
+@pytest.mark.parametrize(
+    "name",
+    slow_but([n for n in WITH_WHERE if n not in ("chunked_kd_loss", "top_k_kd_loss")], "bernoulli_kd_loss", "dkd_loss"),
+)
 def test_classes_along_the_first_axis_and_left_out(name):
     student, teacher, _ = map(jnp.float32, reference.examples(batch=3, num_classes=6))
     labels = {"labels": jnp.zeros(3, int)} if name in OF_LABELS else {}

@@ -386,13 +386,13 @@ def _checked(student: Any, teacher: Any, temperature: Any, axis: Axis, where: An
 
 def _included(where: Any, shape: tuple[int, ...]) -> jax.Array:
     """`where` in full: by default everything is included."""
-    where = True if where is None else where
-    if not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
+    where = jnp.asarray(True if where is None else where)
+    if where.dtype != bool:
         raise ValueError(f"where must be bools, got {_describe(where)}")
     try:
         return jnp.broadcast_to(where, shape)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"where of shape {jnp.shape(where)} does not fit {shape}; for padding: [..., None]") from error
+        raise ValueError(f"where of shape {where.shape} does not fit {shape}; for padding: [..., None]") from error
 
 
 def _dtypes(student: Any, teacher: Any) -> tuple[Any, Any]:
