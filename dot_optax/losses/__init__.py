@@ -1,4 +1,13 @@
-"""Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding."""
+"""Distillation losses in Optax's conventions: one value per example, no reduction, and never below zero by rounding.
+
+Of logits:         `kd_loss`, `reverse_kl_loss`, `jeffreys`, `jsd_loss`, `skew_kl_loss`, `dist_loss`, `bernoulli_kd_loss`
+... in two parts:  `tckd_loss`, `nckd_loss`, `dkd_loss`, `dkd_warmup`, `deepkd_losses`, `top_k_mask`, `top_k_schedule`
+Of many tokens:    `top_k_kd_loss`, `chunked_kd_loss`
+Before any:        `standardize_logits`
+Of features:       `feature_loss`, `attention_transfer_loss`, `similarity_loss`, `crd_loss`, `crd_init`, `crd_negatives`
+
+Optax has what needs no teacher: `optax.smooth_labels`, and `optax.losses.softmax_cross_entropy` for soft labels.
+"""
 
 from dot_optax.losses._contrastive import CRDState as CRDState
 from dot_optax.losses._contrastive import crd_init as crd_init
