@@ -107,8 +107,8 @@ def chunked_kd_loss(
     are given no copy in float32 is made (but by the CPU's compiler, for logits of 16 bits; `python -m
     benchmarks.vocabulary` prints the memory). The value takes two passes over the chunks, one for the normalisers and one
     for the loss, and the gradient one more, in which the logits of a chunk are computed again. Value and gradients are
-    those of `kd_loss`, in all arguments, but for rounding where all logits have a large offset in common: of 1,000, float32
-    gradients are off by some 3e-4. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
+    those of `kd_loss`, in all arguments, but for rounding where all logits have a large offset in common: `kd_loss`
+    takes it out before it divides by T, and this does not. Forward-mode differentiation (`jax.jvp`, `jax.hessian`) is not possible.
 
     Args:
         student: with `student_kernel` the features before the output layer, of shape `[..., width]`; else the logits, of
