@@ -1,21 +1,16 @@
 """One experiment from start to report: the teacher, then a student for every method, then table and picture."""
 
-import contextlib
-import hashlib
-import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from examples.distill import data, identity, jobs, methods, report, smoke_test
+from examples.distill import data, jobs, methods, report, smoke_test
+from examples.distill import identity as identities
 from examples.distill.jobs import Shared
 from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
-from examples.trainer import checkpoint, loop, parallel, paths, preemption, workdir
+from examples.trainer import checkpoint, identity, loop, parallel, paths, preemption, workdir
 from examples.trainer.command_line import Arguments
 from examples.trainer.errors import UserError
 
@@ -29,13 +24,13 @@ def run(arguments: Arguments) -> None:
         return
     directory = paths.resolve(arguments.workdir, "--workdir")
     with workdir.claim(directory):
-        there = identity.check(directory, settings)
+        there = identity.check(directory, identities.of(settings))
         if jax.process_index() == 0:
             print(f"Working directory: {directory}")
         epochs = settings.config.epochs
         missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != epochs]
-        if jax.process_count() > 1:
-            _check_hosts_agree(settings, directory, missing)
+        saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
+        workdir.check_hosts_agree([settings.fields, missing, saved])
         if missing:
             _train(missing, settings, directory, there, preempted)
         elif jax.process_index() == 0:
@@ -53,16 +48,16 @@ def _train(
     jobs.check(missing, shared)  # What cannot be used should not wait for the teacher, nor leave a trace.
     teacher_job = jobs.teacher(shared, directory)
     teacher = teacher_path and _load_teacher(teacher_path, shared)
-    checksum = there.get("teacher.checksum")
+    belongs, checksum = identities.of(settings), identity.recorded_teacher(there)
     if teacher:
         checksum = checkpoint.checksum(teacher.variables)
-        identity.check_teacher(directory, there, teacher_path, checksum)
-    identity.record(directory, settings, checksum)
+        identity.check_teacher(directory, belongs, there, teacher_path, checksum)
+    identity.record(directory, belongs, checksum)
     options = loop.options(config, shared.layout, preempted)
     if teacher is None and config.teacher.train:
         loop.fit(teacher_job, options)
         teacher = _load_teacher(teacher_job.directory, shared)
-        identity.record(directory, settings, checkpoint.checksum(teacher.variables))
+        identity.record(directory, belongs, checkpoint.checksum(teacher.variables))
     if teacher:
         teacher = teacher._replace(variables=parallel.replicate(shared.layout.mesh, teacher.variables))
         if not loop.is_finished(teacher_job.directory):
@@ -70,21 +65,6 @@ def _train(
             loop.write_result(only_test, teacher.variables)
     for method in missing:
         loop.fit(jobs.student(method, shared, directory, teacher), options)
-
-
-def _check_hosts_agree(settings: Settings, directory: epath.Path, missing: list[str]) -> None:
-    """Raises if hosts were started differently, or do not see the same files: they would wait for each other forever."""
-    saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
-    seen = json.dumps([settings.fields, missing, saved], sort_keys=True)
-    try:
-        multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(seen.encode()).digest(), np.uint8))
-    except AssertionError:
-        # It waits for the others: the first to end would abort those that still talk.
-        with contextlib.suppress(Exception):
-            jax.distributed.shutdown()
-        raise UserError(
-            "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
-        ) from None
 
 
 def _find_teacher(missing: list[str], settings: Settings, directory: epath.Path) -> epath.Path | None:
@@ -112,23 +92,11 @@ def _load_teacher(folder: epath.Path, shared: Shared) -> Teacher:
     """Loads the teacher in `folder`, which must fit the config."""
     model = shared.config.teacher.model
     graphdef, *expected = jobs.network_shapes(model, shared)
-    variables = checkpoint.load_variables(folder)
-    wanted, found = (
-        {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (tuple(expected), variables)
-    )
-    # All but the random state of Dropout, which a teacher does not use.
-    random_state = {name for name, leaf in wanted.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}
-    wanted = {name: leaf.shape for name, leaf in wanted.items() if name not in random_state}
-    found = {name: leaf for name, leaf in found.items() if name not in random_state}
     try:
-        checkpoint.check_fit(wanted, found)
+        variables = checkpoint.load_fitting(folder, tuple(expected))
     except ValueError as error:
         raise UserError(
             f"the teacher in {folder} is no {model.name} with {shared.dataset.num_classes} classes: {error};"
             " config.teacher.model says which network it is"
         ) from error
     return Teacher(graphdef, variables)
-
-
-def _name(path: jax.tree_util.KeyPath) -> str:
-    return jax.tree_util.keystr(path[1:], simple=True, separator=".")  # The first key tells params from rest.

@@ -7,6 +7,7 @@
     checkpoint.py   Orbax
     paths.py        folders of this machine, and of buckets
     workdir.py      which config and which run a working directory belongs to
+    identity.py     what a config must not change in a working directory, and which teacher belongs to it
     lock.py         what keeps a second run out of it
     log.py          progress bar, metrics.jsonl, TensorBoard
     records.py      JSON files
@@ -16,5 +17,5 @@
     process.py      the process of a command: its signals and its exit
     errors.py       the exception that becomes that line
 
-`examples.distill` is built on it.
+`examples.distill` and `examples.language_model` are built on it.
 """

@@ -55,9 +55,11 @@ class Progress(NamedTuple):
     best: Best | None = None
     log: Mapping[str, Any] = {}  # `Log.state()`
 
-    def validated(self, step: int, value: float) -> "Progress":
+    def validated(self, step: int, value: float, *, lower_is_better: bool = False) -> "Progress":
         """Returns the progress after a validation."""
-        return self if self.best and self.best.value >= value else self._replace(best=Best(step, value))
+        if self.best and (self.best.value <= value if lower_is_better else self.best.value >= value):
+            return self
+        return self._replace(best=Best(step, value))
 
 
 class Checkpoints:
@@ -278,6 +280,27 @@ def load_variables(job_dir: epath.Path, step: int | None = None) -> tuple[Any, A
     with _explained(folder):
         variables = _read(folder, {"variables": None})["variables"]
     return variables["params"], variables["rest"]
+
+
+def load_fitting(job_dir: epath.Path, like: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Returns the (params, rest) of a network, which must fit the shapes of the `like` ones, else it is a ValueError.
+
+    Random state, such as that of Dropout, may be missing.
+    """
+    variables = load_variables(job_dir)
+    wanted, found = (
+        {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (like, variables)
+    )
+    random_state = {name for name, leaf in wanted.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}
+    check_fit(
+        {name: leaf.shape for name, leaf in wanted.items() if name not in random_state},
+        {name: leaf for name, leaf in found.items() if name not in random_state},
+    )
+    return variables
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path[1:], simple=True, separator=".")  # The first key tells params from rest.
 
 
 def _read(folder: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from examples.distill import identity, settings
+from examples.distill import identity as identities
+from examples.distill import settings
 from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
-from examples.trainer import checkpoint, process, records, workdir
+from examples.trainer import checkpoint, identity, process, records, workdir
 from examples.trainer.errors import UserError
 from examples.trainer.settings import fields
 from tests.tiers import slow_but
@@ -263,21 +264,21 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
     ],
 )
 def test_what_nothing_saved_depends_on_may_change(saved, field, refused, tmp_path):
-    config = settings.validated(get_config())
+    belongs = identities.of(settings.validated(get_config()))
     for job in ("teacher", "kd", "ce", "dkd_dot", "deepkd", "crd_dot"):
         (tmp_path / job / "checkpoints").mkdir(parents=True)
         (tmp_path / job / "metrics.jsonl").touch()
     for job in saved:
         (tmp_path / job / "result.json").touch()
-    identity.record(tmp_path, config, checksum=None)
+    identity.record(tmp_path, belongs, checksum=None)
     record = records.read_json(tmp_path / "config.json")
     records.write_json(tmp_path / "config.json", record | ({field: "something else"} if field in record else {}))
     if refused:
         with pytest.raises(UserError, match=f"belongs to another config: {field} is 'something else' there"):
-            identity.check(tmp_path, config)
+            identity.check(tmp_path, belongs)
     else:
-        identity.check(tmp_path, config)
-        identity.record(tmp_path, config, checksum=None)
+        identity.check(tmp_path, belongs)
+        identity.record(tmp_path, belongs, checksum=None)
         assert records.read_json(tmp_path / "config.json") == record
 
 
