@@ -19,7 +19,8 @@ class MetricNames(NamedTuple):
 
     training: tuple[str, ...]  # of a step; the log has their means over an epoch, or null for one that there is not
     validation: tuple[str, ...]  # of an evaluation
-    best: str  # of these: the higher, the better is the checkpoint
+    best: str  # of these: the higher, the better is the checkpoint; or ...
+    lower_is_better: bool = False  # ... the lower
     shown: Mapping[str, str] = {}  # beside the progress bar: the name of a metric, and what to call it there
 
 
@@ -39,12 +40,12 @@ class Job(NamedTuple):
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]  # (state, batch), compiled; see step.py
     evaluate: Evaluate  # (variables, split) -> means over the split
     batches: Callable[[], AbstractContextManager[grain.DatasetIterator]]  # of all epochs, each the argument of a step
-    batch_size: int
+    batch_size: int  # in units
     steps_per_epoch: int
     epochs: int
     seed: int  # on which the initial state and the batches depend
     splits: Mapping[str, str]  # to evaluate in the end: names, and what tells whether two of them are the same
     metrics: MetricNames
-    unit: str  # of which a batch has `batch_size`, such as "images"
+    unit: str  # such as "images"
     remedy: str  # what to change when the loss is not finite
     cost: Callable[[], Record] = dict  # what a step computes, to be written down with the result

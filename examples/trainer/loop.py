@@ -178,7 +178,10 @@ class _Training:
         validation = self._job.evaluate(self.variables(), "validation")
         self._check_validation(validation)
         if not self.log.skipped_in_a_row:  # else it is not saved
-            self.progress = self.progress.validated(self.log.steps, validation[self._job.metrics.best])
+            metrics = self._job.metrics
+            self.progress = self.progress.validated(
+                self.log.steps, validation[metrics.best], lower_is_better=metrics.lower_is_better
+            )
         self.log.epoch(validation, self._seconds())
 
     def _save(self, *, wait: bool) -> None:
