@@ -1,6 +1,7 @@
-"""How devices share the work of a training step: three forms of data parallelism, all over one axis, `data`.
+"""How devices share the work of a training step: three forms of data parallelism, all over an axis `data`.
 
-    jit         the compiler divides a program that is written for the whole batch; parameters may be sharded
+    jit         the compiler divides a program that is written for the whole batch; parameters may be sharded, also by
+                the rules of a network over a second axis, `model`, whose devices have the same part of the batch
     pmap        each device runs a program for its part of the batch, and the gradients of each loss are averaged
     shard_map   the same, but momenta stay on their devices and the update alone is averaged: one tree, not one per loss
 
@@ -12,11 +13,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -26,15 +28,20 @@ from examples.trainer.errors import UserError
 from examples.trainer.sampling import Gradients
 
 AXIS = "data"
+MODEL_AXIS = "model"
 
 # Smaller arrays are replicated even where parameters are sharded: they would save little, and be gathered in every step.
 _SMALLEST_SHARDED = 2**14
+
+
+Spec = Callable[[jax.tree_util.KeyPath, Any], P]  # of an array of a state, by its place in there
 
 
 class Layout(NamedTuple):
     """Where arrays live, how a step is compiled, and what is averaged in it. A state is a `step.TrainState`."""
 
     mesh: jax.sharding.Mesh
+    shardings: Callable[[Any], Any]  # of a state, or of parts of it, as one device has it: where its arrays live
     place: Callable[[Any], Any]  # a state as one device has it, and as checkpoints hold it -> as a step takes it
     gather: Callable[[Any], Any]  # ... and back
     put_batch: Callable[[Any], Any]  # NumPy arrays, this host's part of a batch -> as a step takes them
@@ -49,29 +56,63 @@ class Layout(NamedTuple):
         return metrics if self.axis_name is None else jax.lax.pmean(metrics, self.axis_name)
 
 
-def make_layout(config: ConfigDict) -> Layout:
-    """Returns the layout that a config asks for, on all devices of all hosts or on the first `config.devices`."""
+def make_layout(config: ConfigDict, rules: Callable[[jax.sharding.Mesh], Spec] | None = None) -> Layout:
+    """Returns the layout that a config asks for, on all devices of all hosts or on the first `config.devices`.
+
+    With `rules` for its parameters a network may be divided among `config.model_devices`: these share a part of the batch.
+    """
     devices = jax.devices()[: config.devices or None]
     if len(devices) < config.devices:
         raise UserError(f"bad --config.devices={config.devices}: there are {len(devices)}")
     if len(devices) < jax.device_count() and jax.process_count() > 1:
         raise UserError(f"bad --config.devices={config.devices}: several hosts use all of their devices")
-    if config.batch_size % len(devices):
+    of_model = config.model_devices if rules else 1
+    if len(devices) % of_model:
         raise UserError(
-            f"bad --config.batch_size={config.batch_size}: it must be a multiple of the {len(devices)} devices; or use"
-            " fewer with --config.devices"
+            f"bad --config.model_devices={of_model}: it must divide the {len(devices)} devices; or use fewer with"
+            " --config.devices"
         )
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    parts = len(devices) // of_model
+    if config.batch_size % parts:
+        each = "devices" if of_model == 1 else f"groups of {of_model} devices"
+        raise UserError(
+            f"bad --config.batch_size={config.batch_size}: it must be a multiple of the {parts} {each}; or use fewer with"
+            " --config.devices"
+        )
     if config.parallel == "jit":
-        return jit_layout(mesh, shard_params=config.shard_params)
+        if rules is None:
+            return jit_layout(jax.sharding.Mesh(np.array(devices), (AXIS,)), shard_params=config.shard_params)
+        grid = mesh_utils.create_device_mesh((parts, of_model), devices)
+        mesh = jax.sharding.Mesh(grid, (AXIS, MODEL_AXIS))
+        return jit_layout(mesh, spec=rules(mesh))
+    if of_model > 1:
+        raise UserError(f"--config.model_devices={of_model} needs --config.parallel=jit, not {config.parallel}")
     if config.shard_params:
         raise UserError(f"--config.shard_params=True needs --config.parallel=jit, not {config.parallel}")
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     return {"pmap": pmap_layout, "shard_map": shard_map_layout}[config.parallel](mesh)
+
+
+def host_part(mesh: jax.sharding.Mesh) -> grain.sharding.ShardOptions:
+    """Which part of a batch this host reads. Where an axis `model` spans hosts, several of them read the same."""
+    rows = mesh.devices.reshape(mesh.shape[AXIS], -1)
+    here = [i for i, row in enumerate(rows) if any(device.process_index == jax.process_index() for device in row)]
+    index, behind = divmod(here[0], len(here))
+    if behind or here != list(range(here[0], here[0] + len(here))) or len(rows) % len(here):
+        raise UserError(
+            f"the devices of this host have the parts {here} of a batch, which are no equal share of {len(rows)}: give"
+            " another --config.model_devices"
+        )
+    return grain.sharding.ShardOptions(shard_index=index, shard_count=len(rows) // len(here))
 
 
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Puts the same arrays on every device."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def _replicated(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
 
 def divide(mesh: jax.sharding.Mesh, batch: Any) -> Any:
@@ -89,14 +130,20 @@ def state_sharding(mesh: jax.sharding.Mesh, leaf: Any, *, divided: bool) -> Name
     return NamedSharding(mesh, P(*spec))
 
 
-def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout:
-    """One program for the whole batch; with `shard_params`, large parameters and momenta are divided among the devices."""
+def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False, spec: Spec | None = None) -> Layout:
+    """One program for the whole batch.
 
-    sharding = functools.partial(state_sharding, mesh, divided=shard_params)
+    With `shard_params`, large parameters and momenta are divided among the devices; with a `spec`, as it says of each.
+    """
 
-    def shardings(state: Any) -> Any:
+    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         # What is not trained is small, or looked up at random, as the memory of CRD is.
-        return jax.tree.map(sharding, state)._replace(rest=jax.tree.map(lambda _: NamedSharding(mesh, P()), state.rest))
+        if path and getattr(path[0], "name", "") == "rest":
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, spec(path, leaf)) if spec else state_sharding(mesh, leaf, divided=shard_params)
+
+    def shardings(tree: Any) -> Any:
+        return jax.tree.map_with_path(sharding, tree)
 
     def place(state: Any) -> Any:
         return jax.device_put(state, shardings(state))
@@ -110,6 +157,7 @@ def jit_layout(mesh: jax.sharding.Mesh, *, shard_params: bool = False) -> Layout
 
     return Layout(
         mesh,
+        shardings,
         place=place,
         gather=lambda state: state,
         put_batch=functools.partial(divide, mesh),
@@ -154,6 +202,7 @@ def pmap_layout(mesh: jax.sharding.Mesh) -> Layout:
 
     return Layout(
         mesh,
+        functools.partial(_replicated, mesh),
         place=functools.partial(replicate, mesh),
         gather=gather,
         put_batch=put_batch,
@@ -205,6 +254,7 @@ def shard_map_layout(mesh: jax.sharding.Mesh) -> Layout:
 
     return Layout(
         mesh,
+        functools.partial(_replicated, mesh),
         place=place,
         gather=lambda state: state._replace(opt_state=mean(state.opt_state)),
         put_batch=functools.partial(divide, mesh),
