@@ -162,6 +162,9 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
             optax.add_decayed_weights(config.weight_decay, mask),
             optax.scale_by_learning_rate(recipe.learning_rate),
         )
+    elif config.name == "muon":  # which looks at directions alone: of the gains their ratio is left
+        amplified = dot_optax.per_loss(*map(optax.scale_by_schedule, gains))
+        matched = optax.chain(amplified, dot_optax.sum_losses(), optimizers.muon(recipe, config.momentum))
     elif config.delta_warmup_epochs:
         matched = optax.chain(
             dot_optax.per_loss(optax.add_decayed_weights(config.weight_decay, mask), optax.identity()),
@@ -183,6 +186,9 @@ def dot(recipe: Recipe) -> optax.GradientTransformation:
     options = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(config), "reached": recipe.reached}
     if config.name == "adamw":
         optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **options)
+    elif config.name == "muon":
+        momenta_first = dot_optax.scale_by_dot(*momenta, reached=recipe.reached)
+        optimizer = optax.chain(momenta_first, optimizers.muon(recipe, momentum=0.0))
     else:
         optimizer = dot_optax.dot(recipe.learning_rate, *momenta, **options)
     return optax.chain(weight_losses(recipe.weights), optimizer)
@@ -205,6 +211,8 @@ def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     """DeepKD: a momentum each for the task and for both parts of the distillation loss."""
     config, mask = recipe.config, optimizers.decay_mask(recipe.config)
     momenta = optimizers.momenta_of(recipe)
+    if config.name == "muon":
+        raise UserError("method 'deepkd' has no Muon: give --config.optimizer.name=sgd or adamw")
     if config.name == "adamw":
         return optax.chain(
             weight_losses(recipe.weights),
@@ -267,9 +275,9 @@ def _momenta_before(name: str, aggregation: _Aggregation) -> Make:
 
     def make(recipe: Recipe) -> optax.GradientTransformation:
         config = recipe.config
-        if config.name == "adamw":
+        if config.name != "sgd":
             raise UserError(
-                f"method 'dot_{name}' has no AdamW, whose second moment is that of the sum: give"
+                f"method 'dot_{name}' has no {config.name}, which is made for one gradient: give"
                 f" --config.optimizer.name=sgd, or --config.method=kd_{name}"
             )
         first = [weight_losses(recipe.weights)] if aggregation.weighted else []
@@ -340,22 +348,29 @@ def check(config: ConfigDict, wanted: list[str]) -> None:
                 f"--config.sampling.form={config.sampling.form} leaves out losses or images, and the memory of {name!r}"
                 " moves with all of them at every step: give --config.sampling.form=none"
             )
+    check_optimizers(config, wanted)
+
+
+def check_optimizers(config: ConfigDict, wanted: list[str]) -> None:
+    """Raises if the optimizers of a config cannot be had, or not with its form of parallelism or its sampling."""
     trains_teacher = config.teacher.train and not config.teacher.checkpoint
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
         ("teacher.optimizer", config.teacher.optimizer, config.teacher.epochs),
     ):
-        if optimizer.name not in ("sgd", "adamw"):
-            raise UserError(f"bad --config.{section}.name={optimizer.name!r}: give sgd or adamw")
+        if optimizer.name not in optimizers.NAMES:
+            raise UserError(
+                f"bad --config.{section}.name={optimizer.name!r}: give one of {', '.join(optimizers.NAMES)}"
+            )
         if optimizer.schedule == "cosine" and optimizer.warmup_epochs >= epochs:
             raise UserError(
                 f"bad --config.{section}.warmup_epochs={optimizer.warmup_epochs}: of {epochs} epochs at least the last"
                 f" must follow the warm-up; give {epochs - 1} or fewer"
             )
         used = section == "optimizer" or trains_teacher
-        if config.parallel == "shard_map" and used and optimizer.name == "adamw":
+        if config.parallel == "shard_map" and used and optimizer.name != "sgd":
             raise UserError(
-                f"--config.parallel=shard_map averages updates, which is right for momenta but not for Adam: give"
+                f"--config.parallel=shard_map averages updates, which is right for momenta but not for {optimizer.name}: give"
                 f" --config.parallel=jit, or --config.{section}.name=sgd"
             )
     if config.sampling.form in ("losses", "alternating", "difference") and config.sampling.period > 1:
@@ -412,6 +427,7 @@ def build(
     epochs: int | None = None,
     deltas: Any = None,
     reached: Any = None,
+    matrices: Any = None,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of `method`.
 
@@ -423,10 +439,11 @@ def build(
         epochs: how many are trained; a cosine schedule needs to know.
         deltas: those of its objective, if it has any.
         reached: which loss reaches which parameter, if not all reach all; in their container.
+        matrices: which parameters are matrices for Muon, see `Recipe`.
     """
     learning_rate = learning_rate_schedule(config, steps_per_epoch, epochs)
     try:
-        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch, deltas, reached))
+        optimizer = METHODS[method](Recipe(config, weights, learning_rate, steps_per_epoch, deltas, reached, matrices))
     except UserError:
         raise
     except Exception as error:  # The function may be a user's.

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 import dot_optax
 from examples.trainer.errors import UserError
 
+NAMES = ("sgd", "adamw", "muon")
+
+_RMS_OF_ADAMW = 0.2  # of an update: https://arxiv.org/abs/2502.16982
 _MAX_STEPS = 2**31 - 1  # Optax counts them in int32.
 
 
@@ -24,6 +27,7 @@ class Recipe(NamedTuple):
     steps_per_epoch: int
     deltas: Any = None  # in the same container: of an objective whose momenta are not DOT's, see `Objective`
     reached: Any = None  # likewise: which loss reaches which parameter, see `dot_optax.dot`; None: all reach all
+    matrices: Any = None  # for muon: which parameters are matrices, as its dimension numbers; None: those with two axes
 
 
 def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:
@@ -103,15 +107,38 @@ def optimize_the_sum(recipe: Recipe) -> tuple[optax.GradientTransformation, ...]
                 mask=mask,
             ),
         )
+    if config.name == "muon":
+        return (muon(recipe, config.momentum),)
     return (
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.sgd(recipe.learning_rate, momentum=config.momentum),
     )
 
 
+def muon(recipe: Recipe, momentum: float) -> optax.GradientTransformation:
+    """Muon, whose steps have the size of AdamW's; what is no matrix gets Adam.
+
+    Without Nesterov's momentum, so that `momentum` can be 0 for what has its momenta already.
+    """
+    config, mask = recipe.config, decay_mask(recipe.config)
+    return optax.contrib.muon(
+        recipe.learning_rate,
+        beta=momentum,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=mask,
+        nesterov=False,
+        adam_b1=momentum,
+        adam_b2=config.b2,
+        adam_weight_decay=0.0 if mask else config.weight_decay,
+        muon_weight_dimension_numbers=recipe.matrices,
+        consistent_rms=_RMS_OF_ADAMW,
+    )
+
+
 def decay_mask(config: ConfigDict) -> Callable[[Any], Any] | None:
     """Which parameters decay; None: all of them."""
-    kind = config.decay_mask or {"sgd": "all", "adamw": "kernels"}[config.name]
+    kind = config.decay_mask or ("all" if config.name == "sgd" else "kernels")
     return _is_kernel if kind == "kernels" else None
 
 

@@ -170,13 +170,15 @@ def test_with_delta_dot_is_neither_kd_nor_gain_matched(name):
         assert _distance(dot, other) > 1e-2
 
 
-@pytest.mark.parametrize("overrides", [{}, {"delta_warmup_epochs": 2}, {"name": "adamw"}])
+@pytest.mark.parametrize("overrides", [{}, {"delta_warmup_epochs": 2}, {"name": "adamw"}, {"name": "muon"}])
 def test_gain_matched_kd_has_the_gains_of_dot(overrides):
     _, dot = _train(_optimizer("dot", weight_decay=0.0, **overrides), steps=400, grads=_steady)
     _, matched = _train(_optimizer("kd_gain_matched", weight_decay=0.0, **overrides), steps=400, grads=_steady)
     _, plain = _train(_optimizer("kd", weight_decay=0.0, **overrides), steps=400, grads=_steady)
+    if overrides == {"name": "muon"}:  # The rest has Adam, which remembers 400 steps and more of how momenta begin.
+        matched, dot, plain = ({"kernel": tree["dense"]["kernel"]} for tree in (matched, dot, plain))
     _assert_close(matched, dot, rtol=1e-4)
-    assert _distance(matched, plain) > 1e-3
+    assert _distance(matched, plain) > (1e-5 if overrides == {"name": "muon"} else 1e-3)  # which has smaller steps
 
 
 def test_adamw_is_that_of_optax_on_the_weighted_sum():
@@ -188,6 +190,43 @@ def test_adamw_is_that_of_optax_on_the_weighted_sum():
     )
     kd = methods.build("kd", config, WEIGHTS, STEPS_PER_EPOCH)
     _assert_close(_train(kd, steps=10), _train(expected, steps=10), rtol=1e-6)
+
+
+def test_muon_is_that_of_optax_on_the_weighted_sum():
+    config = _config(name="muon", b2=0.99, eps=1e-3, weight_decay=0.1)
+    expected = optax.chain(
+        dot_optax.per_loss(optax.scale(0.1), optax.scale(0.9)),
+        dot_optax.sum_losses(),
+        optax.contrib.muon(
+            0.01,
+            beta=0.9,
+            eps=1e-3,
+            weight_decay=0.1,
+            weight_decay_mask=jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", PARAMS),
+            nesterov=False,
+            adam_b1=0.9,
+            adam_b2=0.99,
+            consistent_rms=0.2,
+        ),
+    )
+    kd = methods.build("kd", config, WEIGHTS, STEPS_PER_EPOCH)
+    _assert_close(_train(kd, steps=10), _train(expected, steps=10), rtol=1e-6)
+
+
+def test_muon_orthogonalizes_the_momenta_of_dot():
+    """Without delta they are in sum a multiple of KD's momentum, and so have its direction."""
+    kd, _ = _train(_optimizer("kd", name="muon"), steps=30)
+    dot, _ = _train(_optimizer("dot", name="muon", delta=0.0), steps=30)
+    # 30 steps of 5 iterations, whose rounding the polynomial amplifies up to threefold in each.
+    np.testing.assert_allclose(dot["dense"]["kernel"], kd["dense"]["kernel"], rtol=1e-3, atol=1e-4)
+    for method in ("kd", "kd_gain_matched"):
+        other, _ = _train(_optimizer(method, name="muon"), steps=30)
+        assert _distance(_train(_optimizer("dot", name="muon"), steps=30)[0], other) > 1e-2
+
+
+def test_deepkd_has_no_muon():
+    with pytest.raises(UserError, match=r"^method 'deepkd' has no Muon: give --config\.optimizer\.name=sgd or adamw$"):
+        _optimizer("deepkd", name="muon")
 
 
 def test_gain_matched_adam_by_hand():
@@ -297,7 +336,7 @@ def test_what_is_checked_before_anything_is_built():
     assert refused(("method", "dto")).startswith("bad --config.method='dto'")
     assert "0.9 + 0.1" in refused(("optimizer.delta", 0.1))
     assert "1 in float32" in refused(("optimizer.delta", 0.1 - 1e-9))
-    assert refused(("optimizer.name", "adam")) == "bad --config.optimizer.name='adam': give sgd or adamw"
+    assert refused(("optimizer.name", "adam")) == "bad --config.optimizer.name='adam': give one of sgd, adamw, muon"
     assert "--config.teacher.optimizer.name='SGD'" in refused(("teacher.optimizer.name", "SGD"))
     cosine = (("optimizer.schedule", "cosine"), ("optimizer.warmup_epochs", 240))
     assert "--config.optimizer.warmup_epochs=240" in refused(*cosine) and "give 239 or fewer" in refused(*cosine)
@@ -496,9 +535,10 @@ def test_aggregation_by_hand(case):
 
 
 @pytest.mark.parametrize("method", _AGGREGATED_MOMENTA)
-def test_aggregated_momenta_have_no_adamw(method):
-    with pytest.raises(UserError, match=f"^method '{method}' has no AdamW, .*--config.method=kd_"):
-        _optimizer(method, name="adamw")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_aggregated_momenta_are_those_of_sgd(method, name):
+    with pytest.raises(UserError, match=f"^method '{method}' has no {name}, .*--config.method=kd_"):
+        _optimizer(method, name=name)
 
 
 def test_without_a_conflict_projection_changes_nothing():

@@ -97,13 +97,13 @@ def set_networks(config: ConfigDict, teacher: str, student: str) -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     config = ConfigDict()
-    config.name = "sgd"  # or adamw
+    config.name = "sgd"  # or adamw, or muon
     config.learning_rate = None
-    config.momentum = 0.9  # for adamw its first decay rate, b1
-    config.b2 = 0.999  # adamw: the decay rate of the second moment
-    config.eps = 1e-8  # adamw: added to the root of the second moment
-    config.weight_decay = None  # sgd: coupled L2; adamw: decoupled, multiplied by the learning rate
-    config.decay_mask = ""  # what decays: all, or kernels alone; empty: all for sgd, kernels for adamw
+    config.momentum = 0.9  # for adamw, and where muon has Adam, b1
+    config.b2 = 0.999  # adamw and muon: the decay rate of the second moment
+    config.eps = 1e-8  # adamw and muon: added to the root of the second moment
+    config.weight_decay = None  # sgd: coupled L2; adamw and muon: decoupled, multiplied by the learning rate
+    config.decay_mask = ""  # what decays: all, or kernels alone; empty: all for sgd, kernels for the others
     config.schedule = "steps"  # or cosine: down to 0 at the end of the last epoch
     config.warmup_epochs = 0  # the learning rate rises from 0 within these epochs, and each step
     config.drop_epochs = ()  # steps: after each of these epochs the learning rate is multiplied by ...
