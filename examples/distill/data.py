@@ -33,12 +33,9 @@ from ml_collections import ConfigDict
 
 from examples.distill import images, sources, synthetic
 from examples.distill.sources import register as register
-from examples.trainer import preemption
+from examples.trainer import batches, preemption
 from examples.trainer.errors import UserError, one_line
 
-Batch = dict[str, jax.Array]
-
-_BATCHES_AHEAD = 2  # that wait on the device, and at each worker process
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _THREADS = min(_CORES, 8)  # decoding and resizing let others in, the rest of Python does not
 
@@ -79,7 +76,9 @@ def load(config: ConfigDict) -> Dataset:
         joined = found[0] if len(found) == 1 else grain.MapDataset.concatenate(found)
         if source.in_memory or not config.in_memory:
             return joined
-        check_memory(len(joined) * math.prod(image_shape), f"{len(joined)} images", "--config.dataset.in_memory=False")
+        batches.check_memory(
+            len(joined) * math.prod(image_shape), f"{len(joined)} images", "--config.dataset.in_memory=False"
+        )
         # An epoch of digits takes 0.24 s to read when every image is decoded again, and 0.04 s from memory. To read
         # them takes 0.15 s one by one, and 0.41 s by `list(joined)`, which uses threads.
         return grain.MapDataset.source([joined[i] for i in range(len(joined))])
@@ -113,7 +112,7 @@ def eval_batch_size(dataset: Dataset, batch_size: int, devices: int) -> int:
     It is never larger than the largest split needs, so that all splits are evaluated in batches of one shape.
     """
     needed = max(len(split) for split in (dataset.train, dataset.validation, dataset.test))
-    return -(-min(batch_size, needed) // devices) * devices
+    return batches.shared_batch_size(batch_size, needed, devices)
 
 
 @contextlib.contextmanager
@@ -122,7 +121,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     epochs: int,
-    put: Callable[[Any], Batch] = jax.device_put,
+    put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[grain.DatasetIterator]:
     """Iterates over this host's part of `epochs` epochs, each in an order and with augmentations of its own.
@@ -132,20 +131,23 @@ def train_batches(
     end with the `with` block.
     """
     augmented = _Augmented(dataset.preprocessing.augment, dataset.image_shape)
-    host = host or _this_host()
-    _check_batch(batch_size, host, dataset.image_shape, "batch_size")
+    host = host or batches.this_host()
+    batches.check_batch(batch_size, host, math.prod(dataset.image_shape), "batch_size")
     whole_batches = steps_per_epoch(dataset, batch_size) * batch_size
     indexed = dataset.train.map_with_index(functools.partial(_indexed, len(dataset.train)))
     examples = indexed.seed(seed).shuffle()[:whole_batches].random_map(augmented).repeat(epochs)
     threads = 1 if dataset.workers else dataset.threads
-    batches = ElasticIterator(
+    shuffled = ElasticIterator(
         examples,
         batch_size,
         host,
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
         multiprocessing_options=_worker_options(dataset.workers),
     )
-    with contextlib.closing(_to_device(batches, put, dataset.workers)) as iterator, _explained_worker_death():
+    with (
+        contextlib.closing(batches.to_device(shuffled, put, copy=dataset.workers > 0)) as iterator,
+        _explained_worker_death(),
+    ):
         yield iterator
     if dataset.workers:
         gc.collect()  # Reference cycles of Grain hold shared memory, too.
@@ -155,29 +157,21 @@ def eval_batches(
     dataset: Dataset,
     examples: grain.MapDataset,
     batch_size: int,
-    put: Callable[[Any], Batch] = jax.device_put,
+    put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[batches.Batch]:
     """Every example of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
     view, shape = dataset.preprocessing.view, dataset.image_shape
-    host = host or _this_host()
-    _check_batch(batch_size, host, shape, "eval_batch_size")
-    local_batch = batch_size // host.shard_count
-    first, step, count = host.shard_index, host.shard_count, len(examples)
+    host = host or batches.this_host()
+    batches.check_batch(batch_size, host, math.prod(shape), "eval_batch_size")
 
-    def example(slot: int) -> dict[str, Any]:
-        index = first + slot * step
-        found = examples[index if index < count else 0]
+    def example(index: int, valid: bool) -> dict[str, Any]:
+        found = examples[index]
         image = _checked(view(found["image"], shape[0]), shape)
-        return {"image": image, "label": found["label"], "valid": np.bool_(index < count)}
+        return {"image": image, "label": found["label"], "valid": np.bool_(valid)}
 
-    slots = grain.MapDataset.range(math.ceil(count / batch_size) * local_batch)
     # By threads, also where training has worker processes, which would take longer to start than most splits to read.
-    options = grain.ReadOptions(num_threads=dataset.threads, prefetch_buffer_size=_BATCHES_AHEAD * local_batch)
-    with contextlib.closing(
-        _to_device(slots.map(example).to_iter_dataset(options).batch(local_batch), put)
-    ) as iterator:
-        yield from iterator
+    yield from batches.evaluation(example, len(examples), batch_size, put, host, threads=dataset.threads)
 
 
 def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -197,20 +191,11 @@ def _indexed(count: int, index: int, example: dict[str, Any]) -> dict[str, Any]:
     return example | {"index": np.int32(index % count)}  # Grain counts on from epoch to epoch.
 
 
-def _to_device(batches: grain.IterDataset, put: Callable[[Any], Batch], workers: int = 0) -> grain.DatasetIterator:
-    def copy_and_put(batch: dict[str, np.ndarray]) -> Batch:
-        # What worker processes hand over lies in shared memory, which JAX would hold beyond the end of the program.
-        return put({name: np.array(value) for name, value in batch.items()})
-
-    on_device = batches.map(copy_and_put if workers else put)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(on_device, prefetch_buffer_size=_BATCHES_AHEAD))
-
-
 def _worker_options(workers: int) -> grain.MultiprocessingOptions | None:
     if not workers:
         return None
     flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which this program does not have.
-    return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
+    return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=batches.AHEAD)
 
 
 class _Augmented:
@@ -249,10 +234,6 @@ def _explained_worker_death() -> Iterator[None]:
             f"a process that reads images died (exit code {found[1]}), as happens when memory or the shared memory in"
             " /dev/shm runs out; lower --config.dataset.workers, and the same command goes on"
         ) from error
-
-
-def _this_host() -> grain.sharding.ShardOptions:
-    return grain.sharding.ShardOptions(shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
 def _check(config: ConfigDict) -> None:
@@ -303,23 +284,6 @@ def _check_workers(dataset: Dataset, title: str) -> None:
             f"{title} cannot be copied to worker processes ({one_line(error)}); make it an object that pickle can copy, or"
             " say --config.dataset.workers=0"
         ) from error
-
-
-def _check_batch(batch_size: int, host: grain.sharding.ShardOptions, shape: tuple[int, int, int], field: str) -> None:
-    if batch_size % host.shard_count:
-        raise UserError(f"bad --config.{field}={batch_size}: it must be a multiple of the {host.shard_count} hosts")
-    # The batch itself and those ahead of it.
-    count = batch_size // host.shard_count * (1 + _BATCHES_AHEAD)
-    check_memory(count * math.prod(shape), f"batches of {batch_size} images", f"a smaller --config.{field}")
-
-
-def check_memory(size: int, what: str, remedy: str) -> None:
-    """Raises if this machine has not so many bytes of memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise UserError(
-            f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory; give {remedy}"
-        )
 
 
 def _checked(image: Any, shape: tuple[int, int, int]) -> np.ndarray:

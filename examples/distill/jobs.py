@@ -17,6 +17,7 @@ from examples.distill import data, methods, models, objectives, steps
 from examples.distill.objectives import Length, Objective
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
+from examples.trainer.batches import check_memory
 from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
@@ -102,7 +103,7 @@ def check(names: Sequence[str], shared: Shared) -> None:
         model = config[section].model
         shapes = network_shapes(model, shared)
         numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[1]))
-        data.check_memory(
+        check_memory(
             4 * numbers, f"the {numbers:,} parameters of {model.name}", f"--config.{section}.model another size"
         )
         models.check_input(shapes, dataset.image_shape, model.name, dataset.num_classes)
@@ -162,7 +163,7 @@ def _check_own(name: str, objective: Objective, shared: Shared) -> None:
             f"method {name!r} needs the labels of all training images at once: give --config.dataset.in_memory=True"
         )
     _, rest = _start_shapes(shared.config.student.model, objective, shared)
-    data.check_memory(
+    check_memory(
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rest[OWN])),
         f"what method {name!r} remembers of {len(shared.dataset.labels()):,} images",
         "--config.dataset.train fewer",

@@ -4,6 +4,8 @@
     loop.py         takes steps, validates, saves, goes on where a run stopped, skips what is not finite
     step.py         a train step with one gradient for each loss
     parallel.py     how devices share the work of a step: jit, pmap or shard_map
+    batches.py      Grain: from examples to batches on the devices
+    hosts.py        what one host does for all of them
     checkpoint.py   Orbax
     paths.py        folders of this machine, and of buckets
     workdir.py      which config and which run a working directory belongs to

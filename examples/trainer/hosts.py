@@ -1,0 +1,37 @@
+"""What one host does for all of them, as writing a file that the others read."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from examples.trainer.errors import UserError
+
+
+def by_first(work: Callable[[], Any], what: str) -> Any:
+    """Returns, on all hosts, what `work` returns on the first one, which alone does it while the others wait.
+
+    Args:
+        work: returns what JSON can hold.
+        what: in words, after "the first host cannot".
+
+    Raises:
+        UserError: on the other hosts, if `work` raises on the first one; there it raises what `work` does.
+    """
+    if jax.process_count() == 1:
+        return work()
+    found, error = b"", None
+    if jax.process_index() == 0:
+        try:
+            found = json.dumps(work()).encode()
+        except Exception as raised:
+            error = raised
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if error else len(found))))
+    if error:
+        raise error
+    if size < 0:
+        raise UserError(f"the first host cannot {what}; see what it says")
+    return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(found.ljust(size), np.uint8)).tobytes())
