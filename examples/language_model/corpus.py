@@ -1,0 +1,370 @@
+"""From text files to tokens in memory-mapped files, which are written once.
+
+A document is a file. Line ends are made `\\n`, and white space at the ends of lines and of the file goes; files that are
+equal then count once. The SHA-256 of what remains decides in which split a document is, and where in it: a file that is
+added or renamed moves no other one. With `train_tokens` or `eval_tokens` a split is cut after so many tokens, within its
+last document, of which the bytes that are left count.
+
+The folder has
+
+    train.bin  validation.bin  test.bin    the token ids, of 16 bits or of 32, each document followed by a separator
+    corpus.json                            from which texts and tokenizer they come, sizes and checksums; written last
+
+At every start all texts are read and hashed, and so are the token files: sizes and times of files do not tell whether a
+text has changed, and
+
+    python -m timeit -s "import hashlib, zlib; x = bytes(10**8)" "hashlib.sha256(x)"
+    python -m timeit -s "import hashlib, zlib; x = bytes(10**8)" "zlib.crc32(x)"
+
+print 107 msec and 39.5 msec for 100 MB on one core. What does not fit is written anew. The first host does all this; the others open its files.
+"""
+
+import bisect
+import collections
+import fnmatch
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import sysconfig
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from examples.trainer import hosts, paths, records
+from examples.trainer.batches import check_memory
+from examples.trainer.errors import UserError, one_line
+from examples.trainer.log import warn
+
+SPLITS = ("train", "validation", "test")
+
+_FORMAT = 1  # of the files; another number makes others of them
+_RECORD = "corpus.json"
+_FIELDS = ("validation_percent", "test_percent", "train_tokens", "eval_tokens")
+_BATCH = 2**22  # bytes of text that are tokenized at once; `tokenizers` takes some hundred bytes for each token
+_TRIES = 16  # tokens: more than any letter has
+_NOT_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class Split(NamedTuple):
+    """A part of the text."""
+
+    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped; every document is followed by a separator
+    num_bytes: int  # of the text that these tokens stand for, without separators
+    num_documents: int  # the last may be cut
+
+
+class Corpus(NamedTuple):
+    """The text in three splits, none of which has a document of another one."""
+
+    train: Split
+    validation: Split
+    test: Split
+    fingerprint: str  # SHA-256, in hex, of all that decides which tokens these are
+
+
+class _Document(NamedTuple):
+    digest: str  # SHA-256 of the text, in hex
+    path: str
+    size: int
+
+
+def load(config: ConfigDict, folder: epath.PathLike, tokenizer: Any) -> Corpus:
+    """Opens the text that `config` (the `text` part of a config) describes, tokenizing it first if need be.
+
+    Args:
+        config: `files`, a glob in which `**` stands for any folders but hidden ones and links, or "" for the source of
+            Python's standard library; `validation_percent` and `test_percent` of the documents; `train_tokens` and
+            `eval_tokens`, how many to take of a split at most, or 0 for all.
+        folder: of this machine, for the token files. One run at a time may use it.
+        tokenizer: see `tokenizer.py`.
+
+    Raises:
+        UserError: if there is no such text, too little of it, or the folder cannot be written.
+    """
+    folder = paths.resolve(folder)
+    if paths.in_bucket(folder):
+        raise UserError(
+            f"tokens cannot be in {folder}: their files are mapped into memory; give a folder of this machine"
+        )
+    record = hosts.by_first(functools.partial(_prepare, config, folder, tokenizer), "tokenize the text")
+    return _open(folder, record)
+
+
+def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any) -> records.Record:
+    """Returns the record of the folder, writing its files unless they are there."""
+    documents, left_out = _documents(config.files)
+    identity = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "texts": hashlib.sha256("".join(document.digest for document in documents).encode()).hexdigest(),
+        **{field: config[field] for field in _FIELDS},
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    record = _intact(folder, fingerprint)
+    if record is None:
+        if left_out:
+            warn(left_out)
+        splits = _split(documents, config)
+        dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
+        record = {"fingerprint": fingerprint, **identity, "dtype": dtype.name, "splits": {}}
+        with records.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _RECORD).unlink(missing_ok=True)
+        limits = {name: config.train_tokens if name == "train" else config.eval_tokens for name in SPLITS}
+        total = None if any(limits.values()) else sum(document.size for document in documents)
+        with tqdm(desc="tokenizing", total=total, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+            for name, part in splits.items():
+                record["splits"][name] = _write(folder / f"{name}.bin", part, limits[name], tokenizer, dtype, bar)
+        records.write_json(folder / _RECORD, record)
+    return record
+
+
+def _intact(folder: epath.Path, fingerprint: str) -> records.Record | None:
+    """Returns the record of the folder if it is that of these texts and all files are as they were written."""
+    with records.reading(folder):
+        if not (folder / _RECORD).exists():
+            return None
+    try:
+        record = records.read_json(folder / _RECORD)
+        if record["fingerprint"] != fingerprint:
+            return None
+        for name in SPLITS:
+            if _crc32(folder / f"{name}.bin") != record["splits"][name]["crc32"]:
+                raise UserError(f"{folder / f'{name}.bin'} is damaged (its checksum is wrong)")
+    except (UserError, KeyError, TypeError, OSError) as error:
+        # `records` says what to do with a file that cannot be made anew.
+        warn(f"{one_line(error).partition(';')[0]}; the text is tokenized again")
+        return None
+    return record
+
+
+def _open(folder: epath.Path, record: records.Record) -> Corpus:
+    splits = {}
+    for name, split in record["splits"].items():
+        path = folder / f"{name}.bin"
+        try:
+            tokens = np.memmap(path, record["dtype"], "r", shape=(split["tokens"],))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({one_line(error)}); all hosts must see this folder") from error
+        splits[name] = Split(tokens, split["bytes"], split["documents"])
+    return Corpus(**splits, fingerprint=record["fingerprint"])
+
+
+def _crc32(path: epath.Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_BATCH):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _documents(files: str) -> tuple[list[_Document], str]:
+    """Returns the documents in the order of their digests, each once, and a warning of files that are none."""
+    found = _find(files)
+    kept: dict[str, _Document] = {}
+    left_out = collections.defaultdict(list)
+    for path in found:
+        try:
+            text = _read(path)
+        except (OSError, ValueError) as error:
+            left_out[getattr(error, "strerror", None) or str(error)].append(path)
+        else:
+            if text:
+                digest = hashlib.sha256(text).hexdigest()
+                kept.setdefault(digest, _Document(digest, path, len(text)))
+    if not kept:
+        raise UserError(f"no file of --config.text.files={files} has text in UTF-8; {len(found)} match")
+    reasons = [f"{len(names)} ({reason}), such as {names[0]}" for reason, names in left_out.items()]
+    warning = f"of {len(found)} text files some were left out: {'; '.join(reasons)}" if reasons else ""
+    return [kept[digest] for digest in sorted(kept)], warning
+
+
+def _find(files: str) -> list[str]:
+    if not files:
+        library = sysconfig.get_path("stdlib")
+        found = list(_expand(library, ["**", "*.py"], _NOT_OF_THE_LIBRARY))
+        missing = f"Python's standard library has no source in {library}; give --config.text.files"
+    else:
+        if paths.in_bucket(files):
+            raise UserError(f"bad --config.text.files={files}: copy the texts to a folder of this machine")
+        pattern = os.fspath(paths.resolve(files, "--config.text.files"))
+        found = _expand(os.sep, pattern.strip(os.sep).split(os.sep))
+        inside = f"; a folder's files are --config.text.files='{os.path.join(files, '**', '*')}'"
+        missing = f"no file matches --config.text.files={files}{inside if os.path.isdir(pattern) else ''}"
+    # Of equal files, the same one on every machine.
+    found = sorted(set(found))
+    if not found:
+        raise UserError(missing)
+    return found
+
+
+def _expand(folder: str, pattern: Sequence[str], skipped: Collection[str] = ()) -> Iterator[str]:
+    """The files that a pattern matches, which is given by its parts.
+
+    As `glob`, but `**` does not follow links to folders, which could lead in circles, nor enter folders of the `skipped`
+    names.
+    """
+    first, *rest = pattern
+    path = os.path.join(folder, first)
+    if not glob.has_magic(first):
+        if rest:
+            yield from _expand(path, rest, skipped)
+        elif os.path.isfile(path):
+            yield path
+        return
+    if first == "**":
+        yield from _expand(folder, rest or ["*"], skipped)
+    for entry in _entries(folder):
+        if entry.name.startswith(".") and not first.startswith("."):
+            continue
+        if first == "**":
+            if entry.name not in skipped and entry.is_dir(follow_symlinks=False):
+                yield from _expand(entry.path, pattern, skipped)
+        elif fnmatch.fnmatchcase(entry.name, first):
+            if rest:
+                yield from _expand(entry.path, rest, skipped)
+            elif entry.is_file():
+                yield entry.path
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        warn(f"text files in {folder} were left out: {error.strerror}")
+        return []
+
+
+def _read(path: str) -> bytes:
+    """Returns the text of a file, which may be empty; raises a ValueError that says why it is none."""
+    check_memory(4 * os.path.getsize(path), f"the text of {path}, and what is made of it,", "it in several files")
+    with open(path, "rb") as file:
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    if b"\0" in content:
+        raise ValueError("with NUL bytes")
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    text = b"\n".join(line.rstrip() for line in lines).rstrip()
+    return text and text + b"\n"
+
+
+def _split(documents: Sequence[_Document], config: ConfigDict) -> dict[str, list[_Document]]:
+    """Divides documents among the splits by the first 32 bits of their digests."""
+    ends = np.cumsum([config.test_percent, config.validation_percent])
+    if ends[1] >= 100:
+        raise UserError(
+            f"bad --config.text.validation_percent={config.validation_percent} and"
+            f" --config.text.test_percent={config.test_percent}: nothing is left to train on"
+        )
+    splits: dict[str, list[_Document]] = {name: [] for name in SPLITS}
+    names = ("test", "validation", "train")
+    for document in documents:
+        splits[names[bisect.bisect_right(ends, 100 * int(document.digest[:8], 16) / 2**32)]].append(document)
+    for name, part in splits.items():
+        if not part:
+            flag = "validation_percent or a lower test_percent" if name == "train" else f"{name}_percent"
+            change = "a lower" if name == "train" else "a higher"
+            raise UserError(
+                f"of {len(documents)} different texts none came into the {name} split; give {change}"
+                f" --config.text.{flag}, or more files with --config.text.files"
+            )
+    return splits
+
+
+def _write(
+    path: epath.Path, documents: Sequence[_Document], limit: int, tokenizer: Any, dtype: np.dtype, bar: tqdm
+) -> records.Record:
+    """Writes the tokens of a split; returns what the record says of it."""
+    written = collections.Counter()
+    checksum = 0
+    unfinished = path.with_suffix(".tmp")
+    with records.writing(unfinished):
+        unfinished.unlink(missing_ok=True)  # It may be a link.
+        file = open(unfinished, "xb")
+    try:
+        with file:
+            for ids, size in _tokenized(documents, limit, tokenizer, bar):
+                chunk = np.asarray(ids, dtype).tobytes()
+                checksum = zlib.crc32(chunk, checksum)
+                written.update(tokens=len(ids), bytes=size, documents=1)
+                with records.writing(unfinished):
+                    file.write(chunk)
+            with records.writing(unfinished):
+                file.flush()
+                os.fsync(file.fileno())
+        with records.writing(path):
+            os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if not written["tokens"]:
+        raise UserError(
+            f"the first document of the {path.stem} split has more than {limit} tokens, and this tokenizer cannot cut it;"
+            f" give a higher --config.text.{'train' if path.stem == 'train' else 'eval'}_tokens"
+        )
+    return dict(written) | {"crc32": checksum}
+
+
+def _tokenized(
+    documents: Sequence[_Document], limit: int, tokenizer: Any, bar: tqdm
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The tokens of each document and how many bytes of text they stand for, up to `limit` tokens in all."""
+    left = limit or math.inf
+    for batch in _texts(documents, min(_BATCH, 4 * left)):  # about so many bytes give the tokens that are wanted
+        encoded = tokenizer.encode([text for _, text in batch])
+        for (path, text), ids in zip(batch, encoded, strict=True):
+            bar.update(len(text))
+            if len(ids) == 0 or ids.max() >= tokenizer.vocabulary or (ids == tokenizer.separator).any():
+                raise UserError(
+                    f"the tokenizer makes of {path} no tokens, ones that are not of its vocabulary, or the separator of"
+                    " documents; leave this file out of --config.text.files"
+                )
+            if len(ids) + 1 > left:
+                yield from _cut(text, ids, int(left), tokenizer)
+                return
+            left -= len(ids) + 1
+            yield np.append(ids, tokenizer.separator), len(text)
+
+
+def _cut(text: bytes, ids: np.ndarray, count: int, tokenizer: Any) -> Iterator[tuple[np.ndarray, int]]:
+    """The first `count` tokens of a text, or some fewer where these end within a letter, and their bytes.
+
+    None where these cannot be told, since the tokenizer gives back other bytes than it got.
+    """
+    for end in range(count, max(count - _TRIES, 0), -1):
+        if text.startswith(start := tokenizer.decode(ids[:end])):
+            yield ids[:end], len(start)
+            return
+
+
+def _texts(documents: Sequence[_Document], size: float) -> Iterator[list[tuple[str, bytes]]]:
+    """The paths and texts of the documents in batches of `size` bytes, of which the last document has the rest."""
+    batch, held = [], 0
+    for document in documents:
+        try:
+            text = _read(document.path)
+        except (OSError, ValueError):
+            text = b""
+        if hashlib.sha256(text).hexdigest() != document.digest:
+            raise UserError(f"{document.path} changed while it was read; the same command begins with it again")
+        batch.append((document.path, text))
+        held += len(text)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
