@@ -1,0 +1,1 @@
+"""Distillation of language models with and without DOT: `python -m examples.language_model`."""
