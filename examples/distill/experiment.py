@@ -10,7 +10,7 @@ from examples.distill import identity as identities
 from examples.distill.jobs import Shared
 from examples.distill.settings import Settings, validated
 from examples.distill.steps import Teacher
-from examples.trainer import checkpoint, identity, loop, parallel, paths, preemption, workdir
+from examples.trainer import checkpoint, hosts, identity, loop, parallel, paths, preemption, workdir
 from examples.trainer.command_line import Arguments
 from examples.trainer.errors import UserError
 
@@ -30,7 +30,7 @@ def run(arguments: Arguments) -> None:
         epochs = settings.config.epochs
         missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != epochs]
         saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
-        workdir.check_hosts_agree([settings.fields, missing, saved])
+        hosts.check_agree([settings.fields, missing, saved])
         if missing:
             _train(missing, settings, directory, there, preempted)
         elif jax.process_index() == 0:

@@ -1,16 +1,12 @@
 """The working directory of a run: `config.json` says which config it belongs to, `.lock` that a run is using it."""
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from examples.trainer import checkpoint, lock, paths, records
 from examples.trainer.errors import UserError, one_line
@@ -79,25 +75,6 @@ def recorded(workdir: epath.Path, others: Collection[str] = ()) -> records.Recor
     if any(name not in (_LOCK, *others) for name in found):
         raise UserError(f"--workdir={workdir} is not empty, but no run of this program; choose another folder")
     return None
-
-
-def check_hosts_agree(seen: Any) -> None:
-    """Raises if hosts were started differently, or do not see the same files: they would wait for each other forever.
-
-    `seen` is what each of them has: its config, what is missing in the folder, what is saved there.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).digest()
-    try:
-        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
-    except AssertionError:
-        # It waits for the others: the first to end would abort those that still talk.
-        with contextlib.suppress(Exception):
-            jax.distributed.shutdown()
-        raise UserError(
-            "the hosts do not agree: start the same command on each, with a --workdir that all of them see"
-        ) from None
 
 
 def record(workdir: epath.Path, identity: dict[str, Any]) -> None:
