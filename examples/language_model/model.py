@@ -275,6 +275,19 @@ def every_nth_layer(params: Any, architecture: Architecture, n: int) -> tuple[An
     return params | {"layers": layers}, architecture._replace(layers=-(-architecture.layers // n))
 
 
+def rotary_frequencies(architecture: Architecture) -> np.ndarray:
+    """Returns the frequencies of the rotary positions, in radians a position, [head_dim / 2]."""
+    scaling, dim = architecture.rope_scaling, architecture.head_dim
+    frequencies = architecture.rope_base ** (-np.arange(0, dim, 2) / dim)
+    if scaling is None:
+        return frequencies
+    # Those that turn often over the original length are kept, those that turn seldom slowed down; between them, a blend.
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
 def sharding_spec(path: jax.tree_util.KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> P:
     """Returns how an array lies on a mesh with the axes `data` and `model`.
 
@@ -313,15 +326,8 @@ def _rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
 
 def _rotary(positions: jax.Array, architecture: Architecture) -> tuple[jax.Array, jax.Array]:
     """Returns cosines and sines, float32 [1, length, 1, head_dim / 2], of the angles at the positions."""
-    dim, scaling = architecture.head_dim, architecture.rope_scaling
-    frequencies = architecture.rope_base ** (-np.arange(0, dim, 2) / dim)  # in radians a position
-    if scaling is not None:
-        # Turns over the original length: many are kept, few are slowed down by the factor, between them a blend.
-        turns = scaling.original_length * frequencies / (2 * np.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = positions[None, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
+    frequencies = jnp.asarray(rotary_frequencies(architecture), jnp.float32)
+    angles = positions[None, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -8,7 +8,7 @@ or end.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,17 +53,18 @@ def of_bytes() -> Tokenizer:
     return Tokenizer(256, 0, _fingerprint("bytes"), _encode_bytes, _decode_bytes)
 
 
-def from_folder(folder: epath.Path, *, names: Collection[str] = ()) -> Tokenizer:
+def from_folder(folder: epath.Path) -> Tokenizer:
     """Returns the tokenizer of a Hugging Face folder, out of its `tokenizer.json`.
 
+    The separator is `<|endoftext|>` or `<|end_of_text|>` if it has one of them, else what the folder's other files name as
+    the end of a text (`eos_token`, `eos_token_id`).
+
     Args:
-        folder: with `tokenizer.json`.
-        names: of tokens that may be the separator, if there is no `<|endoftext|>` or `<|end_of_text|>`: the first that the
-            vocabulary has. `end_of_text` finds those that the folder names.
+        folder: with `tokenizer.json`; others are read if they are there.
 
     Raises:
-        UserError: if there is no such file, it is damaged, it has none of these tokens, or it does not give back the texts
-            that it encodes.
+        UserError: if there is no such file, it is damaged, it has no separator, or it does not give back the texts that it
+            encodes.
     """
     path = folder / "tokenizer.json"
     text = read_text(path)
@@ -71,7 +72,7 @@ def from_folder(folder: epath.Path, *, names: Collection[str] = ()) -> Tokenizer
     added = content.get("added_tokens")
     if not _is_list(added, dict):
         raise UserError(f"cannot read {path}: `added_tokens` is no list of objects")
-    separator = _separator(path, [entry.get("content") for entry in added], names)
+    separator = _separator(path, [entry.get("content") for entry in added], _end_of_text(folder, added))
     for entry in added:
         if entry.get("content") == separator:
             entry["special"] = True  # Only those that are can be told from text that spells them out.
@@ -79,15 +80,19 @@ def from_folder(folder: epath.Path, *, names: Collection[str] = ()) -> Tokenizer
     return _checked(path, tokenizer, tokenizer.token_to_id(separator), _fingerprint(text, separator))
 
 
-def end_of_text(folder: epath.Path) -> list[str]:
+def _end_of_text(folder: epath.Path, added: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the tokens that the files of a Hugging Face folder name as their end of text."""
-    found: list[Any] = []
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    named, ids = [], []
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         if (folder / name).exists():
-            found.append(parse_json(folder / name, read_text(folder / name)).get("eos_token"))
-    # An entry is a string, or says more of the token.
-    found = [entry.get("content") if isinstance(entry, Mapping) else entry for entry in found]
-    return [entry for entry in found if isinstance(entry, str)]
+            content = parse_json(folder / name, read_text(folder / name))
+            token, of_token = content.get("eos_token"), content.get("eos_token_id")
+            named.append(
+                token.get("content") if isinstance(token, dict) else token
+            )  # which may say more than the token
+            ids += of_token if isinstance(of_token, list) else [of_token]
+    named += [entry.get("content") for i in ids for entry in added if entry.get("id") == i]
+    return [token for token in dict.fromkeys(token for token in named if isinstance(token, str))]
 
 
 def from_gguf(path: epath.Path, fields: Mapping[str, Any]) -> Tokenizer:
@@ -163,7 +168,7 @@ def parse_json(path: epath.Path, text: str) -> dict[str, Any]:
     return content
 
 
-def _separator(path: epath.Path, special: Sequence[Any], names: Collection[str]) -> str:
+def _separator(path: epath.Path, special: Sequence[Any], names: Sequence[str]) -> str:
     wanted = [*_DOCUMENT_ENDS, *names]
     for name in wanted:
         if name in special:
