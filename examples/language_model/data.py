@@ -13,7 +13,7 @@ on the seed and on nothing else.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -21,9 +21,15 @@ import numpy as np
 from grain.experimental import ElasticIterator
 
 from examples.language_model.corpus import Corpus, Split
-from examples.language_model.teacher_logits import Cache
 from examples.trainer import batches
 from examples.trainer.errors import UserError
+
+
+class Cache(NamedTuple):
+    """What a teacher thinks of each training sequence, see `teacher_logits.py`; both arrays are memory-mapped."""
+
+    log_probs: np.ndarray  # float16 [sequences, length, k]
+    indices: np.ndarray  # uint16 or uint32 [sequences, length, k]
 
 
 def num_sequences(split: Split, length: int) -> int:
