@@ -9,7 +9,7 @@ all methods, and the losses that it reports mean the same in all of them. `regis
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -155,7 +155,7 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
     later.
     """
     config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
-    mask, gains = optimizers.decay_mask(config), optimizers.relative_gains(momenta)
+    mask, gains = optimizers.decay_mask(recipe), optimizers.relative_gains(momenta)
     if config.name == "adamw":
         matched = optax.chain(
             optimizers.scale_by_gain_matched_adam(gains, config.momentum, config.b2, config.eps),
@@ -183,7 +183,7 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
 def dot(recipe: Recipe) -> optax.GradientTransformation:
     """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
     config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
-    options = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(config), "reached": recipe.reached}
+    options = {"weight_decay": config.weight_decay, "mask": optimizers.decay_mask(recipe), "reached": recipe.reached}
     if config.name == "adamw":
         optimizer = dot_optax.dot_adamw(recipe.learning_rate, *momenta, config.b2, config.eps, **options)
     elif config.name == "muon":
@@ -209,7 +209,7 @@ def dkd_dot(recipe: Recipe) -> optax.GradientTransformation:
 @register("deepkd", label="DeepKD", objective="deepkd", linear=True)
 def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     """DeepKD: a momentum each for the task and for both parts of the distillation loss."""
-    config, mask = recipe.config, optimizers.decay_mask(recipe.config)
+    config, mask = recipe.config, optimizers.decay_mask(recipe)
     momenta = optimizers.momenta_of(recipe)
     if config.name == "muon":
         raise UserError("method 'deepkd' has no Muon: give --config.optimizer.name=sgd or adamw")
@@ -284,7 +284,7 @@ def _momenta_before(name: str, aggregation: _Aggregation) -> Make:
         return optax.chain(
             *first,
             dot_optax.per_loss(
-                optax.add_decayed_weights(config.weight_decay, optimizers.decay_mask(config)), optax.identity()
+                optax.add_decayed_weights(config.weight_decay, optimizers.decay_mask(recipe)), optax.identity()
             ),
             dot_optax.per_loss(*map(optimizers.trace, optimizers.scheduled_betas(recipe))),
             dot_optax.aggregate(aggregation.weighting()),
@@ -323,14 +323,11 @@ def summary(name: str) -> str:
     return next(iter((METHODS[name].__doc__ or "").strip().splitlines()), "")
 
 
-def parse(method: str) -> list[str]:
+def parse(method: str, known: Collection[str] = METHODS) -> list[str]:
     """Splits the comma-separated `config.method` into known names, each once."""
     names = list(dict.fromkeys(name.strip() for name in method.split(",") if name.strip()))
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise UserError(
-            f"bad --config.method={method!r}: give one or more of {', '.join(METHODS)}, separated by commas"
-        )
+    if not names or not set(names) <= set(known):
+        raise UserError(f"bad --config.method={method!r}: give one or more of {', '.join(known)}, separated by commas")
     return names
 
 
@@ -348,12 +345,11 @@ def check(config: ConfigDict, wanted: list[str]) -> None:
                 f"--config.sampling.form={config.sampling.form} leaves out losses or images, and the memory of {name!r}"
                 " moves with all of them at every step: give --config.sampling.form=none"
             )
-    check_optimizers(config, wanted)
+    check_optimizers(config, wanted, trains_teacher=config.teacher.train and not config.teacher.checkpoint)
 
 
-def check_optimizers(config: ConfigDict, wanted: list[str]) -> None:
+def check_optimizers(config: ConfigDict, wanted: list[str], *, trains_teacher: bool) -> None:
     """Raises if the optimizers of a config cannot be had, or not with its form of parallelism or its sampling."""
-    trains_teacher = config.teacher.train and not config.teacher.checkpoint
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
         ("teacher.optimizer", config.teacher.optimizer, config.teacher.epochs),
@@ -362,7 +358,7 @@ def check_optimizers(config: ConfigDict, wanted: list[str]) -> None:
             raise UserError(
                 f"bad --config.{section}.name={optimizer.name!r}: give one of {', '.join(optimizers.NAMES)}"
             )
-        if optimizer.schedule == "cosine" and optimizer.warmup_epochs >= epochs:
+        if optimizer.schedule == "cosine" and epochs is not None and optimizer.warmup_epochs >= epochs:
             raise UserError(
                 f"bad --config.{section}.warmup_epochs={optimizer.warmup_epochs}: of {epochs} epochs at least the last"
                 f" must follow the warm-up; give {epochs - 1} or fewer"

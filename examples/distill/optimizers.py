@@ -27,7 +27,9 @@ class Recipe(NamedTuple):
     steps_per_epoch: int
     deltas: Any = None  # in the same container: of an objective whose momenta are not DOT's, see `Objective`
     reached: Any = None  # likewise: which loss reaches which parameter, see `dot_optax.dot`; None: all reach all
-    matrices: Any = None  # for muon: which parameters are matrices, as its dimension numbers; None: those with two axes
+    # (params) -> which of them layers multiply with, as Muon's dimension numbers; the others are None. By default, those
+    # that Flax calls kernels decay, and those with two axes are matrices for Muon.
+    matrices: Callable[[Any], Any] | None = None
 
 
 def weight_losses(weights: Any) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +97,7 @@ def why_not_longer(config: ConfigDict) -> str | None:
 
 def optimize_the_sum(recipe: Recipe) -> tuple[optax.GradientTransformation, ...]:
     """What follows `sum_losses`."""
-    config, mask = recipe.config, decay_mask(recipe.config)
+    config, mask = recipe.config, decay_mask(recipe)
     if config.name == "adamw":
         return (
             optax.adamw(
@@ -120,7 +122,7 @@ def muon(recipe: Recipe, momentum: float) -> optax.GradientTransformation:
 
     Without Nesterov's momentum, so that `momentum` can be 0 for what has its momenta already.
     """
-    config, mask = recipe.config, decay_mask(recipe.config)
+    config, mask = recipe.config, decay_mask(recipe)
     return optax.contrib.muon(
         recipe.learning_rate,
         beta=momentum,
@@ -136,10 +138,20 @@ def muon(recipe: Recipe, momentum: float) -> optax.GradientTransformation:
     )
 
 
-def decay_mask(config: ConfigDict) -> Callable[[Any], Any] | None:
+def decay_mask(recipe: Recipe) -> Callable[[Any], Any] | None:
     """Which parameters decay; None: all of them."""
-    kind = config.decay_mask or ("all" if config.name == "sgd" else "kernels")
-    return _is_kernel if kind == "kernels" else None
+    kind = recipe.config.decay_mask or ("all" if recipe.config.name == "sgd" else "kernels")
+    if kind == "all":
+        return None
+    if recipe.matrices is None:
+        return _is_kernel
+    return lambda params: jax.tree.map(
+        lambda found, _: found is not None, recipe.matrices(params), params, is_leaf=_is_no_tree
+    )
+
+
+def _is_no_tree(found: Any) -> bool:
+    return found is None or isinstance(found, optax.contrib.MuonDimensionNumbers)
 
 
 def _is_kernel(params: Any) -> Any:

@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,14 +86,19 @@ def table(results: Results, plus_minus: str = "±") -> str:
 def _part(results: Results, plus_minus: str) -> str:
     rows = [
         ("", *(methods.STYLES[method].label for method in results)),
-        ("train task loss", *(_figure(r["train"], "task_loss", ".4f") for r in results.values())),
-        ("train KD loss", *(_figure(r["train"], "kd_loss", ".4f") for r in results.values())),
+        ("train task loss", *(number(r["train"], "task_loss", ".4f") for r in results.values())),
+        ("train KD loss", *(number(r["train"], "kd_loss", ".4f") for r in results.values())),
         ("test top-1", *(_accuracy(r["test"], "top1", plus_minus) for r in results.values())),
         ("test top-5", *(_accuracy(r["test"], "top5", plus_minus) for r in results.values())),
-        ("teacher forwards", *(_figure(r.get("cost", {}), "teacher_forwards", ".2f") for r in results.values())),
-        ("gradient FLOPs / KD", *(_figure(r.get("cost", {}), "relative_flops", ".2f") for r in results.values())),
-        ("seconds", *(_figure(r, "seconds", ".1f") for r in results.values())),
+        ("teacher forwards", *(number(r.get("cost", {}), "teacher_forwards", ".2f") for r in results.values())),
+        ("gradient FLOPs / KD", *(number(r.get("cost", {}), "relative_flops", ".2f") for r in results.values())),
+        ("seconds", *(number(r, "seconds", ".1f") for r in results.values())),
     ]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is aligned to the left, and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "   ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -107,7 +113,7 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
         " well."
     ]
     if {"dot", "dkd_dot", "crd_dot"} & set(results):
-        gains, baseline = _what_dot_changes(settings)
+        gains, baseline = what_dot_changes(settings)
         lines += [gains, baseline] if "dot" in results else [gains]  # of other losses than KD's it is no baseline
     others = [method for method in results if method in methods.TRAITS and methods.TRAITS[method].objective != "kd"]
     if others:
@@ -115,6 +121,12 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
             f"The KD loss is the plain one in every column; {', '.join(methods.STYLES[m].label for m in others)} minimized"
             " another (objectives.py), which metrics.jsonl has as well."
         )
+    return lines + general_notes(settings, results)
+
+
+def general_notes(settings: Any, results: Results) -> list[str]:
+    """What holds of any comparison of methods with one learning rate."""
+    lines = []
     if len(results) > 1:
         lines.append(
             "Every method has the same learning rate here, as in the paper; before you believe a difference, compare"
@@ -130,11 +142,18 @@ def notes(settings: Settings, results: Results, plus_minus: str = "±") -> list[
     return [*lines, note] if note else lines
 
 
-def _what_dot_changes(settings: Settings) -> list[str]:
+def what_dot_changes(settings: Any) -> list[str]:
+    """What of DOT's effect plain KD has as well, and how to tell."""
     optimizer = settings.config.optimizer
     dot = dot_optax.gains(*settings.betas)
     plain, _ = dot_optax.gains(optimizer.momentum, optimizer.momentum)
     task, kd = dot.task / plain, dot.kd / plain
+    if optimizer.name == "muon":
+        return [
+            f"DOT's two momenta multiply a steady KD gradient by {kd / task:.3g} times as much as a task gradient; Muon sees"
+            " directions alone, so that plain KD with such weights has the same steady updates.",
+            "--config.method=kd_gain_matched is that: only what DOT does better is due to its two momenta.",
+        ]
     if optimizer.name == "adamw":
         return [
             f"DOT's two momenta multiply a steady task gradient by {task:.3g} and a KD gradient by {kd:.3g}, where"
@@ -150,12 +169,26 @@ def _what_dot_changes(settings: Settings) -> list[str]:
     ]
 
 
-def picture(curves: Curves, results: Results) -> bytes:
+def picture(
+    curves: Curves,
+    results: Results,
+    *,
+    panels: Sequence[Sequence[str]] = _PANELS,
+    split: str = "train",
+    note: str = "final student, evaluated: the table",
+) -> bytes:
     """Draws both losses over the epochs, and the loss plane with a path for each method; returns a PNG.
 
     The lines are what a student had while it trained: means over the batches of an epoch, normalized, where there is
     BatchNorm, by the statistics of each batch. The diamonds are the losses of the table: the final student, evaluated
-    on the whole training split, with running statistics. The two can rank methods differently.
+    on a whole split, with running statistics. The two can rank methods differently.
+
+    Args:
+        curves: of each method, a record for each epoch.
+        results: of each method, the means over the splits.
+        panels: title and labels of both axes of each panel.
+        split: of the final student's losses.
+        note: what the legend says of these.
     """
     # Those that had a teacher; of a sampled loss, not every epoch need have a value.
     distilled = [method for method, lines in curves.items() if any(line["kd_loss"] is not None for line in lines)]
@@ -164,8 +197,8 @@ def picture(curves: Curves, results: Results) -> bytes:
     height = 4.3 + (0.2 * max(rows - 2, 0) if distilled else 0)
     figure = Figure(figsize=(12 if distilled else 5, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
-    for axes, (title, x_label, y_label) in zip(panels, _PANELS, strict=False):
+    drawn = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
+    for axes, (title, x_label, y_label) in zip(drawn, panels, strict=False):
         axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log")
         axes.grid(True, alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -173,25 +206,25 @@ def picture(curves: Curves, results: Results) -> bytes:
         label, color, dashes = methods.STYLES[method]
         epochs = range(1, len(lines) + 1)
         task, kd = ([_positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
-        final_task, final_kd = (_positive(results[method]["train"].get(key)) for key in ("task_loss", "kd_loss"))
+        final_task, final_kd = (_positive(results[method][split].get(key)) for key in ("task_loss", "kd_loss"))
         paths = [(epochs, task, epochs[-1], final_task)]
         if method in distilled:
             paths += [(epochs, kd, epochs[-1], final_kd), (task, kd, final_task, final_kd)]
-        for axes, (x, y, final_x, final_y) in zip(panels, paths, strict=False):
+        for axes, (x, y, final_x, final_y) in zip(drawn, paths, strict=False):
             axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.2, label=label.replace("$", r"\$"))
             axes.plot(x[-1], y[-1], **_LAST_EPOCH | _colored(color, dashes))
             axes.plot(final_x, final_y, **_EVALUATED | _colored(color, dashes))
-    for axes in panels[:2]:
+    for axes in drawn[:2]:
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True, min_n_ticks=1))
-    for axes in panels[2:]:
+    for axes in drawn[2:]:
         axes.set_xscale("log")
         _set_ticks(axes.xaxis)
-    for axes in panels:
+    for axes in drawn:
         _set_ticks(axes.yaxis)
     handles = [
-        *panels[0].get_legend_handles_labels()[0],
+        *drawn[0].get_legend_handles_labels()[0],
         Line2D([], [], color="gray", label="last epoch, while training", **_LAST_EPOCH),
-        Line2D([], [], color="gray", label="final student, evaluated: the table", **_EVALUATED),
+        Line2D([], [], color="gray", label=note, **_EVALUATED),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False)
     png = io.BytesIO()
@@ -258,7 +291,8 @@ def _positive(value: float | None) -> float:
     return value if value is not None and value > 0 else math.nan
 
 
-def _figure(means: dict[str, Any], name: str, form: str) -> str:
+def number(means: dict[str, Any], name: str, form: str) -> str:
+    """One of the means, or a dash if there is none."""
     value = means.get(name)
     return "-" if value is None else format(value, form)
 

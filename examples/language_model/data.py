@@ -55,7 +55,7 @@ def eval_batch_size(corpus: Corpus, length: int, batch_size: int, devices: int) 
     It is never larger than the largest of validation and test split needs, so that both are evaluated in batches of one
     shape.
     """
-    needed = max(_num_predicted(split, length) for split in (corpus.validation, corpus.test))
+    needed = max(num_predicted(split, length) for split in (corpus.validation, corpus.test))
     return batches.shared_batch_size(batch_size, needed, devices)
 
 
@@ -78,8 +78,9 @@ def train_batches(
     """
     host = host or batches.this_host()
     whole_batches = steps_per_epoch(split, length, batch_size) * batch_size
-    per_token = 4 + (6 * cache.log_probs.shape[-1] if cache else 0)
-    batches.check_batch(batch_size, host, length * per_token, "batch_size", f"sequences of {length} tokens")
+    batches.check_batch(
+        batch_size, host, length * (4 + _bytes_cached(cache)), "batch_size", f"sequences of {length} tokens"
+    )
     sequences = grain.MapDataset.source(_Sequences(split, length, cache))
     shuffled = ElasticIterator(sequences.seed(seed).shuffle()[:whole_batches].repeat(epochs), batch_size, host)
     with contextlib.closing(batches.to_device(shuffled, put)) as iterator:
@@ -92,17 +93,19 @@ def eval_batches(
     batch_size: int,
     put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[batches.Batch]:
     """Every prediction of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
     host = host or batches.this_host()
-    batches.check_batch(batch_size, host, 5 * length, "eval_batch_size", f"sequences of {length} tokens")
+    batches.check_batch(
+        batch_size, host, length * (5 + _bytes_cached(cache)), "eval_batch_size", f"sequences of {length} tokens"
+    )
 
     def example(index: int, counts: bool) -> dict[str, np.ndarray]:
-        tokens = sequence(split, length, index)
-        valid = np.arange(1, length + 1) < (len(tokens) if counts else 0)
-        return {"tokens": np.pad(tokens, (0, length + 1 - len(tokens))), "valid": valid}
+        valid = np.arange(1, length + 1) + index * length < (len(split.tokens) if counts else 0)
+        return {"tokens": sequence(split, length, index), "valid": valid} | _cached(cache, index)
 
-    yield from batches.evaluation(example, _num_predicted(split, length), batch_size, put, host)
+    yield from batches.evaluation(example, num_predicted(split, length), batch_size, put, host)
 
 
 def batch_shapes(length: int, batch_size: int, k: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
@@ -115,12 +118,27 @@ def batch_shapes(length: int, batch_size: int, k: int = 0) -> dict[str, jax.Shap
 
 
 def sequence(split: Split, length: int, index: int) -> np.ndarray:
-    """The tokens of a sequence, int32 [length + 1]; the last one of a split may have fewer."""
-    return np.asarray(split.tokens[index * length : index * length + length + 1], np.int32)
+    """The tokens of a sequence, int32 [length + 1]; the last one of a split is filled up with zeros."""
+    tokens = np.asarray(split.tokens[index * length : index * length + length + 1], np.int32)
+    return np.pad(tokens, (0, length + 1 - len(tokens)))
 
 
-def _num_predicted(split: Split, length: int) -> int:
-    """Number of sequences, of which the last may be shorter."""
+def _bytes_cached(cache: Cache | None) -> int:
+    return 6 * cache.log_probs.shape[-1] if cache else 0  # for each token, in memory
+
+
+def _cached(cache: Cache | None, index: int) -> dict[str, np.ndarray]:
+    """What a teacher thinks of a sequence."""
+    if cache is None:
+        return {}
+    return {
+        "teacher_log_probs": np.array(cache.log_probs[index]),
+        "teacher_indices": np.asarray(cache.indices[index], np.int32),
+    }
+
+
+def num_predicted(split: Split, length: int) -> int:
+    """Number of sequences in evaluation, of which the last may be shorter."""
     return -(-(len(split.tokens) - 1) // length)
 
 
@@ -134,8 +152,4 @@ class _Sequences:
         return num_sequences(self._split, self._length)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        example = {"tokens": sequence(self._split, self._length, index)}
-        if self._cache:
-            example["teacher_log_probs"] = np.array(self._cache.log_probs[index])
-            example["teacher_indices"] = np.asarray(self._cache.indices[index], np.int32)
-        return example
+        return {"tokens": sequence(self._split, self._length, index)} | _cached(self._cache, index)

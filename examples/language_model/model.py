@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -305,6 +306,17 @@ def sharding_spec(path: jax.tree_util.KeyPath, leaf: Any, mesh: jax.sharding.Mes
     if len(axes) != np.ndim(leaf):
         return P()
     return _divisible(np.shape(leaf), axes, mesh)
+
+
+def matrices(params: Any) -> Any:
+    """Returns which parameters layers multiply with, as Muon's dimension numbers: all but embedding, head and norms."""
+    axes = {"o": ((1, 2), 3), "q": (1, (2, 3)), "k": (1, (2, 3)), "v": (1, (2, 3))}
+    axes |= dict.fromkeys(("gate", "up", "down"), (1, 2))
+
+    def dimensions(path: jax.tree_util.KeyPath, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        return optax.contrib.MuonDimensionNumbers(*axes[path[-1].key]) if path[-1].key in axes else None
+
+    return jax.tree.map_with_path(dimensions, params)
 
 
 def _divisible(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> P:

@@ -1,4 +1,4 @@
-r"""The teacher's k likeliest tokens at every position of the training text, computed once and kept on disk.
+r"""The teacher's k likeliest tokens at every position of a split of the text, computed once and kept on disk.
 
 The folder has
 
@@ -41,7 +41,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from examples.language_model.corpus import Split
-from examples.language_model.data import Cache, num_sequences, sequence
+from examples.language_model.data import Cache, sequence
 from examples.trainer import batches, hosts, lock, paths, records
 from examples.trainer.errors import UserError
 from examples.trainer.log import warn
@@ -56,10 +56,10 @@ _SAVED_EVERY = 5.0  # seconds; less is lost when the process dies
 # What a cache is of, and where that is said.
 _FLAGS = {
     "teacher": "--config.teacher",
-    "text": "--config.text and --config.tokenizer",
-    "k": "--config.cache.k",
+    "text": "--config.text",
+    "k": "--config.distillation.k",
     "temperature": "--config.distillation.temperature",
-    "length": "--config.length",
+    "length": "--config.sequence_length",
 }
 
 
@@ -68,6 +68,7 @@ def open_cache(
     *,
     split: Split,
     length: int,
+    sequences: int,
     vocabulary: int,
     k: int,
     temperature: float,
@@ -83,8 +84,9 @@ def open_cache(
 
     Args:
         folder: of this machine, for the files of this cache alone.
-        split: the training split, which has a sequence at least.
+        split: of the text.
         length: of a sequence.
+        sequences: how many there are: of a training split `data.num_sequences`, at least one; else `data.num_predicted`.
         vocabulary: the number of tokens that the teacher knows.
         k: how many of them to keep.
         temperature: that `predict` divides the logits by.
@@ -107,7 +109,6 @@ def open_cache(
         raise UserError(
             f"a teacher's logits cannot be in {folder}: their files are mapped into memory; give a folder of this machine"
         )
-    sequences = num_sequences(split, length)
     dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     files = _Files(folder, (sequences, length, k), dtype)
     identity = {
@@ -206,7 +207,7 @@ def _state(files: _Files, identity: records.Record) -> _State:
         flags = ", ".join(_FLAGS[name] for name in named if name in _FLAGS)
         raise UserError(
             f"the teacher's logits in {files.folder} are of something else: {'; '.join(says)}; put {flags or 'that'} right,"
-            " give another --config.cache.folder, or delete that folder to compute them anew"
+            " give another --config.text.folder, or delete that folder to compute them anew"
         )
     intact = set(_intact(files, finished))
     damaged = finished - len(intact)
@@ -259,7 +260,7 @@ def _begin(files: _Files, identity: records.Record, stack: contextlib.ExitStack)
         raise UserError(
             f"the teacher's logits take {wanted / 1e9:.3g} GB (k={k} for {sequences * length:,} tokens), and {folder} has"
             f" room for {(free + sum(held)) / 1e9:.3g} GB; give a smaller {_FLAGS['k']}, fewer --config.text.train_tokens, or"
-            " another --config.cache.folder"
+            " another --config.text.folder"
         )
     return state
 
@@ -359,7 +360,7 @@ def _encode(found: _Found, dtype: np.dtype) -> tuple[list[bytes], list[bytes]]:
     log_probs = np.asarray(found.log_probs, np.float32)
     if np.isnan(log_probs).any():
         raise UserError(
-            f"the teacher's log-probabilities are not numbers in the batch of training sequence {found.sequences[0]}; use"
+            f"the teacher's log-probabilities are not numbers in the batch of sequence {found.sequences[0]}; use"
             " another teacher, or --config.dtype=float32"
         )
     lowest = np.finfo(np.float16).min  # Below it all probabilities are 0.

@@ -38,6 +38,7 @@ class Program(NamedTuple):
     default_config: str
     help: Callable[[], Sequence[str]]  # further lines of its help; may import JAX
     run: Callable[["Arguments"], None]  # imports whatever it needs: a mistyped flag need not wait for Flax and Orbax
+    has_smoke_test: bool = True
 
 
 class Arguments(NamedTuple):
@@ -80,7 +81,8 @@ def parse(program: Program, argv: Sequence[str]) -> Arguments:
     choice = flags.FlagValues()
     flags.DEFINE_string("config", program.default_config, "name or path of a config", flag_values=choice)
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures", flag_values=choice)
-    flags.DEFINE_boolean("smoke_test", False, "try the config out, without its data", flag_values=choice)
+    if program.has_smoke_test:
+        flags.DEFINE_boolean("smoke_test", False, "try the config out, without its data", flag_values=choice)
     flags.DEFINE_boolean("help", False, "show how to use the program", short_name="h", flag_values=choice)
     flags.DEFINE_boolean("distributed", False, "join the other hosts of a cluster", flag_values=choice)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=choice)
@@ -107,7 +109,8 @@ def parse(program: Program, argv: Sequence[str]) -> Arguments:
         raise UserError(f"unexpected argument {unused[0]!r}")
     name = Path(choice.config).stem
     hosts = {flag: choice[flag].value for flag in _HOST_FLAGS}
-    return Arguments(config_flag.config, name, choice.workdir or f"runs/{name}", choice.smoke_test, hosts)
+    smoke_test = program.has_smoke_test and choice.smoke_test
+    return Arguments(config_flag.config, name, choice.workdir or f"runs/{name}", smoke_test, hosts)
 
 
 def _join_hosts(

@@ -30,9 +30,12 @@ def plain(values: records.Record) -> records.Record:
     return json.loads(json.dumps(values))
 
 
-def check(directory: epath.Path, identity: Identity) -> records.Record:
-    """Returns the record of the folder, empty if it has none; raises if what is saved there is not of this config."""
-    there = workdir.recorded(directory, others=["teacher"])  # An imported teacher may come first.
+def check(directory: epath.Path, identity: Identity, others: Sequence[str] = ()) -> records.Record:
+    """Returns the record of the folder, empty if it has none; raises if what is saved there is not of this config.
+
+    The `others` are names that a folder may hold without a record.
+    """
+    there = workdir.recorded(directory, others=["teacher", *others])  # An imported teacher may come first.
     if there is None:
         return {}
     here, saved = plain(identity.fields), saved_jobs(directory)

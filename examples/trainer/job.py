@@ -49,3 +49,5 @@ class Job(NamedTuple):
     unit: str  # such as "images"
     remedy: str  # what to change when the loss is not finite
     cost: Callable[[], Record] = dict  # what a step computes, to be written down with the result
+    # (variables) -> further entries of the result, which JSON can hold
+    further: Callable[[Variables], Record] = lambda variables: {}

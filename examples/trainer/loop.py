@@ -89,6 +89,7 @@ def write_result(
         "best": best and {"step": best.step, job.metrics.best: best.value},
         "cost": cost or {},
         **{name: means[split] for name, split in job.splits.items()},
+        **job.further(variables),
     }
     if jax.process_index() == 0:
         with records.writing(job.directory):

@@ -42,7 +42,7 @@ def default() -> ConfigDict:
     config.teacher.checkpoint = ""  # a folder made by import_teacher, or WORKDIR/METHOD of a run; or WORKDIR/teacher
     config.teacher.train = False  # train it in WORKDIR/teacher, with cross-entropy, if it is not there
     config.teacher.epochs = None
-    config.teacher.optimizer = _optimizer()
+    config.teacher.optimizer = optimizer()
 
     config.student = ConfigDict()
     config.student.model = None
@@ -80,7 +80,7 @@ def default() -> ConfigDict:
     config.sampling.form = "none"  # or losses, alternating, difference, examples
     config.sampling.period = 2  # k: the KD loss, or the difference, at every k-th step, or on every k-th image
 
-    config.optimizer = _optimizer()
+    config.optimizer = optimizer()
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
     config.optimizer.delta_warmup_epochs = 0  # delta, and DeepKD's, rise from 0 within these epochs, and each step
     return config
@@ -95,7 +95,7 @@ def set_networks(config: ConfigDict, teacher: str, student: str) -> ConfigDict:
     return config
 
 
-def _optimizer() -> ConfigDict:
+def optimizer() -> ConfigDict:
     config = ConfigDict()
     config.name = "sgd"  # or adamw, or muon
     config.learning_rate = None

@@ -1,0 +1,54 @@
+"""Which config, text and teacher a working directory belongs to."""
+
+from collections.abc import Sequence
+
+from examples.distill import methods
+from examples.language_model.configs import default
+from examples.language_model.settings import Settings
+from examples.trainer.identity import Identity
+from examples.trainer.settings import fields
+
+# They do not change what a job computes.
+_FREE_FIELDS = (
+    "method",
+    "parallel",
+    "devices",
+    "model_devices",
+    "remat",
+    "eval_batch_size",
+    "gradient_metrics",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "max_consecutive_skips",
+    "report_note",
+    "prompts",
+    "prompt_tokens",
+    "teacher.path",  # but its content does, see `identity.check_teacher`
+    "teacher.package",
+    "text.files",  # but the tokens do
+    "text.tokenizer",
+    "text.folder",
+)
+# The teacher does not depend on these.
+_STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
+
+
+def of(settings: Settings, text: str) -> Identity:
+    """What a working directory of these settings belongs to, with a text of this fingerprint."""
+    optimizer = settings.config.optimizer
+    return Identity(
+        {field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS} | {"text": text},
+        fields(default()),
+        _depends,
+        lambda saved: methods.why_not_longer(optimizer),
+    )
+
+
+def _depends(job: str, field: str, saved: Sequence[str]) -> bool:
+    """Whether what the job computes depends on the field."""
+    section = field.partition(".")[0]
+    if job == "teacher":
+        return section not in _STUDENT_SECTIONS
+    if job == "ce" and "teacher" not in saved:  # trained without one
+        return section not in ("teacher", "distillation", "sampling")
+    return True
