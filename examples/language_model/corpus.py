@@ -21,6 +21,7 @@ print 107 msec and 39.5 msec for 100 MB on one core. What does not fit is writte
 
 import bisect
 import collections
+import contextlib
 import fnmatch
 import functools
 import glob
@@ -296,19 +297,21 @@ def _write(
         unfinished.unlink(missing_ok=True)  # It may be a link.
         file = open(unfinished, "xb")
     try:
-        with file:
-            for ids, size in _tokenized(documents, limit, tokenizer, bar):
-                chunk = np.asarray(ids, dtype).tobytes()
-                checksum = zlib.crc32(chunk, checksum)
-                written.update(tokens=len(ids), bytes=size, documents=1)
-                with records.writing(unfinished):
-                    file.write(chunk)
+        for ids, size in _tokenized(documents, limit, tokenizer, bar):
+            chunk = np.asarray(ids, dtype).tobytes()
+            checksum = zlib.crc32(chunk, checksum)
+            written.update(tokens=len(ids), bytes=size, documents=1)
             with records.writing(unfinished):
-                file.flush()
-                os.fsync(file.fileno())
+                file.write(chunk)
+        with records.writing(unfinished):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         with records.writing(path):
             os.replace(unfinished, path)
     except BaseException:
+        with contextlib.suppress(OSError):  # It tries once more to write what could not be written.
+            file.close()
         unfinished.unlink(missing_ok=True)
         raise
     if not written["tokens"]:
