@@ -1,1 +1,1 @@
-"""dot_optax in other frames: one short file each. The page is README.md."""
+"""dot_optax in your trainer: one short file each. The page is README.md."""

@@ -1,17 +1,20 @@
 """Tunix's `DistillationTrainer` with DOT: gradient accumulation, checkpoints and resuming included.
 
 Three things of it know only one loss. Its strategy returns a sum: ours returns the container. Its train step
-differentiates the sum: ours differentiates each loss, in one forward pass. Its constructor wraps the optimizer in
-`optax.MultiSteps` if `gradient_accumulation_steps` is set: ours wraps it with `dot_optax.wrap` and does not tell.
+differentiates the sum: ours differentiates each loss, in one forward pass. Its constructor sees to the accumulation if
+`gradient_accumulation_steps` is set: ours wraps the optimizer with `dot_optax.wrap` and does not tell.
+
+Tunix 0.1.7 accumulates by wrapping the optimizer in `optax.MultiSteps`. Its main branch (0.1.8) has an accumulator
+instead, one tree like the parameters, which the train step gets; there the step has one more override.
 
     pip install google-tunix==0.1.7
     python -m examples.recipes.with_tunix
 
-It checks itself against NumPy, and stops with an error if they differ. It printed:
+It checks itself against NumPy, and stops with an error if they differ. With both versions it printed:
 
-    at once: 10 updates, largest deviation from NumPy 1.2e-07
+    at once: 10 updates, largest deviation from NumPy 1.0e-07
     restored after 4 updates, 8 batches
-    with a stop: 10 updates, largest deviation from NumPy 1.2e-07
+    with a stop: 10 updates, largest deviation from NumPy 1.0e-07
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ import optax
 from flax import nnx
 from tunix.distillation.distillation_trainer import DistillationTrainer, TrainingConfig, TrainingInput
 from tunix.distillation.strategies import LogitStrategy
+from tunix.sft import peft_trainer
 
 import dot_optax
 from examples.recipes import numpy_reference
@@ -68,6 +72,13 @@ class PerLossTrainer(DistillationTrainer):
         return sum(losses), metrics, optax.global_norm(jax.tree.map(jnp.add, *grads))
 
 
+class PerLossTrainerOfMain(PerLossTrainer):
+    """The same for Tunix's main branch, whose accumulator stays empty: the optimizer accumulates, as with 0.1.7."""
+
+    def _train_step(self, model, optimizer, grad_accumulator, inputs, is_update_step):
+        return super()._train_step(model, optimizer, inputs)
+
+
 class Student(nnx.Module):
     """Two layers with BatchNorm between them."""
 
@@ -95,7 +106,9 @@ def make_trainer(folder: str | None, max_steps: int) -> PerLossTrainer:
         eval_every_n_steps=1000, max_steps=max_steps, gradient_accumulation_steps=2, checkpoint_root_directory=folder
     )
     optimizer = dot_optax.dot(LEARNING_RATE)
-    return PerLossTrainer(Student(nnx.Rngs(0)), teacher, strategy, optimizer, config)
+    of_main = hasattr(peft_trainer, "GradientAccumulator")
+    trainer = PerLossTrainerOfMain if of_main else PerLossTrainer
+    return trainer(Student(nnx.Rngs(0)), teacher, strategy, optimizer, config)
 
 
 def arrays(model: Student) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from examples.recipes import (
     one_forward_pass,
     with_accumulating_trainer,
     with_equinox,
+    with_flax,
     with_float16,
     with_keras,
     with_nnx,
@@ -66,6 +67,25 @@ def test_the_reference_depends_on_both_momenta(monkeypatch):
     expected = numpy_reference.train(theta, batches(STEPS))
     monkeypatch.setattr(numpy_reference, "BETA_KD", numpy_reference.BETA_TASK)
     assert numpy_reference.deviation(numpy_reference.train(theta, batches(STEPS)), expected) > 1e-2
+
+
+# A plain Flax loop
+
+
+def test_flax():
+    start = with_flax.init()
+    expected = numpy_reference.train(with_flax.arrays(start.params), batches(STEPS))
+    trained = with_flax.train(STEPS)
+    assert numpy_reference.deviation(with_flax.arrays(trained.params), expected) < FLOAT32
+
+
+@pytest.mark.slow
+def test_flax_moves_the_statistics_once_a_step():
+    x, body = batches(1)[0][0], with_flax.init().params["body"]
+    mean = (x @ np.asarray(body["kernel"]) + np.asarray(body["bias"])).mean(0)
+    # Flax's default momentum is 0.99, from a mean of 0; float32 rounds the mean, of order one, at 6e-8.
+    moved = with_flax.train(1).batch_stats["norm"]["mean"]
+    np.testing.assert_allclose(moved, 0.01 * mean, rtol=0, atol=1e-7)
 
 
 # Flax NNX
