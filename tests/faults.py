@@ -1,11 +1,12 @@
-"""Faults that a training run survives, each brought about for real: through the command, on digits.
+"""Faults that a training run survives, each brought about for real: through the command, on small data.
 
-    python -m tests.faults
+    python -m tests.faults [PROGRAM]
 
-prints what happened, in some minutes on two cores; `tests/examples/test_trainer_faults.py` runs the same,
-two of them in the first tier and the others as slow tests.
+prints what happened, in some minutes on two cores; PROGRAM is `examples.distill` unless given.
+`tests/examples/test_trainer_faults.py` runs the same, two of them in the first tier and the others as slow tests.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -25,9 +26,10 @@ from absl import logging
 
 from examples.trainer import checkpoint
 from tests.cache import share_compiled_programs
-from tests.runs import HEARTBEAT, LONG, ONLY_BEST, SHORT, Workspace
+from tests.runs import DISTILL, HEARTBEAT, ONLY_BEST, Workspace
 
 KILLS = 20
+ROOM = 7000  # bytes that a file may have where there is no room for checkpoints: each has larger ones
 
 # A config that gives wrong labels, of which the loss is NaN, in the batches that the environment names.
 _BAD_BATCHES = """
@@ -106,7 +108,7 @@ def killed_at_random_moments(workspace):
     while_training, until_first_save = 0, math.inf
     for kill in range(KILLS):
         before = _saved(workdir)
-        begun, run = time.perf_counter(), workspace.start(workdir, *LONG)
+        begun, run = time.perf_counter(), workspace.start(workdir, *workspace.program.long)
         if kill % 2 == 0:
             run.wait_for(lambda before=before: _saved(workdir) > before)
             until_first_save = min(until_first_save, time.perf_counter() - begun)
@@ -118,7 +120,7 @@ def killed_at_random_moments(workspace):
         assert code == -signal.SIGKILL
         while_training += _saved(workdir) > before
     assert while_training >= KILLS // 2
-    workspace.finish(workdir, *LONG)
+    workspace.finish(workdir, *workspace.program.long)
     _assert_same_bits(workdir, workspace.long)
     return (
         f"killed {KILLS} times, {while_training} of them after it had trained and saved; in the end parameters, momenta and"
@@ -128,7 +130,9 @@ def killed_at_random_moments(workspace):
 
 def killed_with_workers(workspace):
     workdir = workspace.with_teacher("killed_workers", workspace.short)
-    run = workspace.start(workdir, *SHORT, "--config.dataset.in_memory=False", "--config.dataset.workers=2")
+    run = workspace.start(
+        workdir, *workspace.program.short, "--config.dataset.in_memory=False", "--config.dataset.workers=2"
+    )
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     workers = run.children()
     assert len(workers) > 2  # the third removes their shared memory
@@ -163,25 +167,27 @@ def _terminate(workdir, start, number=signal.SIGTERM):
 
 def preempted(workspace, number):
     workdir = workspace.with_teacher(f"preempted_{number}", workspace.long)
-    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *LONG, ONLY_BEST)], number)
+    seconds = _terminate(workdir, lambda: [workspace.start(workdir, *workspace.program.long, ONLY_BEST)], number)
     assert seconds < 20
-    workspace.finish(workdir, *LONG)
+    workspace.finish(workdir, *workspace.program.long)
     _assert_same_bits(workdir, workspace.long)
     return f"saved and exited with 0 after {seconds:.1f} s; the next start ended with the bits of the undisturbed run"
 
 
 def preempted_on_one_of_two_hosts(workspace, number):
     workdir = workspace.with_teacher(f"preempted_hosts_{number}", workspace.long)
-    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *LONG, ONLY_BEST), number)
+    seconds = _terminate(
+        workdir, lambda: workspace.start_two_hosts(workdir, *workspace.program.long, ONLY_BEST), number
+    )
     assert seconds < 20
-    workspace.finish(workdir, *LONG)
+    workspace.finish(workdir, *workspace.program.long)
     _assert_close(workdir, workspace.long)
     return f"both saved the same step and exited with 0 after {seconds:.1f} s; one host alone went on to the same end"
 
 
 def preempted_with_workers(workspace):
     workdir = workspace.with_teacher("preempted_workers", workspace.long)
-    flags = (*LONG, "--config.dataset.in_memory=False", "--config.dataset.workers=1")
+    flags = (*workspace.program.long, "--config.dataset.in_memory=False", "--config.dataset.workers=1")
     run = workspace.start(workdir, *flags)
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     for child in run.children():
@@ -196,7 +202,7 @@ def preempted_with_workers(workspace):
 
 def one_of_two_hosts_killed(workspace, victim):
     workdir = workspace.with_teacher(f"host_{victim}_killed", workspace.long)
-    runs = workspace.start_two_hosts(workdir, *LONG)
+    runs = workspace.start_two_hosts(workdir, *workspace.program.long)
     runs[0].wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     runs[victim].send(signal.SIGKILL)
     code, seconds = runs[1 - victim].wait()
@@ -225,22 +231,30 @@ def _remove(folder):
 
 def _change_record(folder):
     record = folder / "progress" / "metadata"
-    record.write_text(record.read_text().replace('"epoch_steps": 0', '"epoch_steps": 1'))
+    content = record.read_text()
+    changed = content.replace('"epoch_steps": 0', '"epoch_steps": 1')
+    assert changed != content
+    record.write_text(changed)
 
 
 def damaged(workspace):
     workdir = workspace.unfinished("damaged")
     folder, aside = (workdir / "dot" / name for name in ("checkpoints", "damaged_checkpoints"))
-    damages = {84: _truncate, 70: _flip, 56: _remove, 42: _change_record}
+    _, intact, *damaged_steps = workspace.program.short_saves
+    damages = dict(zip(reversed(damaged_steps), (_truncate, _flip, _remove, _change_record), strict=True))
     for step, damage in damages.items():
         damage(folder / str(step))
-    warnings = [line for line in workspace.finish(workdir, *SHORT).splitlines() if line.startswith("warning: ")]
-    reasons = {70: "the checksum of its optimizer is wrong", 42: "the checksum of its progress is wrong"}
-    for step, line in zip(damages, warnings, strict=True):
-        assert reasons.get(step, "") in line
+    errors = workspace.finish(workdir, *workspace.program.short)
+    warnings = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    reasons = {
+        _flip: "the checksum of its optimizer is wrong",
+        _change_record: "the checksum of its progress is wrong",
+    }
+    for (step, damage), line in zip(damages.items(), warnings, strict=True):
+        assert reasons.get(damage, "") in line
         assert line.startswith(f"warning: cannot read the checkpoint {folder / str(step)} (")
-        assert line.endswith(f"); it is now in {aside}, and training goes on from step 28")
-    assert {path.name for path in aside.iterdir()} == {"84", "70", "56", "42"}
+        assert line.endswith(f"); it is now in {aside}, and training goes on from step {intact}")
+    assert {path.name for path in aside.iterdir()} == {str(step) for step in damages}
     _assert_same_bits(workdir, workspace.short)
     return (
         "said of each what is wrong, went on from the newest intact one, and ended with the bits of the undisturbed run"
@@ -249,22 +263,25 @@ def damaged(workspace):
 
 def disk_full_of_checkpoints(workspace):
     """No file may be as large as those of a checkpoint."""
-    workdir = workspace.unfinished("full")
-    shutil.rmtree(workdir / "dot" / "checkpoints" / "84")
-    flags = (*SHORT, "--config.checkpoint_every_steps=4")
+    workdir, every = workspace.unfinished("full"), 4
+    *intact, last = workspace.program.short_saves
+    shutil.rmtree(workdir / "dot" / "checkpoints" / str(last))
+    flags = (*workspace.program.short, f"--config.checkpoint_every_steps={every}")
     run = workspace.start(workdir, *flags)
-    run.limit_files(7000)
+    run.limit_files(ROOM)
     code, _ = run.wait()
     folder = workdir / "dot" / "checkpoints"
     lines = [line for line in run.errors().splitlines() if ": cannot save the checkpoint" in line]
-    for line, step, kind in zip(lines, (72, 76, 80, 84), ("warning", "warning", "warning", "error"), strict=True):
+    steps = [step for step in range(intact[-1] + 1, last + 1) if step % every == 0 or step == last]
+    for line, step in zip(lines, steps, strict=True):
+        kind = "error" if step == last else "warning"
         assert line.startswith(f"{kind}: cannot save the checkpoint {folder / str(step)} (")
-        assert "); the latest is that of step 70" in line
+        assert f"); the latest is that of step {intact[-1]}" in line
     # Now and then TensorStore first stumbles over what it could not write to the end.
     assert any("(File too large); " in line for line in lines), lines
     assert code == 1
-    assert {path.name for path in folder.iterdir()} == {"14", "28", "42", "56", "70"}
-    workspace.finish(workdir, *SHORT)
+    assert {path.name for path in folder.iterdir()} == {str(step) for step in intact}
+    workspace.finish(workdir, *workspace.program.short)
     _assert_same_bits(workdir, workspace.short)
     return (
         "each save that failed was reported and training went on; for want of the last one it ended with an error; the"
@@ -275,8 +292,8 @@ def disk_full_of_checkpoints(workspace):
 def disk_full_for_a_while(workspace):
     """The same, until the first save has failed."""
     workdir = workspace.with_teacher("full_for_a_while", workspace.long)
-    run = workspace.start(workdir, *LONG)
-    run.limit_files(7000)
+    run = workspace.start(workdir, *workspace.program.long)
+    run.limit_files(ROOM)
     warning = f"warning: cannot save the checkpoint {workdir / 'dot' / 'checkpoints'}/"
     run.wait_for(lambda: warning in run.errors())
     run.lift_limit()
@@ -289,14 +306,14 @@ def disk_full_for_a_while(workspace):
 def disk_full_of_logs(workspace):
     """No file may grow at all."""
     workdir = workspace.with_teacher("full_log", workspace.long)
-    run = workspace.start(workdir, *LONG)
+    run = workspace.start(workdir, *workspace.program.long)
     run.wait_for(lambda: checkpoint.saved_steps(workdir / "dot"))
     run.limit_files(1)
     code, _ = run.wait()
     assert code == 1
     last = run.errors().splitlines()[-1]
     assert last.startswith("error: cannot write ") and "(File too large); put this right" in last, last
-    workspace.finish(workdir, *LONG)
+    workspace.finish(workdir, *workspace.program.long)
     _assert_same_bits(workdir, workspace.long)
     return "ended with an error that names the file; with room again the run had the bits of the undisturbed one"
 
@@ -305,7 +322,7 @@ def unwritable_output(workspace, redirection):
     """While NaN batches make it warn."""
     workdir = workspace.with_teacher("output" + re.sub(r"\W+", "_", redirection), workspace.short)
     config, environment = _bad_batches(workspace, "{6}")
-    run = workspace.start(workdir, config, *SHORT, environment=environment, redirection=redirection)
+    run = workspace.start(workdir, config, *workspace.program.short, environment=environment, redirection=redirection)
     code, _ = run.wait()
     assert (code, run.output(), run.errors()) == (0, "", "")
     assert _log(workdir / "dot")[0]["skipped_steps"] == 1
@@ -315,7 +332,7 @@ def unwritable_output(workspace, redirection):
 
 def ascii_terminal(workspace):
     workdir = workspace.with_teacher("ascii", workspace.short)
-    run = workspace.start(workdir, *SHORT, environment={"PYTHONIOENCODING": "ascii"})
+    run = workspace.start(workdir, *workspace.program.short, environment={"PYTHONIOENCODING": "ascii"})
     code, _ = run.wait()
     assert code == 0, run.errors()
     assert " +- 0.0" in run.output() and run.output().isascii()
@@ -326,7 +343,7 @@ def ascii_terminal(workspace):
 def nan_batches(workspace):
     workdir = workspace.with_teacher("nan", workspace.short)
     config, environment = _bad_batches(workspace, "{6, 21, 22, 84}")
-    errors = workspace.finish(workdir, config, *SHORT, environment=environment)
+    errors = workspace.finish(workdir, config, *workspace.program.short, environment=environment)
     for step, epoch in ((6, 1), (21, 2), (22, 2), (84, 6)):
         assert f"warning: dot: step {step} (epoch {epoch}) is skipped: its loss or update is not finite" in errors
     log = _log(workdir / "dot")
@@ -341,7 +358,7 @@ def nan_batches(workspace):
 def only_nan_batches(workspace):
     workdir = workspace.with_teacher("only_nan", workspace.short)
     config, environment = _bad_batches(workspace, "range(30, 1000)")
-    flags = (*SHORT, "--config.max_consecutive_skips=5", "--config.checkpoint_every_steps=2")
+    flags = (*workspace.program.short, "--config.max_consecutive_skips=5", "--config.checkpoint_every_steps=2")
     run = workspace.start(workdir, config, *flags, environment=environment)
     code, _ = run.wait()
     latest = workdir / "dot" / "checkpoints" / "28"
@@ -355,21 +372,24 @@ def only_nan_batches(workspace):
     return "stopped after the 5 steps of --config.max_consecutive_skips=5, and named the latest checkpoint"
 
 
-FAULTS = {
+# What `examples/trainer` has to survive whatever it trains; and what is tried on one program for all.
+_ON_ANY_PROGRAM = {
     "`kill -9` at random moments": killed_at_random_moments,
-    "`kill -9` of a run with worker processes": killed_with_workers,
     "SIGTERM": functools.partial(preempted, number=signal.SIGTERM),
+    "checkpoints with a file cut in half, a bit flipped in a momentum, a part missing, a number changed": damaged,
+    "no room for checkpoints": disk_full_of_checkpoints,
+    "no room for anything": disk_full_of_logs,
+}
+_ON_DIGITS = {
+    "no room for checkpoints, for a while": disk_full_for_a_while,
+    "`kill -9` of a run with worker processes": killed_with_workers,
+    "SIGTERM to its worker processes as well": preempted_with_workers,
     "SIGHUP, as when a terminal closes": functools.partial(preempted, number=signal.SIGHUP),
     "SIGUSR1": functools.partial(preempted, number=signal.SIGUSR1),
-    "SIGTERM to its worker processes as well": preempted_with_workers,
     "SIGTERM on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGTERM),
     "SIGUSR1 on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGUSR1),
     "`kill -9` of the second of two hosts": functools.partial(one_of_two_hosts_killed, victim=1),
     "`kill -9` of the first of two hosts": functools.partial(one_of_two_hosts_killed, victim=0),
-    "checkpoints with a file cut in half, a bit flipped in a momentum, a part missing, a number changed": damaged,
-    "no room for checkpoints, for a while": disk_full_for_a_while,
-    "no room for checkpoints": disk_full_of_checkpoints,
-    "no room for anything": disk_full_of_logs,
     "stdout and stderr closed": functools.partial(unwritable_output, redirection=">&- 2>&-"),
     "stdout and stderr on a full disk": functools.partial(unwritable_output, redirection=">/dev/full 2>&1"),
     "stdout and stderr a pipe without a reader": functools.partial(unwritable_output, redirection="> >(true) 2>&1"),
@@ -377,15 +397,20 @@ FAULTS = {
     "batches whose loss is NaN": nan_batches,
     "only such batches": only_nan_batches,
 }
+FAULTS = {DISTILL: _ON_ANY_PROGRAM | _ON_DIGITS}
 
 
 def main():
+    programs = {program.module: program for program in FAULTS}
+    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser.add_argument("program", choices=programs, nargs="?", default=DISTILL.module)
+    program = programs[parser.parse_args().program]
     share_compiled_programs()
     with contextlib.ExitStack() as stack:
-        workspace = Workspace(stack.enter_context(tempfile.TemporaryDirectory()))
+        workspace = Workspace(stack.enter_context(tempfile.TemporaryDirectory()), program)
         logging.set_verbosity(logging.FATAL)
         print("| fault | what happened |\n| --- | --- |")
-        for name, fault in FAULTS.items():
+        for name, fault in FAULTS[program].items():
             print(f"| {name} | {fault(workspace)} |", flush=True)
 
 

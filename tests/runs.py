@@ -12,29 +12,66 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
 
 HEARTBEAT = 10  # seconds
-_EVERY_EPOCH = ("--config.checkpoint_every_steps=14", "--config.keep_checkpoints=6")
-SHORT = ("--config.epochs=6", "--config.teacher.epochs=2", *_EVERY_EPOCH)
-LONG = (
-    "--config.epochs=4",
-    "--config.teacher.epochs=1",
-    "--config.batch_size=4",  # 225 steps in an epoch
-    "--config.checkpoint_every_steps=20",
-)
 # Without checkpoints but for the best, which are those of whole epochs that have been validated.
 ONLY_BEST = "--config.checkpoint_every_steps=1000000"
 
 
-class Run:
-    """The command, running in a process of its own."""
+class Program(NamedTuple):
+    """A command that trains a teacher and the student `dot` on `examples/trainer`, and how to run it for seconds.
 
-    def __init__(self, arguments, environment, redirection=""):
-        command = [sys.executable, "-m", "examples.distill", *arguments]
+    module: what `python -m` runs.
+    prepare: makes in a folder what the runs read, and returns the flags that name it.
+    short: the flags of a run that saves after each of its six epochs and keeps all six checkpoints.
+    short_saves: the steps of the student's checkpoints in that run.
+    long: the flags of a run whose student trains for some seconds, and saves several times a second.
+    """
+
+    module: str
+    prepare: Callable[[pathlib.Path], tuple[str, ...]]
+    short: tuple[str, ...]
+    short_saves: tuple[int, ...]
+    long: tuple[str, ...]
+
+
+def _prepare_digits(folder):
+    tfds.disable_progress_bar()
+    # Where another process has prepared it, nothing happens.
+    tfds.builder("sklearn_digits", data_dir=folder, file_format="array_record").download_and_prepare()
+    return (f"--config.dataset.data_dir={folder}",)
+
+
+DISTILL = Program(
+    module="examples.distill",
+    prepare=_prepare_digits,
+    short=(
+        "--config.epochs=6",
+        "--config.teacher.epochs=2",
+        "--config.checkpoint_every_steps=14",
+        "--config.keep_checkpoints=6",
+    ),
+    short_saves=(14, 28, 42, 56, 70, 84),
+    long=(
+        "--config.epochs=4",
+        "--config.teacher.epochs=1",
+        "--config.batch_size=4",  # 225 steps in an epoch
+        "--config.checkpoint_every_steps=20",
+    ),
+)
+
+
+class Run:
+    """A command, running in a process of its own."""
+
+    def __init__(self, module, arguments, environment, redirection=""):
+        command = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" {redirection}', "bash", *command] if redirection else command,
             stdout=subprocess.PIPE,
@@ -106,16 +143,14 @@ class Run:
 
 
 class Workspace:
-    """A folder for runs, with a prepared dataset; several processes may share it."""
+    """A folder for runs of a program, with what they read; several processes may share it."""
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder, program=DISTILL):
+        self.folder, self.program = pathlib.Path(folder), program
         self.folder.mkdir(exist_ok=True)
-        tfds.disable_progress_bar()
         without_torch = self.folder / "without_torch"
         with self.one_at_a_time():
-            # Where another process has prepared it, nothing happens.
-            tfds.builder("sklearn_digits", data_dir=self.folder, file_format="array_record").download_and_prepare()
+            self._flags = program.prepare(self.folder)
             # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
             without_torch.mkdir(exist_ok=True)
             (without_torch / "torch.py").write_text("raise ImportError")
@@ -129,14 +164,9 @@ class Workspace:
             yield
 
     def start(self, workdir, *flags, devices=1, environment=None, redirection=""):
-        arguments = [
-            f"--workdir={workdir}",
-            f"--config.dataset.data_dir={self.folder}",
-            "--config.method=dot",
-            *flags,
-        ]
-        devices = {"JAX_NUM_CPU_DEVICES": str(devices)}
-        return Run(arguments, self._environment | devices | (environment or {}), redirection)
+        arguments = [f"--workdir={workdir}", *self._flags, "--config.method=dot", *flags]
+        environment = self._environment | {"JAX_NUM_CPU_DEVICES": str(devices)} | (environment or {})
+        return Run(self.program.module, arguments, environment, redirection)
 
     def start_two_hosts(self, workdir, *flags, each=((), ())):
         """Starts two processes with two devices each."""
@@ -162,12 +192,13 @@ class Workspace:
     @functools.cached_property
     def short(self):
         """The folder of an undisturbed run."""
-        return self._undisturbed("short", SHORT)
+        return self._undisturbed("short", self.program.short)
 
     @functools.cached_property
     def long(self):
         """The folder of an undisturbed run that takes some seconds."""
-        return self._undisturbed("long", (*LONG, ONLY_BEST))  # whose bits do not depend on how often it saves
+        # Its bits do not depend on how often it saves.
+        return self._undisturbed("long", (*self.program.long, ONLY_BEST))
 
     def with_teacher(self, name, undisturbed):
         """Returns a folder in which only the student is still to be trained."""

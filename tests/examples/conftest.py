@@ -1,19 +1,28 @@
 """What the tests of the example share: one prepared dataset, and a command line that trains for seconds only."""
 
+import functools
 import os
 import shutil
 
 import pytest
 
 from examples.distill.command_line import main
-from tests.runs import Workspace
+from tests.runs import DISTILL, Workspace
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory):
-    """For runs in processes of their own; all workers of pytest share it."""
+def workspaces(tmp_path_factory):
+    """From a program to the workspace for its runs in processes of their own; all workers of pytest share them."""
     folder = tmp_path_factory.getbasetemp()
-    return Workspace((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "workspace")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return functools.cache(lambda program: Workspace(folder / program.module, program))
+
+
+@pytest.fixture(scope="session")
+def workspace(workspaces):
+    """That of `examples.distill`."""
+    return workspaces(DISTILL)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,18 @@
 
 import pytest
 
-from tests import faults
+from tests.faults import FAULTS
 from tests.tiers import slow_but
+
+CASES = {
+    f"{program.module}: {name}": (program, fault)
+    for program, faults in FAULTS.items()
+    for name, fault in faults.items()
+}
 
 
 # Steps whose loss is NaN are skipped in the first tier too: see test_distill_steps.py and test_distill_run.py.
-@pytest.mark.parametrize("fault", slow_but(faults.FAULTS, "SIGTERM", "stdout and stderr closed"))
-def test_a_run_survives(fault, workspace):
-    assert faults.FAULTS[fault](workspace)
+@pytest.mark.parametrize("case", slow_but(CASES, "examples.distill: SIGTERM"))
+def test_a_run_survives(case, workspaces):
+    program, fault = CASES[case]
+    assert fault(workspaces(program))

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from examples.trainer import checkpoint
-from tests.runs import SHORT
 from tests.tiers import slow_but
 
 
 def _run_on_two_hosts(workspace, workdir, *flags, **options):
     """Returns (exit code, stdout, stderr) of both processes."""
-    runs = workspace.start_two_hosts(workdir, *SHORT, *flags, **options)
+    runs = workspace.start_two_hosts(workdir, *workspace.program.short, *flags, **options)
     codes = [run.wait()[0] for run in runs]
     return [(code, run.output(), run.errors()) for code, run in zip(codes, runs, strict=True)]
 
