@@ -34,7 +34,7 @@ def validated(config: ConfigDict) -> Settings:
     fields = settings.fields(config)
     settings.check_names(fields, settings.fields(default()), free=_MODELS)
     distillation, student, teacher = config.distillation, config.student, config.teacher
-    unused = ["teacher.epochs", "teacher.optimizer", "teacher.model"] if teacher.path else []
+    unused = ["teacher.epochs", "teacher.optimizer", "teacher.model"] if teacher.path or teacher.model is None else []
     unused += ["student.model"] if student.every_nth_layer else []
     settings.check({name: value for name, value in fields.items() if not name.startswith(tuple(unused))}, _RULES)
     if not distillation.task_weight and not distillation.kd_weight:

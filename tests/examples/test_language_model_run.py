@@ -1,0 +1,191 @@
+"""Whole runs of the language model through the command line: what they leave behind, and what happens when run again."""
+
+import json
+import math
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from examples.language_model import jobs
+from examples.trainer import checkpoint, loop
+from tests.tiers import slow_but
+
+_TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
+_EVALUATION = ("task_loss", "kd_loss", "bits_per_byte", "top1")
+_OF_DISTILLATION = {"kd_loss", "kd_grad_norm", "grad_cosine", "validation_kd_loss"}
+
+
+def _lines(job):
+    return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+
+
+def _result(job):
+    return json.loads((job / "result.json").read_text())
+
+
+def _assert_same_student(a, b, **tolerances):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerances.get("atol", 0)),
+        checkpoint.load_variables(a),
+        checkpoint.load_variables(b),
+    )
+
+
+def test_what_a_run_leaves(finished_language_model):
+    folder = finished_language_model
+    for job in ("teacher", "kd", "dot"):
+        lines = _lines(folder / job)
+        assert [line["step"] for line in lines] == [12, 24, 36, 48]
+        for line in lines:
+            assert set(line) == {
+                "epoch",
+                "step",
+                *_TRAINING,
+                "skipped_steps",
+                *(f"validation_{name}" for name in _EVALUATION),
+                "seconds",
+            }
+            unknown = {name for name, value in line.items() if value is None}
+            assert unknown == (_OF_DISTILLATION if job == "teacher" else set())
+        assert lines[-1]["task_loss"] < lines[0]["task_loss"]
+        assert set(_result(folder / job)["continuations"]) == {"def ", "import ", "class "}
+    assert lines[-1]["kd_loss"] < lines[0]["kd_loss"]
+    height, width, _ = imread(folder / "losses.png").shape
+    assert width > height > 100
+
+
+def test_bits_per_byte_count_all_predictions_and_all_bytes(finished_language_model):
+    """A token is a byte here, documents end with one more, and the first token of a split is not predicted."""
+    text = json.loads((finished_language_model / "text" / "corpus.json").read_text())["splits"]
+    for job in ("teacher", "kd", "dot"):
+        for split in ("validation", "test"):
+            means = _result(finished_language_model / job)[split]
+            assert means["count"] == text[split]["tokens"] - 1
+            bits = means["task_loss"] * means["count"] / math.log(2) / text[split]["bytes"]
+            assert means["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+            assert 0 < means["bits_per_byte_error"] < means["bits_per_byte"]
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_loss(finished_language_model):
+    lines = _lines(finished_language_model / "dot")
+    best = min(lines, key=lambda line: line["validation_task_loss"])
+    assert _result(finished_language_model / "dot")["best"] == {
+        "step": best["step"],
+        "task_loss": best["validation_task_loss"],
+    }
+
+
+def test_a_second_run_reports_and_does_not_train(finished_language_model, language_model, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "fit", lambda *args: pytest.fail("trained again"))
+    assert language_model(finished_language_model, "--config.method=kd,dot") == 0
+    printed = capsys.readouterr().out
+    assert "Nothing left to train." in printed
+    header, bits, *_ = [line for line in printed.splitlines() if line.startswith((" " * 19, "test bits"))]
+    assert header.split() == ["teacher", "KD", "DOT"]
+    for job in ("teacher", "kd", "dot"):
+        assert f"{_result(finished_language_model / job)['test']['bits_per_byte']:.4f} ±" in bits
+    continued = _result(finished_language_model / "dot")["continuations"]["def "]
+    assert f"  DOT                {continued!r}" in printed
+
+
+@pytest.mark.slow  # see also test_trainer_faults.py
+def test_an_interrupted_run_ends_as_one_that_was_not(finished_language_model, language_model, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_language_model, workdir, ignore=shutil.ignore_patterns("dot", "kd"))
+    jobs_of = jobs.student
+
+    def interrupted(*args):
+        job, calls = jobs_of(*args), iter(range(30))
+
+        def step(*args):
+            if next(calls) == 29:
+                signal.raise_signal(signal.SIGTERM)
+            return job.step(*args)
+
+        return job._replace(step=step)
+
+    monkeypatch.setattr(jobs, "student", interrupted)
+    assert language_model(workdir, "--config.method=dot") == 0
+    assert 12 < max(checkpoint.saved_steps(workdir / "dot")) < 48
+    monkeypatch.setattr(jobs, "student", jobs_of)
+    assert language_model(workdir, "--config.method=dot") == 0
+    _assert_same_student(workdir / "dot", finished_language_model / "dot")
+    without_seconds = [
+        [line | {"seconds": 0} for line in _lines(folder / "dot")] for folder in (workdir, finished_language_model)
+    ]
+    assert without_seconds[0] == without_seconds[1]
+
+
+@pytest.mark.slow
+def test_a_cache_of_all_tokens_gives_the_same_student(finished_language_model, language_model, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_language_model, workdir, ignore=shutil.ignore_patterns("dot", "kd"))
+    (workdir / "config.json").unlink()
+    shutil.rmtree(workdir / "teacher")
+    flags = ("--config.method=dot", f"--config.teacher.path={finished_language_model / 'teacher'}")
+    assert language_model(workdir, *flags, "--config.distillation.cache=True") == 0
+    assert {path.name for path in (workdir / "text").iterdir()} >= {
+        f"teacher_logits_{split}" for split in ("train", "validation", "test")
+    }
+    # Float16 has 11 bits: its log-probabilities are off by 2.4e-4 of their size. 48 steps of 1e-3 each end 2e-3 apart at most.
+    _assert_same_student(workdir / "dot", finished_language_model / "dot", atol=2e-3)
+    here, there = (_result(folder / "dot") for folder in (workdir, finished_language_model))
+    assert here["test"]["kd_loss"] == pytest.approx(there["test"]["kd_loss"], rel=1e-2)
+    assert (here["cost"]["teacher_forwards"], there["cost"]["teacher_forwards"]) == (0.0, 1.0)
+    assert here["cost"]["relative_flops"] < there["cost"]["relative_flops"]
+
+
+_OVERRIDES = {
+    "every second layer of the teacher": ["--config.student.every_nth_layer=2"],
+    "muon": ["--config.optimizer.name=muon"],
+    "top_k": ["--config.distillation.loss=top_k", "--config.distillation.k=8"],
+    "top_k from a cache": [
+        "--config.distillation.loss=top_k",
+        "--config.distillation.k=8",
+        "--config.distillation.cache=True",
+    ],
+    "reverse": ["--config.distillation.loss=reverse"],
+    "jsd from a cache": ["--config.distillation.loss=jsd", "--config.distillation.cache=True"],
+    "skew": ["--config.distillation.loss=skew"],
+    "alternating": ["--config.sampling.form=alternating"],
+    "difference": ["--config.sampling.form=difference", "--config.sampling.period=4"],
+    "examples from a cache": ["--config.sampling.form=examples", "--config.distillation.cache=True"],
+    "remat, in bfloat16": ["--config.remat=True", "--config.dtype=bfloat16"],
+    "four devices": ["--config.devices=4"],
+    "four devices, two of them for a sequence": ["--config.devices=4", "--config.model_devices=2"],
+    "pmap": ["--config.devices=2", "--config.parallel=pmap"],
+    "shard_map": [
+        "--config.devices=2",
+        "--config.parallel=shard_map",
+        "--config.optimizer.name=sgd",
+        "--config.teacher.optimizer.name=sgd",
+        "--config.optimizer.learning_rate=0.1",
+    ],
+    "without gradient metrics": ["--config.method=ce,kd,kd_gain_matched,dot", "--config.gradient_metrics=False"],
+}
+
+
+@pytest.mark.parametrize("which", slow_but(_OVERRIDES))
+def test_what_can_be_chosen(which, language_model, tmp_path, capsys):
+    overrides = _OVERRIDES[which]
+    assert language_model(tmp_path / "run", "--config.method=dot", "--config.teacher.epochs=1", *overrides) == 0
+    lines = _lines(tmp_path / "run" / "dot")
+    for name in ("task_loss", "kd_loss"):
+        assert lines[-1][f"validation_{name}"] < lines[0][f"validation_{name}"]
+    assert "test bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], ["--config.model_devices=4"], ["--config.parallel=pmap"]])
+def test_devices_share_the_work(form, finished_language_model, language_model, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_language_model, workdir, ignore=shutil.ignore_patterns("dot", "kd"))
+    assert language_model(workdir, "--config.method=dot", "--config.devices=4", *form) == 0
+    # Adam divides rounding errors of gradients near 0 by their own size: 48 steps of 1e-3.
+    _assert_same_student(workdir / "dot", finished_language_model / "dot", atol=2e-3)
+    here, there = (_lines(folder / "dot")[-1]["validation_task_loss"] for folder in (workdir, finished_language_model))
+    assert here == pytest.approx(there, rel=1e-4)
