@@ -139,7 +139,7 @@ def test_devices_give_the_student_of_one(devices_of_model):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, one)
     q = state.params["layers"]["q"]
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == q.shape]
-    assert len(arrays) == 3  # the parameter and both momenta
+    assert len(arrays) == 9  # q, k and v, and both momenta of each
     heads = 1 if of_model == 2 else 2  # Four devices cannot divide two heads.
     for leaf in arrays:
         assert leaf.sharding.shard_shape(q.shape) == (2, 8 * of_model // devices, heads, 4)
