@@ -10,8 +10,11 @@ The folder has
 
 A token takes 4 k bytes, or 6 k. Sequences are written in their order, and those that the record counts as finished were
 on the disk before it said so: however a run ends, even by `kill -9` or with the power, the next one computes what is
-missing. At every start all checksums are compared (with Python's CRC-32, see `corpus.py` for its speed), and damaged
-sequences are computed anew. A cache of another teacher or text is never used, and never removed by this program.
+missing. At every start all is read and the checksums, CRC-32, are compared; damaged sequences are computed anew.
+
+    python -m timeit -s "import zlib; x = bytes(10**8)" "zlib.crc32(x)"
+
+prints 39.5 msec for 100 MB on one core, where a disk may take longer. A cache of another teacher or text is never used, and never removed by this program.
 
 On several hosts all compute, each with its own part of a batch, and the first one alone writes: on a network's file
 system, writers of one file can undo each other's pages. All of them read the files, and so must see the folder.
@@ -73,7 +76,6 @@ def open_cache(
     k: int,
     temperature: float,
     teacher_checksum: int,
-    corpus_fingerprint: str,
     predict: Predict,
     batch_size: int,
     put: Callable[[Any], batches.Batch] = jax.device_put,
@@ -91,7 +93,6 @@ def open_cache(
         k: how many of them to keep.
         temperature: that `predict` divides the logits by.
         teacher_checksum: tells one teacher from another.
-        corpus_fingerprint: tells one text, or tokenizer, from another.
         predict: `predict(tokens)` returns the log-probabilities [batch, length, k] of the teacher's likeliest tokens, and
             which these are; compiled. It is not called if nothing is missing.
         batch_size: of all hosts together.
@@ -113,7 +114,7 @@ def open_cache(
     files = _Files(folder, (sequences, length, k), dtype)
     identity = {
         "teacher": teacher_checksum,
-        "text": corpus_fingerprint,
+        "text": split.fingerprint,
         "k": k,
         "temperature": temperature,
         "length": length,
@@ -210,11 +211,6 @@ def _state(files: _Files, identity: records.Record) -> _State:
             " give another --config.text.folder, or delete that folder to compute them anew"
         )
     intact = set(_intact(files, finished))
-    damaged = finished - len(intact)
-    if damaged:
-        warn(
-            f"{damaged} of {finished} sequences of the teacher's logits in {files.folder} are damaged, and computed anew"
-        )
     return _State(finished, [sequence for sequence in range(files.shape[0]) if sequence not in intact])
 
 
@@ -253,7 +249,12 @@ def _begin(files: _Files, identity: records.Record, stack: contextlib.ExitStack)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     state = _state(files, identity)  # Another run may have written since it was asked.
-    held = [(folder / name).stat().st_size for name in files.sizes if (folder / name).exists()]
+    damaged = sum(sequence < state.finished for sequence in state.missing)
+    if damaged:
+        warn(
+            f"{damaged} of {state.finished} sequences of the teacher's logits in {folder} are damaged, and computed anew"
+        )
+    held = [os.path.getsize(folder / name) for name in files.sizes if (folder / name).exists()]
     wanted, free = files.shape[0] * sum(files.sizes.values()), shutil.disk_usage(folder).free
     if wanted - sum(held) > free:
         sequences, length, k = files.shape

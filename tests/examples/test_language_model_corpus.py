@@ -314,6 +314,8 @@ def test_other_fields_make_other_tokens(field, config, folder):
     config[field] += 10
     second = corpus.load(config, folder, BYTES)
     assert second.fingerprint != first.fingerprint
+    same_tokens = np.array_equal(second.train.tokens, first.train.tokens)
+    assert same_tokens == (field == "eval_tokens") == (second.train.fingerprint == first.train.fingerprint)
     config[field] -= 10
     assert corpus.load(config, folder, BYTES).fingerprint == first.fingerprint
 
@@ -325,6 +327,7 @@ def test_other_texts_and_tokenizers_make_other_tokens(config, folder, texts):
     (texts / "0.txt").write_text("text x\n")  # as long as it was
     changed = corpus.load(config, folder, BYTES)
     assert len({first.fingerprint, other.fingerprint, changed.fingerprint}) == 3
+    assert first.train.fingerprint != other.train.fingerprint
     assert b"text x\n" in [text for part in _all_documents(changed).values() for text in part]
     np.testing.assert_array_equal(first.train.tokens, before)  # Files that are in use are not written to.
 
