@@ -26,7 +26,7 @@ from examples.trainer.errors import UserError
 
 
 class Cache(NamedTuple):
-    """What a teacher thinks of each training sequence, see `teacher_logits.py`; both arrays are memory-mapped."""
+    """What a teacher thinks of each sequence of a split, see `teacher_logits.py`; both arrays are memory-mapped."""
 
     log_probs: np.ndarray  # float16 [sequences, length, k]
     indices: np.ndarray  # uint16 or uint32 [sequences, length, k]

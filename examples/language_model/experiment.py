@@ -102,7 +102,6 @@ def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath
             k=k,
             temperature=config.distillation.temperature,
             teacher_checksum=checksum,
-            corpus_fingerprint=shared.corpus.fingerprint,
             predict=functools.partial(predict, at_hand.network.params),
             batch_size=config.batch_size,
             put=layout.put_batch,

@@ -14,7 +14,8 @@ missing. At every start all is read and the checksums, CRC-32, are compared; dam
 
     python -m timeit -s "import zlib; x = bytes(10**8)" "zlib.crc32(x)"
 
-prints 39.5 msec for 100 MB on one core, where a disk may take longer. A cache of another teacher or text is never used, and never removed by this program.
+prints 39.5 msec for 100 MB on one core, where a disk may take longer. A cache of another teacher or text is never used,
+and never removed by this program.
 
 On several hosts all compute, each with its own part of a batch, and the first one alone writes: on a network's file
 system, writers of one file can undo each other's pages. All of them read the files, and so must see the folder.

@@ -46,6 +46,7 @@ def _open(folder, **changes):
     options = {
         "split": SPLIT,
         "length": LENGTH,
+        "sequences": SEQUENCES,
         "vocabulary": VOCABULARY,
         "k": K,
         "temperature": 1.0,
@@ -101,6 +102,17 @@ def test_training_reads_it(complete):
             log_probs, indices = _predict(batch["tokens"][:, :-1])
             np.testing.assert_array_equal(batch["teacher_log_probs"], log_probs.astype(jnp.float16))
             np.testing.assert_array_equal(batch["teacher_indices"], indices)
+
+
+def test_evaluation_reads_it(folder):
+    """Of a split whose last sequence is shorter."""
+    count = data.num_predicted(SPLIT, LENGTH)
+    assert count == SEQUENCES + 1
+    cache = _open(folder, sequences=count)
+    for batch in data.eval_batches(SPLIT, LENGTH, 4, cache=cache):
+        log_probs, indices = _predict(batch["tokens"][:, :-1])
+        np.testing.assert_array_equal(batch["teacher_log_probs"], log_probs.astype(jnp.float16))
+        np.testing.assert_array_equal(batch["teacher_indices"], indices)
 
 
 def test_large_vocabularies_have_larger_indices(folder):
@@ -233,20 +245,20 @@ def test_files_that_are_cut_or_gone(name, size, copy, complete, capsys):
         ),
         (
             {"split": SPLIT._replace(fingerprint="x" * 64)},
-            "text is abc there and xxxxxxxxxxxxxxxx here; put --config.text and --config.to",
+            "text is abc there and xxxxxxxxxxxxxxxx here; put --config.text right, give",
         ),
         (
             {"k": 4},
-            "k is 5 there and 4 here; put --config.cache.k right, give another --config.cache.folder, or delete",
+            "k is 5 there and 4 here; put --config.distillation.k right, give another --config.text.folder",
         ),
         (
             {"temperature": 2.0},
             "temperature is 1.0 there and 2.0 here; put --config.distillation.temperature right, give",
         ),
-        ({"length": 4}, "length is 8 there and 4 here; put --config.length right, give another --config.cache.folder"),
+        ({"length": 4}, "length is 8 there and 4 here; put --config.sequence_length right, give another --config.text"),
         (
             {"k": 4, "temperature": 2.0},
-            "k is 5 there and 4 here; temperature is 1.0 there and 2.0 here; put --config.cach",
+            "k is 5 there and 4 here; temperature is 1.0 there and 2.0 here; put --config.dist",
         ),
         ({"vocabulary": 2**17}, "dtype is uint16 there and uint32 here; put that right, give another"),
     ],
@@ -285,7 +297,7 @@ def test_a_disk_that_is_too_small(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3000))
     message = (
         r"the teacher's logits take 3\.28e-06 GB \(k=5 for 160 tokens\), and .*cache has room for 3e-06 GB; give a smaller"
-        r" --config\.cache\.k, fewer --config\.text\.train_tokens, or another --config\.cache\.folder$"
+        r" --config\.distillation\.k, fewer --config\.text\.train_tokens, or another --config\.text\.folder$"
     )
     with pytest.raises(UserError, match=message):
         _open(folder, predict=_never)
@@ -337,9 +349,7 @@ def test_log_probabilities_that_are_not_numbers(folder):
         log_probs, indices = _predict(tokens)
         return jnp.where((tokens == int(_TOKENS[9 * LENGTH]))[..., None], jnp.nan, log_probs), indices
 
-    with pytest.raises(
-        UserError, match=r"are not numbers in the batch of training sequence \d+; use another teacher, or"
-    ):
+    with pytest.raises(UserError, match=r"are not numbers in the batch of sequence \d+; use another teacher, or"):
         _open(folder, predict=predict)
 
 
@@ -431,7 +441,7 @@ _PROCESS = """
         return jax.lax.top_k(jax.nn.log_softmax(logits), 4)
 
     cache = teacher_logits.open_cache(
-        f"{folder}/cache", split=loaded.train, length=8, vocabulary=256, k=4, temperature=1.0, teacher_checksum=1,
+        f"{folder}/cache", split=loaded.train, length=8, vocabulary=256, k=4, temperature=1.0, teacher_checksum=1, sequences=data.num_sequences(loaded.train, 8),
         predict=predict, batch_size=12,
         put=lambda batch: parallel.divide(mesh, batch),
     )
