@@ -104,7 +104,7 @@ def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath
             teacher_checksum=checksum,
             predict=functools.partial(predict, at_hand.network.params),
             batch_size=config.batch_size,
-            put=layout.put_batch,
+            put=functools.partial(parallel.divide, layout.mesh),  # whatever form the steps have
             host=parallel.host_part(layout.mesh),
             preempted=shared.preempted,
         )

@@ -87,7 +87,7 @@ def make_layout(config: ConfigDict, rules: Callable[[jax.sharding.Mesh], Spec] |
         return jit_layout(mesh, spec=rules(mesh))
     if of_model > 1:
         raise UserError(f"--config.model_devices={of_model} needs --config.parallel=jit, not {config.parallel}")
-    if config.shard_params:
+    if rules is None and config.shard_params:
         raise UserError(f"--config.shard_params=True needs --config.parallel=jit, not {config.parallel}")
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     return {"pmap": pmap_layout, "shard_map": shard_map_layout}[config.parallel](mesh)
