@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -43,7 +42,7 @@ _NAMES = {
 }
 _HUGGING_FACE, _GGUF = 0, 1  # columns of this table
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # of safetensors
+_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}  # of safetensors
 _LARGEST = 2**20  # of any length in an architecture: more is a damaged file
 
 
@@ -111,7 +110,7 @@ def _load(
         def part(index: tuple[slice, ...]) -> np.ndarray:
             bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
             if bounds not in read_parts:  # Several devices may hold the same.
-                read_parts[bounds] = _read_part(name, leaf.shape, tensors, column, index).astype(dtype)
+                read_parts[bounds] = _read_part(name, leaf.shape, dtype, tensors, column, index)
             return read_parts[bounds]
 
         if sharding is None:
@@ -122,8 +121,15 @@ def _load(
 
 
 def _read_part(
-    name: str, shape: tuple[int, ...], tensors: Mapping[str, _Tensor], column: int, index: tuple[slice, ...]
+    name: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    tensors: Mapping[str, _Tensor],
+    column: int,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
+    """Returns what an index takes of a parameter; of the layers, those that it takes are stacked."""
+
     def read(tensor: _Tensor, shape: tuple[int, ...], index: tuple[slice, ...], where: str) -> np.ndarray:
         whole = tensor.read()
         # A view, so that only what the index takes is read from the disk. Embedding and head stay [vocabulary, width].
@@ -131,7 +137,7 @@ def _read_part(
         taken = whole[index]
         if not np.isfinite(taken).all():
             raise UserError(f"cannot use {tensor.file}: {where} has values that are not finite")
-        return taken
+        return taken.astype(dtype)
 
     title = _NAMES[name][column]
     if "{}" not in title:
@@ -220,7 +226,10 @@ def _architecture(path: epath.Path, config: Mapping[str, Any]) -> model.Architec
 
 def _rope_scaling(path: epath.Path, rope: Mapping[str, Any]) -> model.Llama3Scaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default" and rope.get("partial_rotary_factor") in (None, 1):
+    part = rope.get("partial_rotary_factor", 1)
+    if part not in (None, 1):
+        raise UserError(f"cannot use {path}: partial_rotary_factor is {part!r}, and only 1 is known here")
+    if kind == "default":
         return None
     if kind != "llama3":
         raise UserError(f"cannot use {path}: the rotary scaling {kind!r} is not known here, only 'llama3'")
@@ -294,7 +303,7 @@ def _view(path: epath.Path, data: np.ndarray, title: str, *, dtype: str, shape: 
     begin, end = data_offsets
     if any(not isinstance(n, int) or n < 0 for n in (begin, end, *shape)):
         raise ValueError(f"{title} has a bad place")
-    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{title} has another size than its shape says")
     if end > len(data):
         raise ValueError(f"the file is cut short: {title} ends behind its end")
@@ -353,6 +362,8 @@ def _gguf_architecture(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
 ) -> model.Architecture:
+    # Floats are stored in 32 bits: what was written as 1e-05 is 1e-05 again.
+    fields = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in fields.items()}
     known = {
         "general.architecture": ("llama",),
         "llama.rope.scaling.type": (None, "none"),
