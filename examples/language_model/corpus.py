@@ -30,7 +30,7 @@ import json
 import math
 import os
 import sysconfig
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,16 +77,22 @@ class _Document(NamedTuple):
     size: int
 
 
-def load(config: ConfigDict, folder: epath.PathLike, tokenizer: Any) -> Corpus:
+def load(
+    config: ConfigDict,
+    folder: epath.PathLike,
+    tokenizer: Any,
+    accept: Callable[[str], object] = lambda fingerprint: None,
+) -> Corpus:
     """Opens the text that `config` (the `text` part of a config) describes, tokenizing it first if need be.
 
     Args:
         config: `files`, a glob in which `**` stands for any folders but hidden ones and links (links to files are files), or
-            "" for the source of Python's standard library, without its tests; `validation_percent` and `test_percent` of the documents; `train_tokens` and
-            `eval_tokens`, how many to take of a split at most, or 0 for all.
+            "" for the source of Python's standard library, without its tests; `validation_percent` and `test_percent` of
+            the documents; `train_tokens` and `eval_tokens`, how many to take of a split at most, or 0 for all.
         folder: of this machine, for the token files. One run at a time may load; files that others still read are replaced,
             not written to.
         tokenizer: see `tokenizer.py`.
+        accept: called with the fingerprint of the text before its tokens take the place of others; may raise.
 
     Raises:
         UserError: if there is no such text, too little of it, or the folder cannot be written.
@@ -96,11 +102,11 @@ def load(config: ConfigDict, folder: epath.PathLike, tokenizer: Any) -> Corpus:
         raise UserError(
             f"tokens cannot be in {folder}: their files are mapped into memory; give a folder of this machine"
         )
-    record = hosts.by_first(functools.partial(_prepare, config, folder, tokenizer), "tokenize the text")
+    record = hosts.by_first(functools.partial(_prepare, config, folder, tokenizer, accept), "tokenize the text")
     return _open(folder, record)
 
 
-def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any) -> records.Record:
+def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any, accept: Callable[[str], object]) -> records.Record:
     """Returns the record of the folder, writing its files unless they are there."""
     documents, left_out = _documents(config.files)
     identity = {
@@ -112,6 +118,7 @@ def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any) -> records.
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     record = _intact(folder, fingerprint)
     if record is None:
+        accept(fingerprint)
         if left_out:
             warn(left_out)
         splits = _split(documents, config)

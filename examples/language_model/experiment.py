@@ -35,9 +35,13 @@ def run(arguments: Arguments) -> None:
     tokens = _tokenizer(settings, source)
     # What cannot be used should not wait for the text, nor leave a trace.
     layout = parallel.make_layout(config, lambda mesh: functools.partial(sharding_spec, mesh=mesh))
+
+    def check(text: str) -> records.Record:
+        return identity.check(directory, identities.of(settings, text), others=[_TEXT])
+
     with workdir.claim(directory):
-        text = corpus.load(config.text, _text_folder(settings, directory), tokens)
-        there = identity.check(directory, identities.of(settings, text.fingerprint), others=[_TEXT])
+        text = corpus.load(config.text, _text_folder(settings, directory), tokens, accept=check)
+        there = check(text.fingerprint)
         if jax.process_index() == 0:
             print(f"Working directory: {directory}")
         missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != config.epochs]
