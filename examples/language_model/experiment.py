@@ -127,8 +127,7 @@ def _tokenizer(settings: Settings, source: Pretrained | None) -> Tokenizer:
     if folder and source:
         raise UserError(f"--config.text.tokenizer={folder} is not that of the teacher, which has its own: leave it out")
     if folder:
-        path = paths.resolve(folder, "--config.text.tokenizer")
-        return tokenizer.from_folder(path, names=tokenizer.end_of_text(path))
+        return tokenizer.from_folder(paths.resolve(folder, "--config.text.tokenizer"))
     return source.tokenizer if source else tokenizer.of_bytes()
 
 
