@@ -82,7 +82,8 @@ def make_layout(config: ConfigDict, rules: Callable[[jax.sharding.Mesh], Spec] |
     if config.parallel == "jit":
         if rules is None:
             return jit_layout(jax.sharding.Mesh(np.array(devices), (AXIS,)), shard_params=config.shard_params)
-        grid = mesh_utils.create_device_mesh((parts, of_model), devices)
+        # An axis may take a part of one of the torus's, as 4 of the 16 of a pod.
+        grid = mesh_utils.create_device_mesh((parts, of_model), devices, allow_split_physical_axes=True)
         mesh = jax.sharding.Mesh(grid, (AXIS, MODEL_AXIS))
         return jit_layout(mesh, spec=rules(mesh))
     if of_model > 1:
