@@ -65,7 +65,7 @@ def _train(
     there: records.Record,
 ) -> None:
     config, layout = settings.config, shared.layout
-    of_teacher = source.architecture if source else jobs.architecture(config.teacher.model, shared.tokenizer)
+    of_teacher = source.architecture if source else jobs.architecture(config.teacher.model, shared.tokenizer.vocabulary)
     jobs.check(missing, shared, of_teacher)
     belongs, checksum = identities.of(settings, shared.corpus.fingerprint), identity.recorded_teacher(there)
     options = loop.options(config, layout, shared.preempted)
@@ -92,7 +92,7 @@ def _train(
 def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath.Path) -> dict[str, Cache]:
     """What the teacher predicts of each split, computed where it is not there yet."""
     config, layout = shared.config, shared.layout
-    vocabulary = shared.tokenizer.vocabulary
+    vocabulary = at_hand.architecture.vocabulary
     problem = jobs.problem(at_hand.network.graphdef, at_hand, shared)
     k = config.distillation.k or vocabulary
     predict = steps.make_predict(problem, k)

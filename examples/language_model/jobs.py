@@ -74,9 +74,9 @@ def metrics(method: str) -> MetricNames:
     )
 
 
-def architecture(section: ConfigDict, tokenizer: Tokenizer) -> Architecture:
+def architecture(section: ConfigDict, vocabulary: int) -> Architecture:
     """The architecture of the section `teacher.model` or `student.model`."""
-    return Architecture(vocabulary=tokenizer.vocabulary, **section)
+    return Architecture(vocabulary=vocabulary, **section)
 
 
 def network(of: Architecture, shared: Shared, seed: int = 0) -> tuple[nnx.GraphDef, Any]:
@@ -92,7 +92,7 @@ def network_shapes(of: Architecture, shared: Shared) -> tuple[nnx.GraphDef, Any]
 def teacher(shared: Shared, directory: epath.Path) -> Job:
     """The teacher, which is trained with cross-entropy."""
     config = shared.config
-    of = architecture(config.teacher.model, shared.tokenizer)
+    of = architecture(config.teacher.model, shared.tokenizer.vocabulary)
     optimizer = _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs)
     return _job(
         "teacher",
@@ -120,21 +120,20 @@ def evaluated_teacher(shared: Shared, directory: epath.Path, at_hand: TeacherAtH
     )
 
 
-def student(method: str, shared: Shared, directory: epath.Path, at_hand: TeacherAtHand | None) -> Job:
+def student(method: str, shared: Shared, directory: epath.Path, at_hand: TeacherAtHand) -> Job:
     """The student of a method."""
     config = shared.config
-    sampling = Sampling.from_config(config.sampling) if at_hand else EXACT
+    sampling = Sampling.from_config(config.sampling)
     sampling = sampling.for_task_alone() if method == "ce" else sampling
     every, weights = config.student.every_nth_layer, dot_optax.PerLoss(*_weights(config))
     summed = None
     if not config.gradient_metrics and sampling.sum_is_exact:
         summed = methods.weights_of_the_sum(method, weights)
-    of = student_architecture(shared, at_hand and at_hand.architecture)
+    of = student_architecture(shared, at_hand.architecture)
 
     def init_params() -> Any:
         if not every:
             return network(of, shared, config.seed)[1]
-        assert at_hand
         kept, _ = model.every_nth_layer(at_hand.network.params, at_hand.architecture, every)
         # Copies: the step uses the memory of what it is given again, and the teacher needs its own.
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), kept)
@@ -154,12 +153,11 @@ def student(method: str, shared: Shared, directory: epath.Path, at_hand: Teacher
     )
 
 
-def student_architecture(shared: Shared, of_teacher: Architecture | None) -> Architecture:
-    """The architecture of the students."""
+def student_architecture(shared: Shared, of_teacher: Architecture) -> Architecture:
+    """The architecture of the students, whose vocabulary is the teacher's: it may be larger than the tokenizer's."""
     section = shared.config.student
     if not section.every_nth_layer:
-        return architecture(section.model, shared.tokenizer)
-    assert of_teacher
+        return architecture(section.model, of_teacher.vocabulary)
     return of_teacher._replace(layers=-(-of_teacher.layers // section.every_nth_layer))
 
 
@@ -168,7 +166,7 @@ def check(names: list[str], shared: Shared, of_teacher: Architecture) -> None:
     config = shared.config
     data.steps_per_epoch(shared.corpus.train, config.sequence_length, config.batch_size)
     check_rows(Sampling.from_config(config.sampling), config.batch_size, shared.devices)
-    losses.build(config.distillation, shared.tokenizer.vocabulary)
+    losses.build(config.distillation, of_teacher.vocabulary)
     every = config.student.every_nth_layer
     if every > of_teacher.layers:
         raise UserError(
@@ -209,7 +207,7 @@ def problem(graphdef: nnx.GraphDef, at_hand: TeacherAtHand | None, shared: Share
     return Problem(
         graphdef,
         at_hand.network.graphdef if at_hand and not at_hand.caches else None,
-        losses.build(config.distillation, shared.tokenizer.vocabulary) if at_hand else None,
+        losses.build(config.distillation, at_hand.architecture.vocabulary) if at_hand else None,
         shared.tokenizer.separator,
         config.remat,
         shared.activations,
