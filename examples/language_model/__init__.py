@@ -1,1 +1,35 @@
-"""Distillation of language models with and without DOT: `python -m examples.language_model`."""
+"""Distillation of language models with and without DOT: `python -m examples.language_model`.
+
+    README.md       what it does, how to bring your own text and teacher, and what came out
+    configs/        one experiment per file; start reading here
+    command_line.py the program; what it shares with others is in examples/trainer
+    settings.py     the values that the fields of a config may have
+    experiment.py   text, teacher, its cached predictions, then a student for every method, then the report
+    jobs.py         the teacher and the students, as the trainer takes them
+    steps.py        what a train step and an evaluation step compute
+    losses.py       the losses of distillation by name
+    model.py        a decoder of the Llama type in Flax NNX, used as pure functions, and how a mesh of devices holds it
+    pretrained.py   networks in Hugging Face folders and GGUF files
+    tokenizer.py    bytes, tokenizer.json, GGUF
+    corpus.py       from text files to tokens in memory-mapped files
+    data.py         from there to batches on the devices
+    teacher_logits.py   the teacher's likeliest tokens, cached on disk
+    generate.py     text that a network continues
+    identity.py     which config, text and teacher a working directory belongs to
+    report.py       table, texts and picture
+
+The methods, their optimizers and the drawing are those of `examples.distill`. A working directory holds `config.json`,
+`losses.png`, `text/` with the tokens and the teacher's cached ones, and one folder for the teacher and for each method, with
+`checkpoints/`, `metrics.jsonl`, event files for TensorBoard and `result.json`. To use a trained student:
+
+    from pathlib import Path
+    from flax import nnx
+    from examples.language_model import generate, model, tokenizer
+    from examples.language_model.configs import bytes
+    from examples.trainer import checkpoint
+
+    architecture = model.Architecture(vocabulary=256, **bytes.get_config().student.model)
+    graphdef, _ = model.split(nnx.eval_shape(lambda: model.build(architecture, rngs=nnx.Rngs(0))))
+    params, _ = checkpoint.load_variables(Path("runs/bytes/dot"))
+    print(generate.continue_text(graphdef, params, tokenizer.of_bytes(), ["import "], num_tokens=40))
+"""

@@ -134,7 +134,16 @@ def _tokenizer(settings: Settings, source: Pretrained | None) -> Tokenizer:
 def _pretrained(settings: Settings) -> Pretrained | None:
     """The teacher that comes from elsewhere, if it is not a network of this program."""
     path = _teacher_path(settings)
-    return None if path is None or checkpoint.has_network(path) else pretrained.open_pretrained(path)
+    if path is None:
+        return None
+    if not checkpoint.has_network(path):
+        return pretrained.open_pretrained(path)
+    if settings.config.teacher.model is None:
+        raise UserError(
+            f"--config.teacher.path={path} is a network of this program: set `teacher.model` in the config's file, as it was"
+            " trained"
+        )
+    return None
 
 
 def _teacher_path(settings: Settings) -> epath.Path | None:

@@ -79,14 +79,21 @@ def architecture(section: ConfigDict, vocabulary: int) -> Architecture:
     return Architecture(vocabulary=vocabulary, **section)
 
 
-def network(of: Architecture, shared: Shared, seed: int = 0) -> tuple[nnx.GraphDef, Any]:
+def network(of: Architecture, shared: Shared) -> tuple[nnx.GraphDef, Any]:
     """Returns (graphdef, params) of a new network."""
-    return model.split(model.build(of, dtype=jnp.dtype(shared.config.dtype), rngs=nnx.Rngs(seed)))
+    config = shared.config
+    return model.split(model.build(of, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(config.seed)))
 
 
 def network_shapes(of: Architecture, shared: Shared) -> tuple[nnx.GraphDef, Any]:
     """The same with shapes in the place of arrays."""
     return nnx.eval_shape(lambda: network(of, shared))
+
+
+def new_params(of: Architecture, shared: Shared) -> Any:
+    """The parameters of a new network, each made where it is to be: all together may be larger than a device."""
+    _, like = network_shapes(of, shared)
+    return jax.jit(lambda: network(of, shared)[1], out_shardings=shared.layout.shardings(like))()
 
 
 def teacher(shared: Shared, directory: epath.Path) -> Job:
@@ -99,7 +106,7 @@ def teacher(shared: Shared, directory: epath.Path) -> Job:
         shared,
         directory / "teacher",
         of=of,
-        init_params=lambda: network(of, shared, config.seed)[1],
+        init_params=lambda: new_params(of, shared),
         optimizer=optimizer,
         epochs=config.teacher.epochs,
         remedy="lower --config.teacher.optimizer.learning_rate",
@@ -133,7 +140,7 @@ def student(method: str, shared: Shared, directory: epath.Path, at_hand: Teacher
 
     def init_params() -> Any:
         if not every:
-            return network(of, shared, config.seed)[1]
+            return new_params(of, shared)
         kept, _ = model.every_nth_layer(at_hand.network.params, at_hand.architecture, every)
         # Copies: the step uses the memory of what it is given again, and the teacher needs its own.
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), kept)

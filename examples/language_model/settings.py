@@ -34,8 +34,8 @@ def validated(config: ConfigDict) -> Settings:
     fields = settings.fields(config)
     settings.check_names(fields, settings.fields(default()), free=_MODELS)
     distillation, student, teacher = config.distillation, config.student, config.teacher
-    unused = ["teacher.epochs", "teacher.optimizer", "teacher.model"] if teacher.path or teacher.model is None else []
-    unused += ["student.model"] if student.every_nth_layer else []
+    unused = ["teacher.epochs", "teacher.optimizer"] if teacher.path or teacher.model is None else []
+    unused += [f"{section}.model" for section in ("teacher", "student") if config[section].model is None]
     settings.check({name: value for name, value in fields.items() if not name.startswith(tuple(unused))}, _RULES)
     if not distillation.task_weight and not distillation.kd_weight:
         raise UserError(
@@ -46,10 +46,11 @@ def validated(config: ConfigDict) -> Settings:
         ("teacher", not teacher.path, "--config.teacher.path, that of a Hugging Face folder or of a GGUF file,"),
         ("student", not student.every_nth_layer, "--config.student.every_nth_layer"),
     ):
-        if needed and config[section].model is None:
+        model = config[section].model
+        if needed and model is None:
             raise UserError(f"the config has no {section}: give {instead} or set `{section}.model` in its file")
-        if needed:
-            _check_model(section, config[section].model)
+        if model is not None:
+            _check_model(section, model)
     wanted = methods.parse(config.method, known_methods())
     methods.check_optimizers(config, wanted, trains_teacher=not teacher.path)
     # Of fields that have the same effect one form, since they tell what a working directory belongs to.

@@ -100,3 +100,11 @@ def test_a_folder_belongs_to_a_text(finished_language_model, language_model, tex
     assert language_model(finished_language_model, "--config.method=kd", flag) == 1
     assert "belongs to another config: text is '" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (finished_language_model / "text").iterdir()} == before
+
+
+def test_a_teacher_of_this_program_needs_its_architecture(finished_language_model, tmp_path, capsys):
+    path = finished_language_model / "teacher"
+    assert main(["--config=llama_pod", f"--workdir={tmp_path / 'run'}", f"--config.teacher.path={path}"]) == 1
+    assert f"error: --config.teacher.path={path} is a network of this program: set `teacher.model` in" in (
+        capsys.readouterr().err
+    )

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.gradient_metrics = False
     config.checkpoint_every_steps = 1000
 
-    config.text.train_tokens = 2**19
+    config.text.train_tokens = 2**18
     config.text.eval_tokens = 2**16
 
     config.teacher.model = configs.model(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, feed_forward=352)
