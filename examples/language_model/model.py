@@ -133,7 +133,13 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(table(rngs.params(), (a.vocabulary, a.width), jnp.float32))
 
     def __call__(
-        self, tokens: jax.Array, *, separator: int, remat: bool = False, mesh: jax.sharding.Mesh | None = None
+        self,
+        tokens: jax.Array,
+        *,
+        separator: int,
+        remat: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        unroll: bool = False,
     ) -> jax.Array:
         """Returns the logits, float32 [batch, length, vocabulary], of what follows each of the tokens."""
         ends = tokens == separator
@@ -147,7 +153,8 @@ class Decoder(nnx.Module):
             mask = document[:, None, :, None] == document[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), None
 
-        return self._run(tokens, jnp.arange(tokens.shape[1]), lambda _: attend, remat=remat, mesh=mesh)[0]
+        positions = jnp.arange(tokens.shape[1])
+        return self._run(tokens, positions, lambda _: attend, remat=remat, mesh=mesh, unroll=unroll)[0]
 
     def cached(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `apply_cached`, with tokens [batch]."""
@@ -173,6 +180,7 @@ class Decoder(nnx.Module):
         *,
         remat: bool = False,
         mesh: jax.sharding.Mesh | None = None,
+        unroll: bool = False,
     ) -> tuple[jax.Array, Any]:
         rotary = _rotary(positions, self.architecture)
         graphdef, layers = nnx.split(self.layers)
@@ -184,7 +192,7 @@ class Decoder(nnx.Module):
         if remat:  # The loop itself keeps the compiler from undoing it.
             layer = jax.checkpoint(layer, prevent_cse=False)
         x = _constrain(self.embedding[tokens].astype(self.dtype), mesh, "data", None, None)
-        x, cache = jax.lax.scan(layer, x, (layers, cache))
+        x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=unroll)
         x = _rms_norm(x, self.norm, self.architecture.norm_eps)
         head = (self.embedding if self.architecture.tied_embeddings else self.head).astype(self.dtype)
         logits = jnp.einsum("bld,vd->blv", x, head, preferred_element_type=jnp.float32)
@@ -234,6 +242,7 @@ def apply(
     separator: int,
     remat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    unroll: bool = False,
 ) -> jax.Array:
     """Returns the logits of what follows each token: int [batch, length] -> float32 [batch, length, vocabulary].
 
@@ -246,8 +255,10 @@ def apply(
         remat: whether the backward pass computes each layer anew in the place of keeping its activations.
         mesh: with the axes `data` and `model`; divides the activations over it: the batch over `data`; heads, feed-forward
             layer and vocabulary over `model`. An axis of the mesh that does not divide these leaves them whole.
+        unroll: whether the program has each layer by itself, and not a loop over them: XLA counts the operations of a loop
+            as if it were run through once.
     """
-    return nnx.merge(graphdef, params)(tokens, separator=separator, remat=remat, mesh=mesh)
+    return nnx.merge(graphdef, params)(tokens, separator=separator, remat=remat, mesh=mesh, unroll=unroll)
 
 
 def apply_cached(

@@ -38,10 +38,12 @@ class Problem(NamedTuple):
     remat: bool = False
     mesh: jax.sharding.Mesh | None = None  # on which activations are divided
     kd_gradient: bool = True  # else the distillation loss is there for the log alone
+    unroll: bool = False  # no loop over layers, of which XLA would count the operations of one
 
     def logits(self, graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
         """The logits [batch, length, vocabulary] of what follows each of the tokens."""
-        return model.apply(graphdef, params, tokens, separator=self.separator, remat=remat, mesh=self.mesh)
+        options = {"remat": remat, "mesh": self.mesh, "unroll": self.unroll}
+        return model.apply(graphdef, params, tokens, separator=self.separator, **options)
 
 
 def make_train_step(
@@ -72,7 +74,7 @@ def relative_flops(problem: Problem, plain: Problem, sampling: Sampling, summed:
     """
     params, rest, teacher, batch, plain_batch = args
     both = dot_optax.PerLoss(1.0, 1.0)
-    here, there = (functools.partial(_train_losses, each._replace(mesh=None)) for each in (problem, plain))
+    here, there = (functools.partial(_train_losses, each._replace(mesh=None, unroll=True)) for each in (problem, plain))
     found = flops(here, LOSSES, sampling, summed, params, rest, teacher, batch)
     of_kd = flops(there, LOSSES, EXACT, both, params, rest, teacher, plain_batch)
     return found / of_kd if found and of_kd else None

@@ -14,6 +14,7 @@ from examples.language_model import configs, losses, model, steps
 from examples.language_model.configs import bytes as of_bytes
 from examples.trainer import parallel
 from examples.trainer.errors import UserError
+from examples.trainer.sampling import EXACT
 from examples.trainer.step import init_state
 from tests.tiers import slow_but
 
@@ -196,3 +197,21 @@ def test_muon_orthogonalizes_each_layer_for_itself():
             values = np.linalg.svd(np.asarray(layer).reshape(shape), compute_uv=False)
             # Five steps of Newton and Schulz leave singular values within 0.68 and 1.13 of one another.
             assert values.max() / values.min() < 2
+
+
+def test_the_operations_of_all_layers_are_counted():
+    """XLA counts those of a loop over layers as if there were one."""
+    graphdef, params = _network(0)
+    batch = {"tokens": jax.ShapeDtypeStruct(_TOKENS.shape, _TOKENS.dtype)}
+    alone = steps.Problem(graphdef, None, None, separator=0)
+
+    def of_distillation(layers):
+        """In units of the step without a teacher."""
+        teacher, shapes = nnx.eval_shape(
+            lambda: model.split(model.build(_ARCHITECTURE._replace(layers=layers), rngs=nnx.Rngs(0)))
+        )
+        args = (params, {}, shapes, batch, batch)
+        return 1 / steps.relative_flops(alone, _problem(teacher=teacher), EXACT, None, *args)
+
+    one, two, four = (of_distillation(layers) for layers in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-3) and two - one > 0.1
