@@ -376,7 +376,7 @@ def only_nan_batches(workspace):
 _ON_ANY_PROGRAM = {
     "`kill -9` at random moments": killed_at_random_moments,
     "SIGTERM": functools.partial(preempted, number=signal.SIGTERM),
-    "checkpoints with a file cut in half, a bit flipped in a momentum, a part missing, a number changed": damaged,
+    "damaged checkpoints: cut in half, a bit flipped, a part missing, a number changed": damaged,
     "no room for checkpoints": disk_full_of_checkpoints,
     "no room for anything": disk_full_of_logs,
 }
