@@ -280,7 +280,8 @@ def disk_full_of_checkpoints(workspace):
     # Now and then TensorStore first stumbles over what it could not write to the end.
     assert any("(File too large); " in line for line in lines), lines
     assert code == 1
-    assert {path.name for path in folder.iterdir()} == {str(step) for step in intact}
+    left = {path.name for path in folder.iterdir()}
+    assert left == {str(step) for step in intact}, left
     workspace.finish(workdir, *workspace.program.short)
     _assert_same_bits(workdir, workspace.short)
     return (
