@@ -101,7 +101,7 @@ def host_part(mesh: jax.sharding.Mesh) -> grain.sharding.ShardOptions:
     index, behind = divmod(here[0], len(here))
     if behind or here != list(range(here[0], here[0] + len(here))) or len(rows) % len(here):
         raise UserError(
-            f"the devices of this host have the parts {here} of a batch, which are no equal share of {len(rows)}: give"
+            f"the devices of this host have the parts {here} of a batch, which are no equal share of {len(rows)} parts: give"
             " another --config.model_devices"
         )
     return grain.sharding.ShardOptions(shard_index=index, shard_count=len(rows) // len(here))

@@ -95,6 +95,8 @@ def test_what_is_said_of_the_gains():
     assert "task weight and L2 x 0.571, KD weight x 4" in sgd
     assert "a steady task gradient by 0.571 and a KD gradient by 4, where AdamW multiplies both by 1" in adamw
     assert "L2" not in adamw
+    muon = " ".join(report.notes(_settings(name="muon"), _results()))
+    assert "a steady KD gradient by 7 times as much as a task gradient" in muon
     assert "momenta" not in " ".join(report.notes(_settings(), _results(["ce", "kd"])))
 
 

@@ -56,3 +56,12 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert rest == {}
     for name in set(_ARRAYS) - {"empty"}:
         np.testing.assert_array_equal(params[name], _ARRAYS[name], strict=True)
+
+
+def test_the_best_validation_is_the_highest_or_the_lowest():
+    values = {10: 2.0, 20: 3.0, 30: 1.0, 40: 1.0, 50: 3.0}
+    for lower_is_better, best in ((False, checkpoint.Best(20, 3.0)), (True, checkpoint.Best(30, 1.0))):
+        progress = checkpoint.Progress(seed=0)
+        for step, value in values.items():
+            progress = progress.validated(step, value, lower_is_better=lower_is_better)
+        assert progress.best == best

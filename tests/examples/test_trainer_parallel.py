@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from examples.distill import methods, steps
 from examples.distill.command_line import main
 from examples.distill.configs.digits import get_config
 from examples.trainer import checkpoint, parallel, records
+from examples.trainer.errors import UserError
 from examples.trainer.step import init_state
 from tests import networks
 from tests.tiers import slow_but
@@ -31,6 +33,31 @@ _STUDENTS = {"resnet8x4": CONVOLUTIONAL, "one stage": ONE_STAGE, "mlp": MULTILAY
 
 def _mesh(devices=DEVICES):
     return jax.sharding.Mesh(np.array(jax.devices()[:devices]), (parallel.AXIS,))
+
+
+def _mesh_of_hosts(hosts):
+    """A mesh data x model, given by the host of each device."""
+    devices = np.array([[SimpleNamespace(process_index=host) for host in row] for row in hosts])
+    return SimpleNamespace(devices=devices, shape={parallel.AXIS: len(hosts)})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "part"),
+    [
+        ([[1, 1], [0, 0]], (1, 2)),  # each has a part of its own
+        ([[2, 0], [2, 0]], (0, 1)),  # two hosts read all
+        ([[1, 2], [1, 2], [0, 3], [0, 3]], (1, 2)),  # two hosts each read a half
+    ],
+)
+def test_which_part_of_a_batch_a_host_reads(hosts, part):
+    found = parallel.host_part(_mesh_of_hosts(hosts))
+    assert (found.shard_index, found.shard_count) == part
+
+
+@pytest.mark.parametrize("hosts", [[[0], [1], [0], [1]], [[1], [0], [0]], [[1], [0], [0], [2]]])
+def test_a_host_must_have_an_equal_share(hosts):
+    with pytest.raises(UserError, match=r"no equal share of \d parts: give another --config\.model_devices"):
+        parallel.host_part(_mesh_of_hosts(hosts))
 
 
 def _batch(step):
