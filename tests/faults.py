@@ -3,7 +3,7 @@
     python -m tests.faults [PROGRAM]
 
 prints what happened, in some minutes on two cores; PROGRAM is `examples.distill` unless given.
-`tests/examples/test_trainer_faults.py` runs the same, two of them in the first tier and the others as slow tests.
+`tests/examples/test_trainer_faults.py` runs the same: SIGTERM in the first tier, the others as slow tests.
 """
 
 import argparse

@@ -138,7 +138,10 @@ def test_every_hyperparameter_is_the_published_one(name):
     assert {field: fields[field] for field in expected} == expected
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar100_vgg13_vgg8", 100), ("imagenet_r34_r18", 1000)])
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("cifar100_vgg13_vgg8", 100), pytest.param("imagenet_r34_r18", 1000, marks=pytest.mark.slow)],
+)
 def test_other_losses_have_their_schedules(name, classes):
     """DKD's weight rises to 1 in its epochs; DeepKD goes from 5% of the classes to all."""
     config = _config(name)

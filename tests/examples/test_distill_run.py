@@ -107,7 +107,7 @@ def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, dat
 @pytest.mark.parametrize(
     ("epoch", "next_run"),
     [
-        (1, "starts dot again, of which no checkpoint was saved yet"),
+        pytest.param(1, "starts dot again, of which no checkpoint was saved yet", marks=pytest.mark.slow),
         (5, "goes on from step 56 of dot"),
     ],
 )
@@ -134,7 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, distill, tmp_path,
         assert resumed | {"seconds": 0} == whole | {"seconds": 0}
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", slow_but([signal.SIGHUP, signal.SIGUSR1], signal.SIGHUP))
 def test_signals_that_save_within_an_epoch(number, finished, distill, tmp_path, monkeypatch, capsys):
     """SIGTERM too, which `tests/faults.py` sends to the real command, where all of them have their usual meaning."""
     step, before = Log.step, signal.signal(number, lambda *_: None)
@@ -155,7 +155,8 @@ def test_signals_that_save_within_an_epoch(number, finished, distill, tmp_path, 
     assert capsys.readouterr().err.splitlines()[-1] == f"terminated; the same command goes on from step {saved} of dot"
 
 
-@pytest.mark.parametrize("method", slow_but(["dkd_dot", "deepkd", "kd_priority", "dot_projected", "dto_kd"], "deepkd"))
+@pytest.mark.slow  # a run with the memory of CRD goes on in the first tier
+@pytest.mark.parametrize("method", ["dkd_dot", "deepkd", "kd_priority", "dot_projected", "dto_kd"])
 def test_other_methods_go_on_with_the_same_bits(method, finished, distill, tmp_path, monkeypatch):
     """The classes and weights of a step, and what weightings remember, follow from what is saved."""
     flags = (f"--config.method={method}", "--config.epochs=3", "--config.checkpoint_every_steps=10")

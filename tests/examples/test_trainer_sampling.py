@@ -224,10 +224,8 @@ def _exact_of(name, params, rest, batch, step):
     "case",
     slow_but(
         [(name, form, layout) for name in _OBJECTIVES for form in (*FORMS, "none") for layout in LAYOUTS],
-        ("dkd", "losses", "jit"),
         ("dkd", "difference", "jit"),
         ("deepkd", "alternating", "jit"),
-        ("deepkd", "examples", "jit"),
     ),
 )
 def test_other_losses_are_sampled_as_the_distillation_loss_is(case):
