@@ -26,7 +26,7 @@ from absl import logging
 
 from examples.trainer import checkpoint
 from tests.cache import share_compiled_programs
-from tests.runs import DISTILL, HEARTBEAT, ONLY_BEST, Workspace
+from tests.runs import DISTILL, HEARTBEAT, LANGUAGE_MODEL, ONLY_BEST, Workspace
 
 KILLS = 20
 ROOM = 7000  # bytes that a file may have where there is no room for checkpoints: each has larger ones
@@ -398,7 +398,7 @@ _ON_DIGITS = {
     "batches whose loss is NaN": nan_batches,
     "only such batches": only_nan_batches,
 }
-FAULTS = {DISTILL: _ON_ANY_PROGRAM | _ON_DIGITS}
+FAULTS = {DISTILL: _ON_ANY_PROGRAM | _ON_DIGITS, LANGUAGE_MODEL: _ON_ANY_PROGRAM}
 
 
 def main():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
+from tests.language_model import tiny_language_model, write_texts
 
 HEARTBEAT = 10  # seconds
 # Without checkpoints but for the best, which are those of whole epochs that have been validated.
@@ -62,6 +63,31 @@ DISTILL = Program(
         "--config.epochs=4",
         "--config.teacher.epochs=1",
         "--config.batch_size=4",  # 225 steps in an epoch
+        "--config.checkpoint_every_steps=20",
+    ),
+)
+
+
+def _prepare_texts(folder):
+    if not (folder / "texts").exists():
+        write_texts(folder / "texts")
+    return (*tiny_language_model(folder / "texts" / "*.py"), "--config.prompts=()")
+
+
+LANGUAGE_MODEL = Program(
+    module="examples.language_model",
+    prepare=_prepare_texts,
+    short=(
+        "--config.epochs=6",
+        "--config.teacher.epochs=1",
+        "--config.checkpoint_every_steps=12",
+        "--config.keep_checkpoints=6",
+    ),
+    short_saves=(12, 24, 36, 48, 60, 72),
+    long=(
+        "--config.epochs=6",
+        "--config.teacher.epochs=1",
+        "--config.batch_size=1",
         "--config.checkpoint_every_steps=20",
     ),
 )
