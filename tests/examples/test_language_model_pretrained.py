@@ -19,11 +19,11 @@ from jax.sharding import NamedSharding
 from examples.language_model import model, tokenizer
 from examples.language_model.pretrained import open_pretrained
 from examples.trainer.errors import UserError
-from tests import language_models as lm
-from tests.language_models import ARCHITECTURE
+from tests import llama_files
+from tests.llama_files import ARCHITECTURE
 
 # Rotary frequencies of which some are kept, some slowed down and one is in between, as in Llama 3.
-LLAMA3 = ARCHITECTURE._replace(head_dim=8, rope_base=500_000.0, rope_scaling=lm.LLAMA3)
+LLAMA3 = ARCHITECTURE._replace(head_dim=8, rope_base=500_000.0, rope_scaling=llama_files.LLAMA3)
 ARCHITECTURES = {
     "grouped": ARCHITECTURE,
     "multi-head": ARCHITECTURE._replace(kv_heads=4),
@@ -42,10 +42,10 @@ def files(tmp_path_factory):
     @functools.cache
     def path(form, name="grouped"):
         architecture = ARCHITECTURES[name]
-        weights = lm.tensors(architecture)
+        weights = llama_files.tensors(architecture)
         if form == "folder":
-            return lm.write_folder(root / name, architecture, weights)
-        return lm.write_gguf(root / f"{name}.gguf", architecture, weights)
+            return llama_files.write_folder(root / name, architecture, weights)
+        return llama_files.write_gguf(root / f"{name}.gguf", architecture, weights)
 
     return path
 
@@ -73,7 +73,7 @@ def test_both_formats_hold_the_same(files, name):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), a.params_like
     )
-    weights = lm.tensors(ARCHITECTURES[name])
+    weights = llama_files.tensors(ARCHITECTURES[name])
     equal(params["layers"]["gate"][1], weights["model.layers.1.mlp.gate_proj.weight"].T)
     equal(params["embedding"], weights["model.embed_tokens.weight"])
 
@@ -119,7 +119,7 @@ def test_each_device_reads_its_part(files, form):
 
 
 def test_shards_and_types(folder):
-    weights = lm.tensors(ARCHITECTURE)
+    weights = llama_files.tensors(ARCHITECTURE)
     halves = {"a.safetensors": jnp.bfloat16, "b.safetensors": np.float16}
     names = {title: list(halves)[i % 2] for i, title in enumerate(weights)}
     for file, dtype in halves.items():
@@ -137,7 +137,7 @@ def test_quantized(tmp_path):
     import gguf
 
     architecture = ARCHITECTURE._replace(width=32, head_dim=8, feed_forward=32)
-    weights, quantized = lm.tensors(architecture), {}
+    weights, quantized = llama_files.tensors(architecture), {}
     original, kind = gguf.GGUFWriter.add_tensor, gguf.GGMLQuantizationType.Q8_0
 
     class Writer(gguf.GGUFWriter):
@@ -148,7 +148,7 @@ def test_quantized(tmp_path):
             quantized[name] = gguf.dequantize(packed, kind)
             original(self, name, packed, raw_dtype=kind)
 
-    path = lm.write_gguf(tmp_path / "q.gguf", architecture, weights, writer=Writer)
+    path = llama_files.write_gguf(tmp_path / "q.gguf", architecture, weights, writer=Writer)
     params = opened(path).load()
     equal(params["layers"]["up"][1], quantized["blk.1.ffn_up.weight"].T)
     # 8 bits: half a step is 1/254 of the largest of 32 weights, which is below 4 standard deviations of 0.3.
@@ -174,7 +174,7 @@ def test_tokenizer(files, form):
         assert not {0, 1} & set(ids.tolist())  # What spells out a control token is text.
     assert [len(ids) for ids in made.encode([b"int", b"int int"])] == [1, 3]
     assert made.decode(made.encode([b"a\xff"])[0]) == "a\ufffd".encode()  # no text, but no reason to stop
-    assert made.decode([0]) == lm.END.encode()
+    assert made.decode([0]) == llama_files.END.encode()
 
 
 def test_both_formats_have_the_same_tokens(files):
@@ -185,8 +185,10 @@ def test_both_formats_have_the_same_tokens(files):
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "gpt-2"])
 def test_words(tmp_path, pre):
-    merges = [*lm.MERGES, "1 2", "3 4", "12 34"]
-    path = lm.write_gguf(tmp_path / "m.gguf", ARCHITECTURE, lm.tensors(ARCHITECTURE), pre=pre, merges=merges)
+    merges = [*llama_files.MERGES, "1 2", "3 4", "12 34"]
+    path = llama_files.write_gguf(
+        tmp_path / "m.gguf", ARCHITECTURE, llama_files.tensors(ARCHITECTURE), pre=pre, merges=merges
+    )
     made = opened(path).tokenizer
     (digits,) = made.encode([b"12345"])
     assert [made.decode([i]) for i in digits] == {
@@ -222,7 +224,7 @@ def test_fingerprint_of_a_tokenizer(files, folder):
     ],
 )
 def test_separator_that_the_folder_names(folder, file, content):
-    edit(folder / "tokenizer.json", lambda content: rename(content, lm.END, "<start>"))
+    edit(folder / "tokenizer.json", lambda content: rename(content, llama_files.END, "<start>"))
     with pytest.raises(UserError, match=r"tokenizer.json has no token that ends a text: none of <\|endoftext\|>, "):
         opened(folder)
     (folder / file).write_text(json.dumps(content))
@@ -246,7 +248,7 @@ def set_config(**fields):
 
 def set_weights(change):
     def damage(folder):
-        weights = lm.tensors(ARCHITECTURE)
+        weights = llama_files.tensors(ARCHITECTURE)
         change(weights)
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
 
@@ -369,7 +371,7 @@ GGUF_LINES = {
 @pytest.mark.parametrize("case", GGUF_LINES)
 def test_one_line_for_a_bad_gguf(tmp_path, case):
     options, message = GGUF_LINES[case]
-    path = lm.write_gguf(tmp_path / "m.gguf", ARCHITECTURE, lm.tensors(ARCHITECTURE), **options)
+    path = llama_files.write_gguf(tmp_path / "m.gguf", ARCHITECTURE, llama_files.tensors(ARCHITECTURE), **options)
     with pytest.raises(UserError, match=message) as error:
         opened(path).load()
     assert "\n" not in str(error.value) and str(path) in str(error.value)
