@@ -12,6 +12,14 @@ ARCHITECTURE = model.Architecture(
     vocabulary=264, width=16, layers=3, heads=4, kv_heads=2, head_dim=4, feed_forward=24, tied_embeddings=False
 )
 LLAMA3 = model.Llama3Scaling(8.0, 1.0, 4.0, 8192)
+ARCHITECTURES = {
+    "grouped": ARCHITECTURE,
+    "multi-head": ARCHITECTURE._replace(kv_heads=4),
+    "multi-query": ARCHITECTURE._replace(kv_heads=1, head_dim=6),
+    "tied": ARCHITECTURE._replace(tied_embeddings=True),
+    # Rotary frequencies of which some are kept, some slowed down and one is in between, as in Llama 3.
+    "llama3": ARCHITECTURE._replace(head_dim=8, rope_base=500_000.0, rope_scaling=LLAMA3),
+}
 END = "<|endoftext|>"
 MERGES = ["i n", "Ġ t", "in t"]
 

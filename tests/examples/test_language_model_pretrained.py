@@ -20,17 +20,8 @@ from examples.language_model import model, tokenizer
 from examples.language_model.pretrained import open_pretrained
 from examples.trainer.errors import UserError
 from tests import llama_files
-from tests.llama_files import ARCHITECTURE
+from tests.llama_files import ARCHITECTURE, ARCHITECTURES
 
-# Rotary frequencies of which some are kept, some slowed down and one is in between, as in Llama 3.
-LLAMA3 = ARCHITECTURE._replace(head_dim=8, rope_base=500_000.0, rope_scaling=llama_files.LLAMA3)
-ARCHITECTURES = {
-    "grouped": ARCHITECTURE,
-    "multi-head": ARCHITECTURE._replace(kv_heads=4),
-    "multi-query": ARCHITECTURE._replace(kv_heads=1, head_dim=6),
-    "tied": ARCHITECTURE._replace(tied_embeddings=True),
-    "llama3": LLAMA3,
-}
 TEXTS = ["int main() {\n\treturn 12345;\r\n}", "", " “naïve” 日本 🙂 \0", "a<|endoftext|>b <|im_end|>"]
 
 
@@ -81,22 +72,19 @@ def test_both_formats_hold_the_same(files, name):
 @pytest.mark.slow  # imports PyTorch
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_transformers(files, name, tmp_path):
-    import torch
-    import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    from tests.reference import transformers_llama
+
     architecture = ARCHITECTURES[name]
-    theirs = transformers.LlamaForCausalLM.from_pretrained(files("folder", name), dtype=torch.float32).eval()
-    tokens = np.random.default_rng(0).integers(2, architecture.vocabulary, (2, 40))
-    with torch.no_grad():
-        wanted = theirs(torch.tensor(tokens)).logits.numpy()
+    theirs = transformers_llama.load(files("folder", name))
+    tokens = transformers_llama.random_tokens(architecture.vocabulary)
+    wanted = transformers_llama.logits(theirs, tokens)
     theirs.save_pretrained(tmp_path)  # as transformers 5 writes it, with `rope_parameters`
     shutil.copy(files("folder", name) / "tokenizer.json", tmp_path)
-    graphdef, _ = model.split(nnx.eval_shape(lambda: model.build(architecture, rngs=nnx.Rngs(0))))
-    apply = jax.jit(functools.partial(model.apply, graphdef, separator=0))
     for path in (files("folder", name), files("gguf", name), tmp_path):
         # Both compute in float32, with sums in another order; logits are about 1.
-        np.testing.assert_allclose(apply(opened(path).load(), tokens), wanted, atol=1e-4)
+        np.testing.assert_allclose(transformers_llama.ours(path, tokens), wanted, atol=1e-4)
     if architecture.rope_scaling:  # It makes a difference that the tolerance does not hide.
         plain = model.Decoder(architecture._replace(rope_scaling=None), dtype=jnp.float32, rngs=nnx.Rngs(0))
         unscaled = model.apply(model.split(plain)[0], opened(path).load(), tokens, separator=0)
@@ -104,8 +92,7 @@ def test_logits_of_transformers(files, name, tmp_path):
     # What transformers itself makes of the GGUF file: the order of rows in q and k was undone independently.
     found = load_gguf_checkpoint(str(files("gguf", name)), return_tensors=True, model_to_load=theirs)["tensors"]
     theirs.load_state_dict(found, strict=False)
-    with torch.no_grad():
-        np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(transformers_llama.logits(theirs, tokens), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["folder", "gguf"])
