@@ -373,6 +373,37 @@ def only_nan_batches(workspace):
     return "stopped after the 5 steps of --config.max_consecutive_skips=5, and named the latest checkpoint"
 
 
+def killed_while_caching(workspace):
+    """While the teacher's predictions are written down, before the student begins."""
+    flags = (*workspace.program.long, "--config.distillation.cache=True")
+    undisturbed = workspace.folder / "cached"
+    workspace.finish(undisturbed, *flags)
+    workdir = workspace.with_teacher("killed_caching", undisturbed)
+    cache, expected = (folder / "text" / "teacher_logits_train" for folder in (workdir, undisturbed))
+
+    def read(folder):
+        return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.name != ".lock"}
+
+    def begun():
+        return (cache / "log_probs.bin").exists() and (cache / "log_probs.bin").stat().st_size > 0
+
+    for _ in range(6):  # Now and then it comes when all is written.
+        shutil.rmtree(workdir / "dot", ignore_errors=True)
+        shutil.rmtree(cache)
+        run = workspace.start(workdir, *flags)
+        run.wait_for(begun)
+        run.send(signal.SIGKILL)
+        run.wait()
+        if read(cache) != read(expected):
+            break
+    else:
+        raise AssertionError("all was written already")
+    workspace.finish(workdir, *flags)
+    assert read(cache) == read(expected)
+    _assert_same_bits(workdir, undisturbed)
+    return "the next start computed what was missing: the cache has the same bytes, and the student the same bits"
+
+
 # What `examples/trainer` has to survive whatever it trains; and what is tried on one program for all.
 _ON_ANY_PROGRAM = {
     "`kill -9` at random moments": killed_at_random_moments,
@@ -398,7 +429,8 @@ _ON_DIGITS = {
     "batches whose loss is NaN": nan_batches,
     "only such batches": only_nan_batches,
 }
-FAULTS = {DISTILL: _ON_ANY_PROGRAM | _ON_DIGITS, LANGUAGE_MODEL: _ON_ANY_PROGRAM}
+_ON_TEXT = {"`kill -9` while the teacher's logits are cached": killed_while_caching}
+FAULTS = {DISTILL: _ON_ANY_PROGRAM | _ON_DIGITS, LANGUAGE_MODEL: _ON_ANY_PROGRAM | _ON_TEXT}
 
 
 def main():
