@@ -6,7 +6,7 @@ from tests.faults import FAULTS
 from tests.tiers import slow_but
 
 CASES = {
-    f"{program.module}: {name}": (program, fault)
+    f"{program.module.removeprefix('examples.')}: {name}": (program, fault)
     for program, faults in FAULTS.items()
     for name, fault in faults.items()
 }
