@@ -40,5 +40,7 @@ def get_config() -> ConfigDict:
     config.distillation.kd_weight = 0.5
 
     config.optimizer.update(config.teacher.optimizer)
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 1
     config.optimizer.delta = 0.075
     return config
