@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from scipy import stats
 
 import dot_optax
@@ -22,6 +23,7 @@ from benchmarks import (
     gpu,
     gradient_cost,
     input_pipeline,
+    language_model_pod,
     pod_cost,
     recipe_cost,
     sampled_gradients,
@@ -157,6 +159,54 @@ def test_pod_cost(tmp_path, tpu_compiler):
     assert set(dot["collective_mb"]) == {"all-reduce"}
     parameters = 4 * 4_231_976 / 1e6
     assert parameters < dot["collective_mb"]["all-reduce"] <= 1.01 * kd["collective_mb"]["all-reduce"]
+
+
+_LOOP = """HloModule step
+
+%part (p: f32[8]) -> f32[8] {
+  ROOT %gather.1 = bf16[4,2]{1,0} all-gather(%p), channel_id=7
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %started = bf16[4,2]{1,0} fusion(%x), kind=kLoop, calls=%part
+  %reduce.1 = f32[8]{0} all-reduce(%y), channel_id=3, to_apply=%part
+  ROOT %next = (s32[], f32[8]) tuple(%i, %reduce.1)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %done = bf16[4,2]{1,0} fusion(%x), kind=kLoop, calls=%part
+  %loop = (s32[], f32[8]{0}) while(%p), condition=%condition, body=%body
+  ROOT %reduce.2 = f32[2]{0} all-reduce(%z), channel_id=4
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loop_runs():
+    # The gather is one that runs beside other work, in two parts.
+    assert language_model_pod.collectives(_LOOP) == {"all-gather": 16, "all-reduce": 5 * 32 + 8}
+
+
+@pytest.mark.slow
+def test_language_model_pod(tpu_compiler):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    student = language_model_pod.model.Architecture(256, 256, 2, 2, 2, 128, 256)
+    moved, of_state = {}, {}
+    for layers in (2, 4):
+        compiled = language_model_pod.compile_step(
+            "dot", mesh, batch_size=4, length=128, teacher=student._replace(layers=layers), student=student
+        )
+        moved[layers] = language_model_pod.collectives(compiled.as_text())
+        of_state[layers] = language_model_pod.cost(compiled)["state_gb"]
+    # Of each layer of the teacher: two sums over `model`, of its part of the activations in bfloat16.
+    assert moved[4]["all-reduce"] - moved[2]["all-reduce"] == pytest.approx(2 * 2 * 2 * 2 * 128 * 256, rel=0.01)
+    # Two layers of a quarter of seven matrices in bfloat16, and norms.
+    assert 1e9 * (of_state[4] - of_state[2]) == pytest.approx(2 * 2 * (4 + 3) * 256 * 256 / 4, rel=0.02)
 
 
 def test_ratios_are_taken_round_by_round():
