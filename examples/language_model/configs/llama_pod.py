@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.sequence_length = 2048
     config.dtype = "bfloat16"
     config.remat = True
-    config.model_devices = 16
+    config.model_devices = 4
     config.gradient_metrics = False
     config.checkpoint_every_steps = 500
 
