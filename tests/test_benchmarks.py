@@ -1,6 +1,7 @@
 """The benchmarks run, and print what their docstrings show, on a small scale."""
 
 import ast
+import itertools
 import json
 import os
 import pathlib
@@ -29,11 +30,14 @@ from benchmarks import (
     sampled_gradients,
     sampling_noise,
     scaling,
+    teacher_cache,
     train_step,
     update_step,
     vocabulary,
 )
 from examples.distill import models
+from examples.language_model.command_line import main as language_model
+from tests.language_model import tiny_language_model, write_texts
 from tests.networks import abstract
 
 FOLDER = pathlib.Path(_measure.__file__).parent
@@ -89,6 +93,28 @@ def test_vocabulary(tmp_path, tpu_compiler):
     assert all(len(found) == 4 for found in memory.values())
     for chip in ("CPU", "TPU v5e"):
         assert all(memory[f"chunked_kd_loss from {what}"][f"{chip}, float32"] < 1 for what in ("logits", "features"))
+
+
+@pytest.mark.slow
+def test_teacher_cache(tmp_path, capsys):
+    write_texts(tmp_path / "texts")
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.devices=1", *tiny_language_model(tmp_path / "texts" / "*.py")]
+    assert language_model([*flags, "--config.method=kd"]) == 0
+    path = tmp_path / "cache.json"
+    teacher_cache.main([*flags, "--rounds", "1", "--ks", "1", "16", "64", "--sequences", "4", "--json", str(path)])
+    figures = json.loads(path.read_text())
+    live, cached, alone = (form["flops"] for form in figures["steps"].values())
+    assert alone < cached < live == pytest.approx(1, abs=1e-3)
+    *some, whole = figures["ks"].values()
+    # Log-probabilities of up to 8 are off by 2^-11 of their size in float16: those of the likely tokens by less than 2e-3.
+    assert whole["loss"] == pytest.approx(whole["full_loss"], rel=1e-2)
+    assert whole["deviation"] < 1e-2 and whole["cosine"] > 0.9999 and whole["outside"] == 0
+    for fewer, more in itertools.pairwise([*some, whole]):
+        assert fewer["loss"] < more["loss"] and fewer["outside"] > more["outside"]
+        assert fewer["deviation"] > more["deviation"] and fewer["cosine"] < more["cosine"]
+    for k, found in figures["ks"].items():
+        assert found["bytes"] == 4 * int(k) + 4 / 32  # and a checksum of each sequence
+    assert "the teacher's forward pass" in capsys.readouterr().out
 
 
 @pytest.mark.slow

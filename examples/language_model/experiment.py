@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from examples.distill import methods
 from examples.language_model import corpus, data, jobs, pretrained, report, steps, teacher_logits, tokenizer
 from examples.language_model import identity as identities
 from examples.language_model.jobs import Shared, TeacherAtHand
-from examples.language_model.model import sharding_spec
+from examples.language_model.model import Architecture, sharding_spec
 from examples.language_model.pretrained import Pretrained
 from examples.language_model.settings import Settings, validated
 from examples.language_model.steps import Teacher
@@ -34,7 +33,7 @@ def run(arguments: Arguments) -> None:
     source = _pretrained(settings)
     tokens = _tokenizer(settings, source)
     # What cannot be used should not wait for the text, nor leave a trace.
-    layout = parallel.make_layout(config, lambda mesh: functools.partial(sharding_spec, mesh=mesh))
+    layout = _layout(settings)
 
     def check(text: str) -> records.Record:
         return identity.check(directory, identities.of(settings, text), others=[_TEXT])
@@ -56,6 +55,33 @@ def run(arguments: Arguments) -> None:
             report.write(settings, arguments.name, directory)
 
 
+def open_finished(arguments: Arguments) -> tuple[Shared, TeacherAtHand]:
+    """Returns text and teacher of a working directory, to look closer at what was trained there."""
+    settings = validated(arguments.config)
+    directory = paths.resolve(arguments.workdir, "--workdir")
+    source = _pretrained(settings)
+    tokens = _tokenizer(settings, source)
+    layout = _layout(settings)
+
+    def check(text: str) -> None:
+        identity.check(directory, identities.of(settings, text), others=[_TEXT])
+
+    text = corpus.load(settings.config.text, _text_folder(settings, directory), tokens, accept=check)
+    check(text.fingerprint)
+    shared = Shared(settings.config, text, tokens, layout, preempted=lambda: False)
+    return shared, _load(source, _teacher_folder(settings, directory), _of_teacher(source, shared), shared)
+
+
+def _layout(settings: Settings) -> parallel.Layout:
+    return parallel.make_layout(settings.config, lambda mesh: functools.partial(sharding_spec, mesh=mesh))
+
+
+def _of_teacher(source: Pretrained | None, shared: Shared) -> Architecture:
+    if source:
+        return source.architecture
+    return jobs.architecture(shared.config.teacher.model, shared.tokenizer.vocabulary)
+
+
 def _train(
     missing: list[str],
     settings: Settings,
@@ -65,7 +91,7 @@ def _train(
     there: records.Record,
 ) -> None:
     config, layout = settings.config, shared.layout
-    of_teacher = source.architecture if source else jobs.architecture(config.teacher.model, shared.tokenizer.vocabulary)
+    of_teacher = _of_teacher(source, shared)
     jobs.check(missing, shared, of_teacher)
     belongs, checksum = identities.of(settings, shared.corpus.fingerprint), identity.recorded_teacher(there)
     options = loop.options(config, layout, shared.preempted)
@@ -169,7 +195,7 @@ def _teacher_folder(settings: Settings, directory: epath.Path) -> epath.Path:
     return _teacher_path(settings) or directory / "teacher"
 
 
-def _load(source: Pretrained | None, folder: epath.Path, of: Any, shared: Shared) -> TeacherAtHand:
+def _load(source: Pretrained | None, folder: epath.Path, of: Architecture, shared: Shared) -> TeacherAtHand:
     """Brings the teacher to the devices."""
     graphdef, like = jobs.network_shapes(of, shared)
     shardings = shared.layout.shardings(like)
