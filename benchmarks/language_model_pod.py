@@ -41,14 +41,14 @@ from jax.sharding import PartitionSpec as P
 import dot_optax
 from benchmarks.pod_cost import BYTES
 from examples.distill import methods
-from examples.language_model import losses, model, steps
+from examples.language_model import jobs, losses, model, steps
 from examples.language_model.configs import llama_pod
 from examples.trainer import parallel
 from examples.trainer.step import init_state
 
-# Llama-2-7B and TinyLlama-1.1B.
+# Llama-2-7B and the config's student, TinyLlama-1.1B.
 TEACHER = model.Architecture(32_000, 4096, 32, 32, 32, 128, 11_008, tied_embeddings=False)
-STUDENT = model.Architecture(32_000, 2048, 22, 32, 4, 64, 5632, tied_embeddings=False)
+STUDENT = jobs.architecture(llama_pod.get_config().student.model, TEACHER.vocabulary)
 SEPARATOR = 2
 
 

@@ -1,4 +1,4 @@
-"""A Llama of 7 billion parameters teaches one of every second layer, on a pod: a recipe that is compiled, and was not run.
+"""A Llama of 7 billion parameters teaches one of 1.1 billion, on a pod: a recipe that is compiled, and was not run.
 
     python -m examples.language_model --config=llama_pod --distributed \\
         --config.teacher.path=FOLDER --config.text.files='TEXTS/**/*.txt' --workdir=gs://BUCKET/RUN --config.text.folder=DISK
@@ -33,12 +33,13 @@ def get_config() -> ConfigDict:
 
     config.teacher.path = ""  # to be given
 
-    config.student.every_nth_layer = 2
+    # TinyLlama's; or set every_nth_layer = 2, which begins better.
+    config.student.model = configs.model(
+        width=2048, layers=22, heads=32, kv_heads=4, head_dim=64, feed_forward=5632, tied_embeddings=False
+    )
 
     config.distillation.task_weight = 0.5
     config.distillation.kd_weight = 0.5
-
-    config.sampling.form = "alternating"
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-4
