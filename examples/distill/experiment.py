@@ -52,6 +52,8 @@ def _train(
     if teacher:
         checksum = checkpoint.checksum(teacher.variables)
         identity.check_teacher(directory, belongs, there, teacher_path, checksum)
+    elif config.teacher.train:
+        identity.check_new_teacher(directory, belongs, there, "--config.teacher.checkpoint")
     identity.record(directory, belongs, checksum)
     options = loop.options(config, shared.layout, preempted)
     if teacher is None and config.teacher.train:

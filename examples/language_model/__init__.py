@@ -25,10 +25,10 @@ The methods, their optimizers and the drawing are those of `examples.distill`. A
     from pathlib import Path
     from flax import nnx
     from examples.language_model import generate, model, tokenizer
-    from examples.language_model.configs import bytes
+    from examples.language_model.configs.bytes import get_config
     from examples.trainer import checkpoint
 
-    architecture = model.Architecture(vocabulary=256, **bytes.get_config().student.model)
+    architecture = model.Architecture(vocabulary=256, **get_config().student.model)
     graphdef, _ = model.split(nnx.eval_shape(lambda: model.build(architecture, rngs=nnx.Rngs(0))))
     params, _ = checkpoint.load_variables(Path("runs/bytes/dot"))
     print(generate.continue_text(graphdef, params, tokenizer.of_bytes(), ["import "], num_tokens=40))

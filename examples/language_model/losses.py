@@ -34,16 +34,15 @@ class Loss(NamedTuple):
 
     name: str
     temperature: float
-    of_logits: Callable[
-        [jax.Array, jax.Array, float], jax.Array
-    ]  # (student's, teacher's, temperature) -> [batch, length]
+    # (the student's, the teacher's, temperature) -> [batch, length]
+    of_logits: Callable[[jax.Array, jax.Array, float], jax.Array]
 
     def of_likeliest(self, logits: jax.Array, teacher: Likeliest) -> jax.Array:
         """The loss of the student's logits [batch, length, vocabulary] and what is kept of the teacher."""
         if self.name == "top_k":
             return losses.top_k_kd_loss(logits, *teacher, self.temperature)
         # They are all: log-probabilities of `logits / temperature` are logits, but for a constant.
-        unsorted = jnp.zeros_like(logits).astype(teacher.log_probs.dtype)
+        unsorted = jnp.zeros(logits.shape, teacher.log_probs.dtype)
         unsorted = jnp.put_along_axis(unsorted, teacher.indices, teacher.log_probs, axis=-1, inplace=False)
         return self.of_logits(logits, self.temperature * unsorted.astype(logits.dtype), self.temperature)
 

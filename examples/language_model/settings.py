@@ -83,6 +83,15 @@ _MODEL_RULES = {
     "norm_eps": POSITIVE,
     "rope_base": POSITIVE,
 }
+
+
+def _is_prompt(value: Any) -> bool:
+    try:
+        return bool(value) and TEXT.holds(value) and bool(value.encode())
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        return False
+
+
 _PERCENT = Rule(number(lambda value: 0 < value < 100), "a number above 0 and below 100")
 _PART = Rule(number(lambda value: 0 < value < 1), "a number above 0 and below 1")
 _RULES = (
@@ -108,7 +117,7 @@ _RULES = (
         "distillation.alpha": _PART,
         "distillation.k": WHOLE,
         "distillation.cache": YES_OR_NO,
-        "prompts": Rule(each(lambda value: TEXT.holds(value) and value), "texts, separated by commas"),
+        "prompts": Rule(each(_is_prompt), "texts in UTF-8, separated by commas"),
         "prompt_tokens": COUNT,
     }
 )

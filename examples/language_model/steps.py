@@ -83,8 +83,8 @@ def relative_flops(problem: Problem, plain: Problem, sampling: Sampling, summed:
 def make_eval_step(problem: Problem) -> Callable[[Any, Any, Any], Metrics]:
     """Returns `eval_step(params, teacher_params, batch)`, which gives sums over the predictions that count.
 
-    `top1` counts the tokens that are the likeliest ones, `squares` is the sum of the squared task losses of sequences, and
-    `sequences` counts these.
+    `top1` counts the tokens that are the likeliest ones, and `sequences` the sequences. Of the task losses of these and
+    their lengths, `squares`, `products` and `lengths` are the sums of the squares and products.
     """
 
     @jax.jit
@@ -92,9 +92,12 @@ def make_eval_step(problem: Problem) -> Callable[[Any, Any, Any], Metrics]:
         inputs, targets, valid = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["valid"]
         logits = problem.logits(problem.student, params, inputs)
         task = jnp.sum(_task_loss(logits, targets), axis=1, where=valid)
+        length = jnp.sum(valid, axis=1, dtype=jnp.float32)
         sums = {
             "task_loss": jnp.sum(task),
             "squares": jnp.sum(task**2),
+            "products": jnp.sum(task * length),
+            "lengths": jnp.sum(length**2),
             "sequences": jnp.sum(jnp.any(valid, axis=1)),
             "top1": jnp.sum(jnp.argmax(logits, axis=-1) == targets, where=valid),
             "count": jnp.sum(valid),

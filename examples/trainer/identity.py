@@ -81,15 +81,29 @@ def check_teacher(
         changed = there.get("teacher.checkpoint") not in (None, "", str(path))
     if not changed:
         return
-    saved = saved_jobs(directory)
-    students = [job for job in saved if job != "teacher" and identity.depends(job, _CHECKSUM, saved)]
+    students = _students(directory, identity)
     if students:
         raise UserError(
-            f"the teacher in {path} is not the one that {', '.join(students)} in --workdir={directory} had; restore that"
-            " one, or choose another --workdir"
+            f"the teacher in {path} is not the one that {students} in --workdir={directory} had; restore that one, or choose"
+            " another --workdir"
         )
-    if path != directory / "teacher" or checkpoint.is_imported(path):
-        (directory / "teacher" / "result.json").unlink(missing_ok=True)
+    (directory / "teacher" / "result.json").unlink(missing_ok=True)
+
+
+def check_new_teacher(directory: epath.Path, identity: Identity, there: records.Record, flag: str) -> None:
+    """Raises if a teacher is to be trained, and what is saved in the folder depends on another: that of the `flag`."""
+    students = _students(directory, identity)
+    if _CHECKSUM in there and students:
+        raise UserError(
+            f"{students} in --workdir={directory} had a teacher that is not in {directory / 'teacher'}: give {flag} as"
+            " before, or choose another --workdir"
+        )
+
+
+def _students(directory: epath.Path, identity: Identity) -> str:
+    """What is saved in the folder and depends on a teacher, in words; nothing if that is nothing."""
+    saved = saved_jobs(directory)
+    return ", ".join(job for job in saved if job != "teacher" and identity.depends(job, _CHECKSUM, saved))
 
 
 def recorded_teacher(there: records.Record) -> int | None:

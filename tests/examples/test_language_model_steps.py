@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from examples.distill import methods
-from examples.language_model import configs, losses, model, steps
+from examples.language_model import configs, jobs, losses, model, steps
 from examples.language_model.configs import bytes as of_bytes
 from examples.trainer import parallel
 from examples.trainer.errors import UserError
@@ -157,6 +157,9 @@ def test_an_evaluation_counts_what_is_valid():
     np.testing.assert_allclose(
         sums["squares"], sum(float(row[v].sum()) ** 2 for row, v in zip(task, valid, strict=True)), rtol=1e-5
     )
+    of_sequences, lengths = np.array([row[v].sum() for row, v in zip(task, valid, strict=True)]), valid.sum(1)
+    np.testing.assert_allclose(sums["products"], (of_sequences * lengths).sum(), rtol=1e-5)
+    assert sums["lengths"] == 36 + 36 + 4
     assert sums["top1"] == (logits.argmax(-1) == _TOKENS[:, 1:])[valid].sum()
 
 
@@ -169,6 +172,29 @@ def test_what_a_teacher_predicts_for_a_cache_gives_its_loss():
     from_cache = steps.make_eval_step(_problem(teacher=None))(params, None, cached)["kd_loss"]
     # 24 predictions, each with log-probabilities near -2.4 that float16 changes by 1e-3 at most.
     np.testing.assert_allclose(from_cache, live, atol=24 * 1e-3)
+
+
+def test_the_spread_of_sequences_of_which_one_is_short():
+    """The standard error of a sum of independent sequences, from their sums alone."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([6, 6, 6, 2])
+    losses_of = rng.normal(3.0, 0.5, 4) * lengths
+    sums = {
+        "task_loss": losses_of.sum(),
+        "squares": (losses_of**2).sum(),
+        "products": (losses_of * lengths).sum(),
+        "lengths": (lengths**2).sum(),
+        "sequences": 4,
+        "count": lengths.sum(),
+        "top1": 0,
+    }
+    found = jobs.means(dict(sums), num_bytes=10)
+    mean = losses_of.sum() / lengths.sum()
+    spread = np.sqrt(4 / 3 * ((losses_of - mean * lengths) ** 2).sum())
+    assert found["task_loss"] == pytest.approx(mean)
+    assert found["bits_per_byte"] == pytest.approx(losses_of.sum() / np.log(2) / 10)
+    assert found["bits_per_byte_error"] == pytest.approx(spread / np.log(2) / 10)
+    assert found["count"] == 20
 
 
 def test_bits_per_byte():

@@ -63,8 +63,9 @@ def default() -> ConfigDict:
     config.optimizer.delta = None  # DOT's momenta are momentum - delta (task) and momentum + delta (KD)
     config.optimizer.delta_warmup_epochs = 0  # delta rises from 0 within these epochs, and each step
 
-    config.prompts = ("import os", "def __init__", "for name in")  # which each model continues in the end
-    config.prompt_tokens = 48  # by so many tokens
+    # Which each model continues when its training ends, by `prompt_tokens`.
+    config.prompts = ("import os", "def __init__", "for name in")
+    config.prompt_tokens = 48
     return config
 
 

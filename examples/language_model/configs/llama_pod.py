@@ -3,7 +3,7 @@
     python -m examples.language_model --config=llama_pod --distributed \\
         --config.teacher.path=FOLDER --config.text.files='TEXTS/**/*.txt' --workdir=gs://BUCKET/RUN --config.text.folder=DISK
 
-FOLDER is that of Hugging Face: config.json, safetensors, tokenizer.json. What a step takes on 256 TPU v5e prints
+FOLDER is that of Hugging Face: config.json, safetensors, tokenizer.json; DISK is a folder that all hosts see. What a step takes on 256 TPU v5e prints
 
     python -m benchmarks.language_model_pod
 """
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
 
     config.teacher.path = ""  # to be given
 
-    # TinyLlama's; or set every_nth_layer = 2, which begins better.
+    # TinyLlama's; or set every_nth_layer = 2, for every second layer of the teacher.
     config.student.model = configs.model(
         width=2048, layers=22, heads=32, kv_heads=4, head_dim=64, feed_forward=5632, tied_embeddings=False
     )
