@@ -200,7 +200,12 @@ class Workspace:
             listener.bind(("localhost", 0))
             port = listener.getsockname()[1]
         flags = (*flags, f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_timeout={HEARTBEAT}")
-        return [self.start(workdir, *flags, f"--process_id={i}", *each[i], devices=2) for i in range(2)]
+        # On CPUs a thread waits inside a collective. XLA has one for each core unless this says more: on two cores, two
+        # programs that run at once on two devices can wait for each other forever.
+        threads = {"NPROC": "16"}
+        return [
+            self.start(workdir, *flags, f"--process_id={i}", *each[i], devices=2, environment=threads) for i in range(2)
+        ]
 
     def finish(self, workdir, *flags, **options):
         """Runs the command to its end; returns what it printed as errors and warnings."""
