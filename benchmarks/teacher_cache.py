@@ -78,7 +78,8 @@ def measure_steps(run: Run, k: int, rounds: int) -> dict[str, dict[str, Any]]:
     config, layout, teacher = run.config, run.shared.layout, run.teacher.network.params
     length, batch_size = config.sequence_length, config.batch_size
     weights = dot_optax.PerLoss(config.distillation.task_weight, config.distillation.kd_weight)
-    optimizer = methods.build("kd", config.optimizer, dot_optax.PerLoss(1.0, 1.0), 1000, 1, matrices=model.matrices)
+    count = data.steps_per_epoch(run.shared.corpus.train, length, batch_size), config.epochs
+    optimizer = methods.build("kd", config.optimizer, dot_optax.PerLoss(1.0, 1.0), *count, matrices=model.matrices)
     live = run.problem("forward", live=True)
     sequences = [data.sequence(run.shared.corpus.train, length, i) for i in range(batch_size)]
     batch = {"tokens": np.stack(sequences)}

@@ -361,7 +361,7 @@ def check_optimizers(config: ConfigDict, wanted: list[str], *, trains_teacher: b
         if optimizer.schedule == "cosine" and epochs is not None and optimizer.warmup_epochs >= epochs:
             raise UserError(
                 f"bad --config.{section}.warmup_epochs={optimizer.warmup_epochs}: of {epochs} epochs at least the last"
-                f" must follow the warm-up; give {epochs - 1} or fewer"
+                f" must follow the warm-up; give {f'{epochs - 1} or fewer' if epochs > 1 else '0'}, or more epochs"
             )
         used = section == "optimizer" or trains_teacher
         if config.parallel == "shard_map" and used and optimizer.name != "sgd":

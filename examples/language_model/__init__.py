@@ -14,6 +14,7 @@
     corpus.py       from text files to tokens in memory-mapped files
     data.py         from there to batches on the devices
     teacher_logits.py   the teacher's likeliest tokens, cached on disk
+    trained.py      networks that this program has trained
     generate.py     text that a network continues
     identity.py     which config, text and teacher a working directory belongs to
     report.py       table, texts and picture
@@ -22,14 +23,9 @@ The methods, their optimizers and the drawing are those of `examples.distill`. A
 `losses.png`, `text/` with the tokens and the teacher's cached ones, and one folder for the teacher and for each method, with
 `checkpoints/`, `metrics.jsonl`, event files for TensorBoard and `result.json`. To use a trained student:
 
-    from pathlib import Path
-    from flax import nnx
-    from examples.language_model import generate, model, tokenizer
-    from examples.language_model.configs.bytes import get_config
-    from examples.trainer import checkpoint
+    from etils import epath
+    from examples.language_model import generate, tokenizer, trained
 
-    architecture = model.Architecture(vocabulary=256, **get_config().student.model)
-    graphdef, _ = model.split(nnx.eval_shape(lambda: model.build(architecture, rngs=nnx.Rngs(0))))
-    params, _ = checkpoint.load_variables(Path("runs/bytes/dot"))
+    graphdef, params = trained.load(epath.Path("runs/bytes/dot"))
     print(generate.continue_text(graphdef, params, tokenizer.of_bytes(), ["import "], num_tokens=40))
 """

@@ -1,7 +1,7 @@
 """Usage: python -m examples.language_model --config=NAME --workdir=FOLDER --config.FIELD=VALUE
 
 NAME is a file in examples/language_model/configs/ (default: bytes) or the path of a .py file with `get_config()`; FOLDER
-defaults to runs/NAME. Every field of the config can be overridden, for example --config.distillation.loss=reverse.
+defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.learning_rate=3e-4.
 
 On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
 themselves what belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs

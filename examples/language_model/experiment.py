@@ -4,14 +4,14 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from examples.distill import methods
-from examples.language_model import corpus, data, jobs, pretrained, report, steps, teacher_logits, tokenizer
+from examples.language_model import corpus, data, jobs, pretrained, report, steps, teacher_logits, tokenizer, trained
 from examples.language_model import identity as identities
 from examples.language_model.corpus import Corpus
 from examples.language_model.jobs import Shared, TeacherAtHand
@@ -25,6 +25,8 @@ from examples.trainer import checkpoint, hosts, identity, loop, parallel, paths,
 from examples.trainer.command_line import Arguments
 from examples.trainer.errors import UserError
 from examples.trainer.identity import Identity
+
+T = TypeVar("T")
 
 _TEXT = "text"  # the folder of the tokens in a working directory
 
@@ -42,6 +44,9 @@ class _Opened(NamedTuple):
     def of_teacher(self) -> Architecture:
         if self.source:
             return self.source.architecture
+        path = _teacher_path(self.settings)
+        if path is not None:
+            return trained.architecture(path)
         return jobs.architecture(self.settings.config.teacher.model, self.tokens.vocabulary)
 
     def identity(self, text: str) -> Identity:
@@ -67,7 +72,11 @@ def run(arguments: Arguments) -> None:
         text = opened.load(accept=opened.check)
         there = opened.check(text.fingerprint)
         if jax.process_index() == 0:
-            print(f"Working directory: {directory}")
+            sizes = ", ".join(
+                f"{name} {len(split.tokens):,} tokens of {split.num_documents:,} documents"
+                for name, split in zip(corpus.SPLITS, text[:3], strict=True)
+            )
+            print(f"Working directory: {directory}\nText: {sizes}", flush=True)
         missing = [method for method in settings.methods if loop.finished_epochs(directory / method) != config.epochs]
         saved = {job: checkpoint.saved_steps(directory / job) for job in ("teacher", *methods.METHODS)}
         hosts.check_agree([settings.fields, text.fingerprint, missing, saved])
@@ -165,12 +174,29 @@ def _text_folder(settings: Settings, directory: epath.Path) -> epath.Path:
 
 def _tokenizer(settings: Settings, source: Pretrained | None) -> Tokenizer:
     """The tokenizer of text and networks."""
-    folder = settings.config.text.tokenizer
+    folder, teacher = settings.config.text.tokenizer, _teacher_path(settings)
     if folder and source:
         raise UserError(f"--config.text.tokenizer={folder} is not that of the teacher, which has its own: leave it out")
+    if source:
+        return source.tokenizer
+    found = tokenizer.of_bytes()
     if folder:
-        return tokenizer.from_folder(paths.resolve(folder, "--config.text.tokenizer"))
-    return source.tokenizer if source else tokenizer.of_bytes()
+        path = paths.resolve(folder, "--config.text.tokenizer")
+        found = _explained("--config.text.tokenizer", _open_tokenizer, path)
+    if teacher is not None:
+        trained.check_tokenizer(teacher, found, "give --config.text.tokenizer, the folder or GGUF file that has it")
+    return found
+
+
+def _open_tokenizer(path: epath.Path) -> Tokenizer:
+    return pretrained.open_pretrained(path).tokenizer if path.suffix == ".gguf" else tokenizer.from_folder(path)
+
+
+def _explained(flag: str, read: Callable[[epath.Path], T], path: epath.Path) -> T:
+    try:
+        return read(path)
+    except UserError as error:
+        raise UserError(f"bad {flag}: {error}") from error
 
 
 def _pretrained(settings: Settings) -> Pretrained | None:
@@ -179,18 +205,13 @@ def _pretrained(settings: Settings) -> Pretrained | None:
     if path is None:
         return None
     if checkpoint.has_network(path):
-        if settings.config.teacher.model is None:
-            raise UserError(
-                f"--config.teacher.path={path} is a network of this program: set `teacher.model` in the config's file, as it"
-                " was trained"
-            )
         return None
     if (path / "checkpoints").exists():
         raise UserError(f"the network in --config.teacher.path={path} is not trained to the end")
     inside = [found.parent for found in path.glob("*/checkpoints")] if path.is_dir() else []
     if inside:
         raise UserError(f"--config.teacher.path={path} is no network; did you mean {inside[0]}?")
-    return pretrained.open_pretrained(path)
+    return _explained("--config.teacher.path", pretrained.open_pretrained, path)
 
 
 def _teacher_path(settings: Settings) -> epath.Path | None:
@@ -236,7 +257,5 @@ def _load(opened: _Opened, folder: epath.Path, shared: Shared) -> TeacherAtHand:
     try:
         params, _ = checkpoint.load_fitting(folder, (like, {}))
     except ValueError as error:
-        raise UserError(
-            f"the teacher in {folder} is none of config.teacher.model, with {of.vocabulary} tokens: {error}"
-        ) from error
+        raise UserError(f"the teacher in {folder} has not the architecture that its config says: {error}") from error
     return TeacherAtHand(Teacher(graphdef, jax.device_put(params, shardings)), of)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import dot_optax
 from examples.distill import methods
-from examples.language_model import data, generate, losses, model, steps
+from examples.language_model import data, generate, losses, model, steps, trained
 from examples.language_model.corpus import Corpus
 from examples.language_model.model import Architecture
 from examples.language_model.steps import Problem, Teacher
@@ -285,11 +285,9 @@ def _job(
         }
 
     def further(variables: Variables) -> Record:
-        """What the network writes behind each prompt of the config."""
-        if not config.prompts:
-            return {}
+        """What the network is, and what it writes behind each prompt of the config."""
         texts = generate.continue_text(graphdef, variables[0], tokenizer, config.prompts, config.prompt_tokens)
-        return {"continuations": dict(zip(config.prompts, texts, strict=True))}
+        return trained.description(of, tokenizer) | {"continuations": dict(zip(config.prompts, texts, strict=True))}
 
     return Job(
         name=name,

@@ -57,7 +57,7 @@ def build(config: ConfigDict, vocabulary: int) -> Loss:
     if config.cache and name != "top_k" and k < vocabulary:
         raise UserError(
             f"--config.distillation.loss={name} compares all {vocabulary} tokens, and the cache holds {k}: give"
-            " --config.distillation.loss=top_k, or --config.distillation.cache=False"
+            " --config.distillation.loss=top_k, or --config.distillation.k=0 to cache all, or --config.distillation.cache=False"
         )
 
     def top_k(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:

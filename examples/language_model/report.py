@@ -97,12 +97,14 @@ def notes(settings: Settings, results: drawing.Results, plus_minus: str = "±") 
     lines = [
         f"One seed. The {plus_minus} is the standard error over the sequences of the test split, which all models share:"
         " differences between them are surer than that.",
-        "The losses are nats a token; those of training are means over the last epoch.",
+        "The losses are nats a token; those of training are means over the last epoch. FLOPs and teacher forwards are those of a"
+        " step, on average; 1 FLOP is what plain KD takes that runs its teacher.",
     ]
+    k = config.distillation.k
     if config.distillation.cache:
         lines.append(
-            f"The teacher's {config.distillation.k or 'log-probabilities of all'} likeliest tokens at each position came from"
-            " disk; the seconds that it took to compute them are not in the table."
+            f"The teacher's predictions of {f'its {k} likeliest' if k else 'all'} tokens at each position came from disk; the"
+            " seconds that it took to compute them are not in the table."
         )
     if "dot" in results:
         lines += drawing.what_dot_changes(settings)

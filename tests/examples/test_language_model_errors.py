@@ -36,9 +36,9 @@ _BAD = {
         "--config.text.validation_percent=0.0",
     ): "bad --config.text.validation_percent=0.0: give a number above 0 and below 100",
     ("--config.text.files=/nowhere/*.py",): "no file matches --config.text.files=/nowhere/*.py",
-    ("--config.text.tokenizer=/nowhere",): "no such file: /nowhere/tokenizer.json",
+    ("--config.text.tokenizer=/nowhere",): "bad --config.text.tokenizer: no such file: /nowhere/tokenizer.json",
     ("--config.text.folder=gs://bucket/folder",): "tokens cannot be in gs://bucket/folder",
-    ("--config.teacher.path=/nowhere",): "no such file or folder: /nowhere",
+    ("--config.teacher.path=/nowhere",): "bad --config.teacher.path: no such file or folder: /nowhere",
     (
         "--config.teacher.path=model.gguf",
         "--config.teacher.package=no-such-model==1.0",
@@ -105,14 +105,6 @@ def test_a_folder_belongs_to_a_text(finished_language_model, language_model, tex
     assert language_model(finished_language_model, "--config.method=kd", flag) == 1
     assert "belongs to another config: text is '" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (finished_language_model / "text").iterdir()} == before
-
-
-def test_a_teacher_of_this_program_needs_its_architecture(finished_language_model, tmp_path, capsys):
-    path = finished_language_model / "teacher"
-    assert main(["--config=llama_pod", f"--workdir={tmp_path / 'run'}", f"--config.teacher.path={path}"]) == 1
-    assert f"error: --config.teacher.path={path} is a network of this program: set `teacher.model` in" in (
-        capsys.readouterr().err
-    )
 
 
 def test_a_teacher_is_the_folder_of_a_network(finished_language_model, language_model, tmp_path, capsys):

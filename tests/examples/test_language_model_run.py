@@ -8,10 +8,13 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from matplotlib.image import imread
 
-from examples.language_model import jobs
+from examples.language_model import generate, jobs, tokenizer, trained
+from examples.language_model.command_line import main
 from examples.trainer import checkpoint, loop
+from tests.language_model import tiny_language_model
 from tests.tiers import slow_but
 
 _TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
@@ -90,6 +93,24 @@ def test_a_second_run_reports_and_does_not_train(finished_language_model, langua
         assert f"{_result(finished_language_model / job)['test']['bits_per_byte']:.4f} ±" in bits
     continued = _result(finished_language_model / "dot")["continuations"]["import os"]
     assert f"  DOT                {continued!r}" in printed
+
+
+def test_a_trained_network_can_be_used_and_teaches(finished_language_model, texts, tmp_path, capsys):
+    """Its architecture and its tokenizer are in its folder, so that no flag has to say them again."""
+    folder = epath.Path(finished_language_model / "dot")
+    graphdef, params = trained.load(folder)
+    bytes_ = tokenizer.of_bytes()
+    written = _result(folder)["continuations"]
+    assert generate.continue_text(graphdef, params, bytes_, list(written), 4) == list(written.values())
+    flags = [flag for flag in tiny_language_model(texts) if "teacher" not in flag]
+    flags += [f"--config.teacher.path={folder}", "--config.method=kd", "--config.epochs=1", "--config.devices=1"]
+    assert main([f"--workdir={tmp_path / 'run'}", *flags]) == 0
+    for name in ("task_loss", "bits_per_byte", "top1"):
+        assert _result(tmp_path / "run" / "teacher")["test"][name] == _result(folder)["test"][name]
+    record = _result(folder)
+    (folder / "result.json").write_text(json.dumps(record | {"tokenizer": "another"}))
+    assert main([f"--workdir={tmp_path / 'other'}", *flags]) == 1
+    assert "was trained with another tokenizer; give --config.text.tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # see also test_trainer_faults.py
