@@ -25,6 +25,8 @@ def by_first(work: Callable[[], Any], what: str) -> Any:
     """
     if jax.process_count() == 1:
         return work()
+    # The first collective connects the processes, which on CPUs they wait 30 seconds for, however long `work` takes.
+    multihost_utils.sync_global_devices("by_first")
     found, error = b"", None
     if jax.process_index() == 0:
         try:

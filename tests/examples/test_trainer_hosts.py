@@ -8,8 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from examples.trainer import checkpoint
+from examples.trainer import checkpoint, hosts
 from tests.tiers import slow_but
 
 
@@ -84,3 +85,13 @@ def test_flags_of_hosts(flags, message):
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_hosts_are_connected_before_the_first_one_works(monkeypatch):
+    """On CPUs they wait 30 seconds for it; what the first one does may take hours."""
+    done = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: done.append("connect"))
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: done.append("tell") or value)
+    assert hosts.by_first(lambda: done.append("work") or [7], "work") == [7]
+    assert done == ["connect", "work", "tell", "tell"]
