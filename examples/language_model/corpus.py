@@ -9,14 +9,15 @@ The folder has
 
     train.bin  validation.bin  test.bin    the token ids, of 16 bits or of 32, each document followed by a separator
     corpus.json                            from which texts and tokenizer they come, sizes and hashes; written last
+    .lock                                  held by the run that writes
 
 At every start all texts are read and hashed, and so are the token files: sizes and times of files do not tell whether a
 text has changed, and
 
     python -m timeit -s "import hashlib; x = bytes(10**8)" "hashlib.sha256(x)"
 
-prints 107 msec for 100 MB on one core. What does not fit is written anew. The first host does all this; the others open
-its files.
+prints 107 msec for 100 MB on one core. What does not fit is written anew, but files that this program did not write are never
+touched. The first host does all this; the others open its files.
 """
 
 import bisect
@@ -30,25 +31,33 @@ import json
 import math
 import os
 import sysconfig
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from examples.trainer import hosts, paths, records
+from examples.trainer import hosts, lock, paths, records
 from examples.trainer.batches import check_memory
 from examples.trainer.errors import UserError, one_line
 from examples.trainer.log import warn
+from examples.trainer.preemption import Preempted
 
 SPLITS = ("train", "validation", "test")
 
 _FORMAT = 1  # of the files; another number makes others of them
 _RECORD = "corpus.json"
+_UNFINISHED = {"fingerprint": None, "splits": {}}  # a record until all is written
 _FIELDS = ("validation_percent", "test_percent", "train_tokens", "eval_tokens")
-_BATCH = 2**22  # bytes of text that are tokenized at once; `tokenizers` takes some hundred bytes for each token
+_BATCH = 2**22  # bytes of text that are tokenized at once
+# Memory for a byte of text while it is tokenized. `tokenizers` keeps for each token its text, its place and more, and for
+# each byte where it came from: of 4 MB of Python's source the peak of resident memory (`ru_maxrss`) rose by 500 bytes for
+# each token of SmolLM2, which are 130 for a byte. The tokenizer of bytes keeps the text, and three times its ids, of 16
+# bits.
+_BYTES_OF_A_PIECE, _BYTES_OF_A_BYTE = 130, 8
 _TRIES = 16  # tokens: more than any letter has
 _NOT_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -69,6 +78,7 @@ class Corpus(NamedTuple):
     validation: Split
     test: Split
     fingerprint: str  # SHA-256, in hex, of all that decides which tokens these are
+    identity: Mapping[str, str]  # short hashes of what the config's numbers do not tell, by the flag that decides it
 
 
 class _Document(NamedTuple):
@@ -81,7 +91,8 @@ def load(
     config: ConfigDict,
     folder: epath.PathLike,
     tokenizer: Any,
-    accept: Callable[[str], object] = lambda fingerprint: None,
+    accept: Callable[[Mapping[str, str]], object] = lambda identity: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> Corpus:
     """Opens the text that `config` (the `text` part of a config) describes, tokenizing it first if need be.
 
@@ -89,25 +100,55 @@ def load(
         config: `files`, a glob in which `**` stands for any folders but hidden ones and links (links to files are files), or
             "" for the source of Python's standard library, without its tests; `validation_percent` and `test_percent` of
             the documents; `train_tokens` and `eval_tokens`, how many to take of a split at most, or 0 for all.
-        folder: of this machine, for the token files. One run at a time may load; files that others still read are replaced,
+        folder: of this machine, for the token files. One run at a time may write; files that others still read are replaced,
             not written to.
         tokenizer: see `tokenizer.py`.
-        accept: called with the fingerprint of the text before its tokens take the place of others; may raise.
+        accept: called with `Corpus.identity` before its tokens take the place of others; may raise.
+        preempted: asked before each batch of text that is tokenized, on one host; see `preemption.py`.
 
     Raises:
-        UserError: if there is no such text, too little of it, or the folder cannot be written.
+        UserError: if there is no such text, too little of it, the folder cannot be written, has files that this program did
+            not write, or another run writes there.
+        Preempted: with nothing saved.
     """
     folder = paths.resolve(folder)
     if paths.in_bucket(folder):
         raise UserError(
-            f"tokens cannot be in {folder}: their files are mapped into memory; give a folder of this machine"
+            f"tokens cannot be in {folder}: their files are mapped into memory; give a folder of this machine with"
+            " --config.text.folder"
         )
-    record = hosts.by_first(functools.partial(_prepare, config, folder, tokenizer, accept), "tokenize the text")
-    return _open(folder, record)
+    # Several hosts must ask equally often, and one alone tokenizes.
+    asked = preempted if jax.process_count() == 1 else lambda: False
+    work = functools.partial(_prepare, config, folder, tokenizer, accept, asked)
+    return _open(folder, hosts.by_first(work, "tokenize the text"))
 
 
-def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any, accept: Callable[[str], object]) -> records.Record:
+def lock_out_others(folder: epath.Path, stack: contextlib.ExitStack, what: str) -> None:
+    """Makes a folder, and keeps other writers out until the stack is closed; raises if one of them writes `what` there."""
+    with records.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(lock.hold(folder / ".lock"))
+    except lock.Held:
+        raise UserError(f"another run writes {what} in {folder}; wait for it, or end it") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _prepare(
+    config: ConfigDict,
+    folder: epath.Path,
+    tokenizer: Any,
+    accept: Callable[[Mapping[str, str]], object],
+    preempted: Callable[[], bool],
+) -> records.Record:
     """Returns the record of the folder, writing its files unless they are there."""
+    for field in ("train_tokens", "eval_tokens"):
+        if config[field] == 1:
+            raise UserError(
+                f"bad --config.text.{field}=1: a split needs 2 tokens or more, since the first is not predicted"
+            )
+    _check_own(folder)
     documents, left_out = _documents(config.files)
     identity = {
         "format": _FORMAT,
@@ -117,27 +158,58 @@ def _prepare(config: ConfigDict, folder: epath.Path, tokenizer: Any, accept: Cal
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     record = _intact(folder, fingerprint)
-    if record is None:
-        accept(fingerprint)
-        if left_out:
-            warn(left_out)
-        splits = _split(documents, config)
-        dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
+    if record is not None:
+        return record
+    accept(_identity(identity))
+    if left_out:
+        warn(left_out)
+    splits = _split(documents, config)
+    largest = max(documents, key=lambda document: document.size)
+    needed = _BYTES_OF_A_BYTE if tokenizer.vocabulary <= 2**8 else _BYTES_OF_A_PIECE
+    check_memory(needed * largest.size, f"the tokens of {largest.path}, as they are made,", "it in several files")
+    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
+    limits = {name: config.train_tokens if name == "train" else config.eval_tokens for name in SPLITS}
+    total = None if any(limits.values()) else sum(document.size for document in documents)
+    with contextlib.ExitStack() as stack:
+        lock_out_others(folder, stack, "tokens")
+        record = _intact(folder, fingerprint, again=True)
+        if record is not None:
+            return record
+        # However this ends, the folder is known as one of this program's.
+        records.write_json(folder / _RECORD, _UNFINISHED)
         record = {"fingerprint": fingerprint, **identity, "dtype": dtype.name, "splits": {}}
-        with records.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _RECORD).unlink(missing_ok=True)
-        limits = {name: config.train_tokens if name == "train" else config.eval_tokens for name in SPLITS}
-        total = None if any(limits.values()) else sum(document.size for document in documents)
-        with tqdm(desc="tokenizing", total=total, unit="B", unit_scale=True, delay=2, leave=False) as bar:
-            for name, part in splits.items():
-                record["splits"][name] = _write(folder / f"{name}.bin", part, limits[name], tokenizer, dtype, bar)
+        bar = tqdm(desc="tokenizing", total=total, unit="B", unit_scale=True, delay=2, leave=False)
+        stack.enter_context(bar)
+        for name, part in splits.items():
+            tokens = _tokenized(part, limits[name], tokenizer, bar, preempted)
+            record["splits"][name] = _write(folder / f"{name}.bin", tokens, limits[name], tokenizer, dtype)
         records.write_json(folder / _RECORD, record)
     return record
 
 
-def _intact(folder: epath.Path, fingerprint: str) -> records.Record | None:
-    """Returns the record of the folder if it is that of these texts and all files are as they were written."""
+def _identity(record: records.Record) -> dict[str, str]:
+    return {"text.files": record["texts"][:12], "text.tokenizer": record["tokenizer"][:12]}
+
+
+def _check_own(folder: epath.Path) -> None:
+    """Raises if the folder has files of the names of ours that are not ours: others call theirs `train.bin`, too."""
+    path = folder / _RECORD
+    with records.reading(folder):
+        own = path.exists() and b'"fingerprint"' in path.read_bytes()[:100]  # also if the rest is damaged
+        names = [_RECORD, *(f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "tmp"))]
+        foreign = [] if own else [name for name in names if os.path.lexists(folder / name)]
+    if foreign:
+        raise UserError(
+            f"{folder} has files that this program did not write, or its {_RECORD} is gone: {', '.join(foreign)}; give"
+            " another --config.text.folder, or delete them"
+        )
+
+
+def _intact(folder: epath.Path, fingerprint: str, again: bool = False) -> records.Record | None:
+    """Returns the record of the folder if it is that of these texts and all files are as they were written.
+
+    Asked `again`, with the lock held, it does not say once more that they are not.
+    """
     with records.reading(folder):
         if not (folder / _RECORD).exists():
             return None
@@ -152,8 +224,9 @@ def _intact(folder: epath.Path, fingerprint: str) -> records.Record | None:
             if found.hexdigest() != record["splits"][name]["fingerprint"]:
                 raise UserError(f"{path} is damaged")
     except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
-        # `records` says what to do with a file that cannot be made anew.
-        warn(f"{one_line(error).partition(';')[0]}; the text is tokenized again")
+        if not again:
+            # `records` says what to do with a file that cannot be made anew.
+            warn(f"{one_line(error).partition(';')[0]}; the text is tokenized again")
         return None
     return record
 
@@ -163,11 +236,16 @@ def _open(folder: epath.Path, record: records.Record) -> Corpus:
     for name, split in record["splits"].items():
         path = folder / f"{name}.bin"
         try:
-            tokens = np.memmap(path, record["dtype"], "r", shape=(split["tokens"],))
+            tokens = np.memmap(path, record["dtype"], "r")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path} ({one_line(error)}); all hosts must see this folder") from error
+        if len(tokens) != split["tokens"]:
+            raise UserError(
+                f"{path} has {len(tokens)} tokens instead of {split['tokens']}: all hosts must see this folder, and no other"
+                " run may write there; give one of its own with --config.text.folder"
+            )
         splits[name] = Split(tokens, split["bytes"], split["documents"], split["fingerprint"])
-    return Corpus(**splits, fingerprint=record["fingerprint"])
+    return Corpus(**splits, fingerprint=record["fingerprint"], identity=_identity(record))
 
 
 def _documents(files: str) -> tuple[list[_Document], str]:
@@ -290,9 +368,9 @@ def _split(documents: Sequence[_Document], config: ConfigDict) -> dict[str, list
 
 
 def _write(
-    path: epath.Path, documents: Sequence[_Document], limit: int, tokenizer: Any, dtype: np.dtype, bar: tqdm
+    path: epath.Path, tokens: Iterator[tuple[np.ndarray, int]], limit: int, tokenizer: Any, dtype: np.dtype
 ) -> records.Record:
-    """Writes the tokens of a split; returns what the record says of it."""
+    """Writes the tokens of a split, see `_tokenized`; returns what the record says of it."""
     written = collections.Counter()
     content = hashlib.sha256(tokenizer.fingerprint.encode())
     unfinished = path.with_suffix(".tmp")
@@ -300,7 +378,7 @@ def _write(
         unfinished.unlink(missing_ok=True)  # It may be a link.
         file = open(unfinished, "xb")
     try:
-        for ids, size in _tokenized(documents, limit, tokenizer, bar):
+        for ids, size in tokens:
             chunk = np.asarray(ids, dtype).tobytes()
             content.update(chunk)
             written.update(tokens=len(ids), bytes=size, documents=1)
@@ -317,7 +395,7 @@ def _write(
             file.close()
         unfinished.unlink(missing_ok=True)
         raise
-    if not written["tokens"]:
+    if written["tokens"] < 2:
         raise UserError(
             f"the first document of the {path.stem} split has more than {limit} tokens, and this tokenizer cannot cut it;"
             f" give a higher --config.text.{'train' if path.stem == 'train' else 'eval'}_tokens"
@@ -326,11 +404,13 @@ def _write(
 
 
 def _tokenized(
-    documents: Sequence[_Document], limit: int, tokenizer: Any, bar: tqdm
+    documents: Sequence[_Document], limit: int, tokenizer: Any, bar: tqdm, preempted: Callable[[], bool]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """The tokens of each document and how many bytes of text they stand for, up to `limit` tokens in all."""
     left = limit or math.inf
     for batch in _texts(documents, min(_BATCH, 4 * left)):  # about so many bytes give the tokens that are wanted
+        if preempted():
+            raise Preempted("the same command tokenizes the text from its beginning")
         encoded = tokenizer.encode([text for _, text in batch])
         for (path, text), ids in zip(batch, encoded, strict=True):
             bar.update(len(text))

@@ -1,17 +1,22 @@
 """Text files become tokens once, and the same ones whatever happens to the files of tokens."""
 
+import hashlib
+import json
 import os
 import resource
 import sysconfig
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
 from examples.language_model import corpus
+from examples.trainer import hosts, lock
 from examples.trainer.errors import UserError
+from examples.trainer.preemption import Preempted
 from tests.tiers import slow_but
 
 
@@ -110,7 +115,7 @@ def test_every_document_once_and_a_separator_behind_it(config, folder, texts):
         assert split.tokens[-1] == BYTES.separator
         assert split.num_documents == len(found[name]) == np.sum(split.tokens == BYTES.separator) > 5
         assert split.num_bytes == sum(map(len, found[name])) == len(split.tokens) - split.num_documents
-    assert sorted(os.listdir(folder)) == ["corpus.json", "test.bin", "train.bin", "validation.bin"]
+    assert sorted(os.listdir(folder)) == [".lock", "corpus.json", "test.bin", "train.bin", "validation.bin"]
 
 
 def test_more_tokens_than_16_bits_can_tell_apart(config, folder):
@@ -236,7 +241,7 @@ def test_the_default_is_the_source_of_the_standard_library():
 def test_a_split_is_cut_at_a_number_of_tokens(config, folder):
     whole = corpus.load(config, folder, BYTES)
     documents = _all_documents(whole)
-    for limit in (1, 5, 40, 10**6, *(len(documents["train"][0]) + i for i in (0, 1, 2))):
+    for limit in (2, 5, 40, 10**6, *(len(documents["train"][0]) + i for i in (0, 1, 2))):
         config.train_tokens, config.eval_tokens = limit, 40
         loaded = corpus.load(config, folder, BYTES)
         assert len(loaded.train.tokens) == min(limit, len(whole.train.tokens))
@@ -278,7 +283,7 @@ def test_a_tokenizer_that_gives_back_other_bytes(config, folder):
         corpus.load(config, folder, other)
 
 
-def test_text_is_tokenized_in_batches(config, folder, monkeypatch):
+def test_text_is_tokenized_in_batches(config, folder, tmp_path, monkeypatch):
     whole = corpus.load(config, folder, BYTES)
     sizes = []
 
@@ -287,11 +292,10 @@ def test_text_is_tokenized_in_batches(config, folder, monkeypatch):
         return _encode_bytes(texts)
 
     monkeypatch.setattr(corpus, "_BATCH", 100)
-    (folder / "corpus.json").unlink()
-    again = corpus.load(config, folder, SimpleNamespace(**vars(BYTES) | {"encode": encode}))
+    again = corpus.load(config, tmp_path / "again", SimpleNamespace(**vars(BYTES) | {"encode": encode}))
     np.testing.assert_array_equal(again.train.tokens, whole.train.tokens)
     assert len(sizes) > 5
-    assert max(sizes) < 200  # The longest text has 72 bytes.
+    assert max(sizes) < 200  # The longest text has 68 bytes.
 
 
 def test_tokens_are_made_once(config, folder, capsys):
@@ -345,10 +349,8 @@ _DAMAGES = {
     "longer": lambda folder: os.truncate(folder / "test.bin", 10**5),
     "gone": lambda folder: (folder / "validation.bin").unlink(),
     "a folder": lambda folder: [(folder / "train.bin").unlink(), (folder / "train.bin").mkdir()],
-    "no record": lambda folder: (folder / "corpus.json").unlink(),
     "half a record": lambda folder: os.truncate(folder / "corpus.json", 100),
-    "another record": lambda folder: (folder / "corpus.json").write_text("[3]"),
-    "a poor record": lambda folder: (folder / "corpus.json").write_text("{}"),
+    "a poor record": lambda folder: (folder / "corpus.json").write_text('{"fingerprint": 3}'),
 }
 
 
@@ -370,13 +372,13 @@ def test_damaged_files_are_written_anew(damage, config, folder, capsys):
     corpus.load(config, folder, BYTES)
     assert _bits(folder) == bits
     said = capsys.readouterr().err
-    assert said.endswith("; the text is tokenized again\n") == (damage != "no record"), said
+    assert said.endswith("; the text is tokenized again\n") == (damage != "a poor record"), said
     assert said.count("\n") <= 1
 
 
-@pytest.mark.parametrize("moment", slow_but(range(5), 0, 3))
+@pytest.mark.parametrize("moment", slow_but(range(6), 1, 4))
 def test_interrupted_writing_leaves_nothing_half_used(moment, config, folder, monkeypatch):
-    """Before the first file is renamed, the second, the third, and the record; or while the second is written."""
+    """Before the unfinished record is renamed, the three files, and the record; or while the first file is written."""
     corpus.load(config, folder, BYTES)
     expected, old = _bits(folder), config.copy_and_resolve_references()
     old.validation_percent = 5.0
@@ -390,7 +392,7 @@ def test_interrupted_writing_leaves_nothing_half_used(moment, config, folder, mo
         replace(source, target)
 
     def encode(texts):
-        if moment == 4 and calls:
+        if moment == 5:
             raise KeyboardInterrupt
         return _encode_bytes(texts)
 
@@ -398,7 +400,8 @@ def test_interrupted_writing_leaves_nothing_half_used(moment, config, folder, mo
     with pytest.raises(KeyboardInterrupt):
         corpus.load(config, folder, SimpleNamespace(**vars(BYTES) | {"encode": encode}))
     monkeypatch.undo()
-    assert not (folder / "corpus.json").exists()
+    splits = json.loads((folder / "corpus.json").read_text())["splits"]
+    assert list(splits) == (list(corpus.SPLITS) if moment == 0 else [])
     assert not list(folder.glob("*.tmp"))
     (folder / "train.tmp").write_text("left by a process that was killed")
     corpus.load(config, folder, BYTES)
@@ -430,12 +433,14 @@ def test_a_full_disk(config, folder):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
-    assert os.listdir(folder) == []
+    assert sorted(os.listdir(folder)) == [".lock", "corpus.json"]
     corpus.load(config, folder, BYTES)
 
 
 def test_folders_that_cannot_hold_tokens(config, tmp_path):
-    with pytest.raises(UserError, match=r"tokens cannot be in gs://bucket/tokens: .* give a folder of this machine$"):
+    with pytest.raises(
+        UserError, match=r"tokens cannot be in gs://bucket/tokens: .* of this machine with --config\.text\.folder$"
+    ):
         corpus.load(config, epath.Path("gs://bucket/tokens"), BYTES)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot (write|read) .*/file"):
@@ -485,3 +490,130 @@ def test_texts_that_no_memory_holds(config, folder, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
     with pytest.raises(UserError, match=r"the text of .*txt, .* give it in several files$"):
         corpus.load(config, folder, BYTES)
+
+
+@pytest.mark.parametrize(("vocabulary", "needed"), [(256, 8 * 68), (2**10, 130 * 68)])
+def test_tokenizers_that_no_memory_holds(vocabulary, needed, config, folder, monkeypatch):
+    """The longest text has 68 bytes; reading it takes less."""
+    tokenizer = SimpleNamespace(**vars(BYTES) | {"vocabulary": vocabulary})
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+    with pytest.raises(UserError, match=r"the tokens of .*\.txt, as they are made, take .* give it in several files$"):
+        corpus.load(config, folder, tokenizer)
+    assert not folder.exists()
+    memory["SC_PHYS_PAGES"] = needed
+    corpus.load(config, folder, tokenizer)
+    memory["SC_PHYS_PAGES"] = 8 * 68 - 1
+    corpus.load(config, folder, tokenizer)  # What is tokenized already takes no more than to be read.
+
+
+_FOREIGN = {
+    "tokens": lambda folder: (folder / "train.bin").write_bytes(b"abc"),
+    "unfinished tokens": lambda folder: (folder / "validation.tmp").write_bytes(b"abc"),
+    "a link": lambda folder: (folder / "test.bin").symlink_to("nothing"),
+    "a record": lambda folder: (folder / "corpus.json").write_text("[3]"),
+    "a record and tokens": lambda folder: [
+        (folder / "corpus.json").write_text('{"text": "a"}'),
+        (folder / "train.bin").write_bytes(b"abc"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", _FOREIGN)
+def test_files_of_another_program_stay(kind, config, folder):
+    """Others call their tokens `train.bin`, too."""
+    folder.mkdir()
+    _FOREIGN[kind](folder)
+    before = {path.name: path.is_symlink() or path.read_bytes() for path in folder.iterdir()}
+    message = (
+        f"tokens has files that this program did not write, .*: {', '.join(sorted(before))}; give another --config"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        corpus.load(config, folder, UNUSED)
+    assert "\n" not in str(error.value)
+    assert {path.name: path.is_symlink() or path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_two_runs_do_not_write_to_one_folder(config, folder):
+    def encode(texts):
+        with pytest.raises(UserError, match=r"another run writes tokens in .*/tokens; wait for it, or end it$"):
+            corpus.load(config, folder, UNUSED)
+        return _encode_bytes(texts)
+
+    first = corpus.load(config, folder, SimpleNamespace(**vars(BYTES) | {"encode": encode}))
+    with lock.hold(folder / ".lock"):  # Any number may read.
+        assert corpus.load(config, folder, UNUSED).fingerprint == first.fingerprint
+
+
+def test_what_another_run_wrote_before_this_one_had_the_lock(config, folder):
+    found = corpus.load(config, folder, UNUSED, accept=lambda identity: corpus.load(config, folder, BYTES))
+    assert _all_documents(found) == _all_documents(corpus.load(config, folder, UNUSED))
+
+
+@pytest.mark.parametrize("size", [2, -2])
+def test_tokens_that_another_run_replaced(size, config, folder, monkeypatch):
+    corpus.load(config, folder, BYTES)
+    intact = corpus._intact
+
+    def replaced(*args):
+        record = intact(*args)
+        os.truncate(folder / "test.bin", (folder / "test.bin").stat().st_size + size)
+        return record
+
+    monkeypatch.setattr(corpus, "_intact", replaced)
+    with pytest.raises(UserError, match=r"test\.bin has \d+ tokens instead of \d+: .* with --config\.text\.folder$"):
+        corpus.load(config, folder, BYTES)
+
+
+@pytest.mark.parametrize("field", ["train_tokens", "eval_tokens"])
+def test_a_token_alone_is_no_split(field, config, folder):
+    config[field] = 1
+    with pytest.raises(UserError, match=rf"bad --config\.text\.{field}=1: a split needs 2 tokens or more"):
+        corpus.load(config, folder, UNUSED)
+    assert not folder.exists()
+
+
+def test_a_tokenizer_that_can_cut_a_token_alone(config, folder):
+    other = SimpleNamespace(**vars(BYTES) | {"decode": lambda ids: b"t" if len(ids) == 1 else b"x"})
+    config.eval_tokens = 3
+    with pytest.raises(UserError, match=r"validation split has more than 3 tokens, .* --config\.text\.eval_tokens$"):
+        corpus.load(config, folder, other)
+
+
+def test_tokenizing_ends_early(config, folder, monkeypatch):
+    monkeypatch.setattr(corpus, "_BATCH", 100)
+    texts = []
+
+    def encode(batch):
+        texts.extend(batch)
+        return _encode_bytes(batch)
+
+    tokenizer = SimpleNamespace(**vars(BYTES) | {"encode": encode})
+    asked = iter([False, False, True])
+    with pytest.raises(Preempted, match="the same command tokenizes the text from its beginning"):
+        corpus.load(config, folder, tokenizer, preempted=asked.__next__)
+    assert 0 < len(texts) < 30
+    corpus.load(config, folder, BYTES)
+    corpus.load(config, folder, UNUSED, preempted=asked.__next__)  # It is not asked where nothing is done.
+
+
+def test_one_of_several_hosts_does_not_ask(config, folder, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "by_first", lambda work, what: work())
+    corpus.load(config, folder, BYTES, preempted=lambda: pytest.fail("asked"))
+
+
+def test_what_a_working_directory_knows_the_text_by(config, folder, texts):
+    accepted = []
+    first = corpus.load(config, folder, BYTES, accept=accepted.append)
+    assert accepted == [first.identity]
+    assert corpus.load(config, folder, UNUSED, accept=accepted.append).identity == first.identity
+    assert len(accepted) == 1
+    digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in texts.iterdir())
+    of_texts = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert first.identity == {"text.files": of_texts[:12], "text.tokenizer": "bytes"}
+    long = SimpleNamespace(**vars(BYTES) | {"fingerprint": "0123456789abcdef"})
+    assert corpus.load(config, folder, long).identity == first.identity | {"text.tokenizer": "0123456789ab"}
+    (texts / "0.txt").write_text("another\n")
+    changed = corpus.load(config, folder, BYTES).identity
+    assert [name for name in changed if changed[name] != first.identity[name]] == ["text.files"]

@@ -167,7 +167,7 @@ def test_inputs_of_evaluation_are_those_before_what_is_predicted(split):
     ("batch_size", "devices", "size"), [(6, 1, 6), (6, 4, 8), (10**6, 1, 8), (10**6, 3, 9), (1, 4, 4)]
 )
 def test_evaluation_needs_no_larger_batch_than_the_larger_split(batch_size, devices, size, split):
-    corpus = Corpus(split, _split(2 * LENGTH), _split(7 * LENGTH + 2), "")
+    corpus = Corpus(split, _split(2 * LENGTH), _split(7 * LENGTH + 2), "", {})
     assert data.eval_batch_size(corpus, LENGTH, batch_size, devices) == size
 
 
