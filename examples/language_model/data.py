@@ -25,7 +25,7 @@ from examples.trainer import batches
 from examples.trainer.errors import UserError
 
 
-class Cache(NamedTuple):
+class CachedTeacher(NamedTuple):
     """What a teacher thinks of each sequence of a split, see `teacher_logits.py`; both arrays are memory-mapped."""
 
     log_probs: np.ndarray  # float16 [sequences, length, k]
@@ -68,7 +68,7 @@ def train_batches(
     epochs: int,
     put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
-    cache: Cache | None = None,
+    cache: CachedTeacher | None = None,
 ) -> Iterator[grain.DatasetIterator]:
     """Iterates over this host's part of `epochs` epochs, each in an order of its own.
 
@@ -93,7 +93,7 @@ def eval_batches(
     batch_size: int,
     put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
-    cache: Cache | None = None,
+    cache: CachedTeacher | None = None,
 ) -> Iterator[batches.Batch]:
     """Every prediction of a split once, over all hosts. Every host has the same number of batches, all of one shape."""
     host = host or batches.this_host()
@@ -123,11 +123,11 @@ def sequence(split: Split, length: int, index: int) -> np.ndarray:
     return np.pad(tokens, (0, length + 1 - len(tokens)))
 
 
-def _bytes_cached(cache: Cache | None) -> int:
+def _bytes_cached(cache: CachedTeacher | None) -> int:
     return 6 * cache.log_probs.shape[-1] if cache else 0  # for each token, in memory
 
 
-def _cached(cache: Cache | None, index: int) -> dict[str, np.ndarray]:
+def _cached(cache: CachedTeacher | None, index: int) -> dict[str, np.ndarray]:
     """What a teacher thinks of a sequence."""
     if cache is None:
         return {}
@@ -145,7 +145,7 @@ def num_predicted(split: Split, length: int) -> int:
 class _Sequences:
     """The whole sequences of a split, as Grain reads them."""
 
-    def __init__(self, split: Split, length: int, cache: Cache | None) -> None:
+    def __init__(self, split: Split, length: int, cache: CachedTeacher | None) -> None:
         self._split, self._length, self._cache = split, length, cache
 
     def __len__(self) -> int:

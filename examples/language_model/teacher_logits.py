@@ -34,7 +34,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import grain
@@ -44,9 +44,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from examples.language_model.corpus import Split
-from examples.language_model.data import Cache, sequence
-from examples.trainer import batches, hosts, lock, paths, records
+from examples.language_model.corpus import Split, lock_out_others
+from examples.language_model.data import CachedTeacher, sequence
+from examples.trainer import batches, hosts, paths, records
 from examples.trainer.errors import UserError
 from examples.trainer.log import warn
 from examples.trainer.preemption import Preempted
@@ -57,13 +57,16 @@ _FORMAT = 1  # of the files; another number makes others of them
 _RECORD = "teacher_logits.json"
 _BATCHES_AHEAD = 2  # that the devices have in hand while one is written
 _SAVED_EVERY = 5.0  # seconds; less is lost when the process dies
-# What a cache is of, and where that is said.
-_FLAGS = {
-    "teacher": "--config.teacher",
-    "text": "--config.text",
-    "k": "--config.distillation.k",
-    "temperature": "--config.distillation.temperature",
-    "length": "--config.sequence_length",
+_FLAG_OF_K = "--config.distillation.k"
+# What a cache is of: in words, and the flag that says so.
+_DECIDED_BY = {
+    "teacher_weights": ("the checksum of the teacher's weights", "--config.teacher"),
+    "teacher_architecture": ("the hash of the teacher's architecture", "--config.teacher"),
+    "teacher_dtype": ("the teacher's dtype", "--config.dtype"),
+    "text": ("the hash of the text", "--config.text"),
+    "k": ("k", _FLAG_OF_K),
+    "temperature": ("temperature", "--config.distillation.temperature"),
+    "length": ("length", "--config.sequence_length"),
 }
 
 
@@ -76,13 +79,13 @@ def open_cache(
     vocabulary: int,
     k: int,
     temperature: float,
-    teacher_checksum: int,
+    teacher: Mapping[str, Any],
     predict: Predict,
     batch_size: int,
     put: Callable[[Any], batches.Batch] = jax.device_put,
     host: grain.sharding.ShardOptions | None = None,
     preempted: Callable[[], bool] = lambda: False,
-) -> Cache:
+) -> CachedTeacher:
     """Opens a cache, after computing what is missing in it.
 
     Args:
@@ -93,7 +96,8 @@ def open_cache(
         vocabulary: the number of tokens that the teacher knows.
         k: how many of them to keep.
         temperature: that `predict` divides the logits by.
-        teacher_checksum: tells one teacher from another.
+        teacher: tells one teacher from another, in what JSON can hold: a checksum of its `weights`, a hash of its
+            `architecture`, the `dtype` that it computes in.
         predict: `predict(tokens)` returns the log-probabilities [batch, length, k] of the teacher's likeliest tokens, and
             which these are; compiled. It is not called if nothing is missing.
         batch_size: of all hosts together.
@@ -110,11 +114,12 @@ def open_cache(
     if paths.in_bucket(folder):
         raise UserError(
             f"a teacher's logits cannot be in {folder}: their files are mapped into memory; give a folder of this machine"
+            " with --config.text.folder"
         )
     dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     files = _Files(folder, (sequences, length, k), dtype)
     identity = {
-        "teacher": teacher_checksum,
+        **{f"teacher_{name}": value for name, value in teacher.items()},
         "text": split.fingerprint,
         "k": k,
         "temperature": temperature,
@@ -167,9 +172,9 @@ class _Files(NamedTuple):
             "checksums.bin": 4,
         }
 
-    def open(self) -> Cache:
+    def open(self) -> CachedTeacher:
         try:
-            return Cache(
+            return CachedTeacher(
                 np.memmap(self.folder / "log_probs.bin", np.float16, "r", shape=self.shape),
                 np.memmap(self.folder / "indices.bin", self.dtype, "r", shape=self.shape),
             )
@@ -199,17 +204,22 @@ def _state(files: _Files, identity: records.Record) -> _State:
         text = path.read_bytes() if path.exists() else b'{"finished": 0}'
     try:
         there = json.loads(text)
-        finished = int(there["finished"])
-    except (ValueError, TypeError, KeyError):
+        finished = min(int(there["finished"]), files.shape[0])
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(f"{path} is damaged; restore it, or delete {files.folder} to compute all anew") from None
     different = [name for name in identity if there.get(name) != identity[name]]
     if finished and different:
-        named = [name for name in different if name in _FLAGS] or different
-        says = [f"{name} is {there.get(name)!s:.16} there and {identity[name]!s:.16} here" for name in named]
-        flags = ", ".join(_FLAGS[name] for name in named if name in _FLAGS)
+        named = [name for name in different if name in _DECIDED_BY] or different
+        decided = {name: _DECIDED_BY.get(name, (name, "")) for name in named}
+        says = [
+            f"{words} is {there.get(name)!s:.16} there and {identity[name]!s:.16} here"
+            for name, (words, _) in decided.items()
+        ]
+        flags = ", ".join(dict.fromkeys(flag for _, flag in decided.values() if flag))
+        remedy = f"put {flags} right, give another" if flags else "give another"
         raise UserError(
-            f"the teacher's logits in {files.folder} are of something else: {'; '.join(says)}; put {flags or 'that'} right,"
-            " give another --config.text.folder, or delete that folder to compute them anew"
+            f"the teacher's logits in {files.folder} are of something else: {'; '.join(says)}; {remedy}"
+            " --config.text.folder, or delete that folder to compute them anew"
         )
     intact = set(_intact(files, finished))
     return _State(finished, [sequence for sequence in range(files.shape[0]) if sequence not in intact])
@@ -241,14 +251,7 @@ def _checksum(*parts: bytes) -> bytes:
 def _begin(files: _Files, identity: records.Record, stack: contextlib.ExitStack) -> _State:
     """Keeps other writers out, and returns what is there; raises if there is no room for it."""
     folder = files.folder
-    with records.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        stack.enter_context(lock.hold(folder / ".lock"))
-    except lock.Held:
-        raise UserError(f"another run writes the teacher's logits in {folder}; wait for it, or end it") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    lock_out_others(folder, stack, "the teacher's logits")
     state = _state(files, identity)  # Another run may have written since it was asked.
     damaged = sum(sequence < state.finished for sequence in state.missing)
     if damaged:
@@ -261,7 +264,7 @@ def _begin(files: _Files, identity: records.Record, stack: contextlib.ExitStack)
         sequences, length, k = files.shape
         raise UserError(
             f"the teacher's logits take {wanted / 1e9:.3g} GB (k={k} for {sequences * length:,} tokens), and {folder} has"
-            f" room for {(free + sum(held)) / 1e9:.3g} GB; give a smaller {_FLAGS['k']}, fewer --config.text.train_tokens, or"
+            f" room for {(free + sum(held)) / 1e9:.3g} GB; give a smaller {_FLAG_OF_K}, fewer --config.text.train_tokens, or"
             " another --config.text.folder"
         )
     return state

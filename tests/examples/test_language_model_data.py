@@ -29,7 +29,7 @@ def split():
 def cache():
     rng = np.random.default_rng(0)
     log_probs = rng.normal(size=(50, LENGTH, 3)).astype(np.float16)
-    return data.Cache(log_probs, rng.integers(2**16, size=(50, LENGTH, 3), dtype=np.uint16))
+    return data.CachedTeacher(log_probs, rng.integers(2**16, size=(50, LENGTH, 3), dtype=np.uint16))
 
 
 def _host(index, count):

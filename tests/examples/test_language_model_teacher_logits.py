@@ -29,6 +29,7 @@ from tests.tiers import slow_but
 
 LENGTH, VOCABULARY, K, SEQUENCES = 8, 64, 5, 20
 _TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, SEQUENCES * LENGTH + 3).astype(np.uint16)
+TEACHER = {"weights": 12345, "architecture": "abc", "dtype": "float32"}
 SPLIT = Split(_TOKENS, len(_TOKENS), 1, "abc")
 _LOGITS = 3 * jax.random.normal(jax.random.key(0), (VOCABULARY, VOCABULARY))
 
@@ -50,7 +51,7 @@ def _open(folder, **changes):
         "vocabulary": VOCABULARY,
         "k": K,
         "temperature": 1.0,
-        "teacher_checksum": 12345,
+        "teacher": TEACHER,
         "predict": _predict,
         "batch_size": 3,
     }
@@ -240,12 +241,20 @@ def test_files_that_are_cut_or_gone(name, size, copy, complete, capsys):
     ("change", "message"),
     [
         (
-            {"teacher_checksum": 6},
-            "teacher is 12345 there and 6 here; put --config.teacher right, give another --config.",
+            {"teacher": TEACHER | {"weights": 6}},
+            "else: the checksum of the teacher's weights is 12345 there and 6 here; put --config.teacher right, give another",
+        ),
+        (
+            {"teacher": TEACHER | {"weights": 6, "architecture": "x"}},
+            "the hash of the teacher's architecture is abc there and x here; put --config.teacher right, give another",
+        ),
+        (
+            {"teacher": TEACHER | {"dtype": "bfloat16"}},
+            "else: the teacher's dtype is float32 there and bfloat16 here; put --config.dtype right, give another",
         ),
         (
             {"split": SPLIT._replace(fingerprint="x" * 64)},
-            "text is abc there and xxxxxxxxxxxxxxxx here; put --config.text right, give",
+            "the hash of the text is abc there and xxxxxxxxxxxxxxxx here; put --config.text right, give",
         ),
         (
             {"k": 4},
@@ -260,7 +269,10 @@ def test_files_that_are_cut_or_gone(name, size, copy, complete, capsys):
             {"k": 4, "temperature": 2.0},
             "k is 5 there and 4 here; temperature is 1.0 there and 2.0 here; put --config.dist",
         ),
-        ({"vocabulary": 2**17}, "dtype is uint16 there and uint32 here; put that right, give another"),
+        (
+            {"vocabulary": 2**17},
+            "else: dtype is uint16 there and uint32 here; give another --config.text.folder, or delete that",
+        ),
     ],
 )
 @pytest.mark.parametrize("finished", slow_but([SEQUENCES, 1], SEQUENCES))
@@ -276,14 +288,18 @@ def test_a_cache_of_something_else_is_never_used(change, message, finished, copy
 
 def test_a_folder_where_nothing_was_computed_is_free(folder, complete):
     with pytest.raises(Preempted):
-        _open(folder, teacher_checksum=6, k=9, preempted=lambda: True)
+        _open(folder, teacher={"weights": 6}, k=9, preempted=lambda: True)
     assert _finished(folder) == 0
     _open(folder)
     assert _bits(folder) == _bits(complete)
 
 
 @pytest.mark.parametrize(
-    "text", slow_but(["", "[]", "{}", '{"finished": "x"}', '{"finished": 3'], "", '{"finished": 3')
+    "text",
+    slow_but(
+        ["", "[]", "{}", '{"finished": "x"}', '{"finished": 3', '{"finished": Infinity}'],
+        *("", '{"finished": 3', '{"finished": Infinity}'),
+    ),
 )
 def test_a_damaged_record(text, copy):
     (copy / "teacher_logits.json").write_text(text)
@@ -291,6 +307,19 @@ def test_a_damaged_record(text, copy):
         UserError, match=r"teacher_logits\.json is damaged; restore it, or delete .*cache to compute all"
     ):
         _open(copy)
+
+
+def test_a_record_that_counts_too_many(copy, complete, monkeypatch):
+    record = json.loads((copy / "teacher_logits.json").read_text()) | {"finished": 10**12}
+    (copy / "teacher_logits.json").write_text(json.dumps(record))
+
+    def bar(sequences, **options):
+        assert len(sequences) <= SEQUENCES
+        return sequences
+
+    monkeypatch.setattr(teacher_logits, "tqdm", bar)
+    cache = _open(copy, predict=_never)
+    np.testing.assert_array_equal(cache.indices, _open(complete, predict=_never).indices)
 
 
 def test_a_disk_that_is_too_small(folder, monkeypatch):
@@ -337,7 +366,9 @@ def test_two_runs_do_not_write_to_one_folder(folder, complete):
 
 
 def test_folders_that_cannot_hold_it(tmp_path):
-    with pytest.raises(UserError, match=r"a teacher's logits cannot be in gs://bucket/x: .* a folder of this machine$"):
+    with pytest.raises(
+        UserError, match=r"a teacher's logits cannot be in gs://bucket/x: .* machine with --config\.text\.folder$"
+    ):
         _open(epath.Path("gs://bucket/x"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot (write|read) .*/file"):
@@ -441,7 +472,7 @@ _PROCESS = """
         return jax.lax.top_k(jax.nn.log_softmax(logits), 4)
 
     cache = teacher_logits.open_cache(
-        f"{folder}/cache", split=loaded.train, length=8, vocabulary=256, k=4, temperature=1.0, teacher_checksum=1, sequences=data.num_sequences(loaded.train, 8),
+        f"{folder}/cache", split=loaded.train, length=8, vocabulary=256, k=4, temperature=1.0, teacher={"weights": 1}, sequences=data.num_sequences(loaded.train, 8),
         predict=predict, batch_size=12,
         put=lambda batch: parallel.divide(mesh, batch),
     )
