@@ -145,7 +145,7 @@ def measure_losses(run: Run, ks: Sequence[int], sequences: int) -> dict[int, dic
                 vocabulary=vocabulary,
                 k=k,
                 temperature=temperature,
-                teacher_checksum=0,  # The folder is of this process alone.
+                teacher={},  # The folder is of this process alone.
                 predict=functools.partial(predict, iter(logits), k),
                 batch_size=1,
             )

@@ -1,9 +1,10 @@
 """One experiment from start to report: text, teacher, its cached predictions, a student for every method, the table."""
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -14,12 +15,12 @@ from examples.distill import methods
 from examples.language_model import corpus, data, jobs, pretrained, report, steps, teacher_logits, tokenizer, trained
 from examples.language_model import identity as identities
 from examples.language_model.corpus import Corpus
+from examples.language_model.data import CachedTeacher
 from examples.language_model.jobs import Shared, TeacherAtHand
 from examples.language_model.model import Architecture, sharding_spec
 from examples.language_model.pretrained import Pretrained
 from examples.language_model.settings import Settings, validated
 from examples.language_model.steps import Teacher
-from examples.language_model.teacher_logits import Cache
 from examples.language_model.tokenizer import Tokenizer
 from examples.trainer import checkpoint, hosts, identity, loop, parallel, paths, preemption, records, workdir
 from examples.trainer.command_line import Arguments
@@ -49,17 +50,19 @@ class _Opened(NamedTuple):
             return trained.architecture(path)
         return jobs.architecture(self.settings.config.teacher.model, self.tokens.vocabulary)
 
-    def identity(self, text: str) -> Identity:
-        """What the working directory belongs to, with a text of this fingerprint."""
+    def identity(self, text: Mapping[str, str]) -> Identity:
+        """What the working directory belongs to, with a text of this identity."""
         return identities.of(self.settings, text, self.of_teacher)
 
-    def check(self, text: str) -> records.Record:
+    def check(self, text: Mapping[str, str]) -> records.Record:
         """Returns the record of the working directory; raises if it belongs to something else."""
         return identity.check(self.directory, self.identity(text), others=[_TEXT])
 
-    def load(self, accept: Callable[[str], object]) -> Corpus:
+    def load(
+        self, accept: Callable[[Mapping[str, str]], object], preempted: Callable[[], bool] = lambda: False
+    ) -> Corpus:
         config = self.settings.config
-        return corpus.load(config.text, _text_folder(self.settings, self.directory), self.tokens, accept)
+        return corpus.load(config.text, _text_folder(self.settings, self.directory), self.tokens, accept, preempted)
 
 
 def run(arguments: Arguments) -> None:
@@ -69,8 +72,8 @@ def run(arguments: Arguments) -> None:
     settings, directory = opened.settings, opened.directory
     config = settings.config
     with workdir.claim(directory):
-        text = opened.load(accept=opened.check)
-        there = opened.check(text.fingerprint)
+        text = opened.load(opened.check, preempted)
+        there = opened.check(text.identity)
         if jax.process_index() == 0:
             sizes = ", ".join(
                 f"{name} {len(split.tokens):,} tokens of {split.num_documents:,} documents"
@@ -92,12 +95,12 @@ def open_finished(arguments: Arguments) -> tuple[Shared, TeacherAtHand]:
     """Returns text and teacher of a working directory, to look closer at what was trained there. Nothing is written."""
     opened = _open(arguments)
 
-    def refuse(text: str) -> None:
+    def refuse(text: Mapping[str, str]) -> None:
         opened.check(text)
         raise UserError(f"the tokens of --workdir={opened.directory} are missing or damaged; the run makes them anew")
 
     text = opened.load(accept=refuse)
-    opened.check(text.fingerprint)
+    opened.check(text.identity)
     shared = Shared(opened.settings.config, text, opened.tokens, opened.layout, preempted=lambda: False)
     return shared, _load(opened, _teacher_folder(opened.settings, opened.directory), shared)
 
@@ -114,7 +117,7 @@ def _open(arguments: Arguments) -> _Opened:
 def _train(missing: list[str], opened: _Opened, shared: Shared, there: records.Record) -> None:
     config, directory = shared.config, opened.directory
     jobs.check(missing, shared, opened.of_teacher)
-    belongs, checksum = opened.identity(shared.corpus.fingerprint), identity.recorded_teacher(there)
+    belongs, checksum = opened.identity(shared.corpus.identity), identity.recorded_teacher(there)
     options = loop.options(config, shared.layout, shared.preempted)
     folder = _teacher_folder(opened.settings, directory)
     if opened.source or checkpoint.has_network(folder):
@@ -140,7 +143,7 @@ def _train(missing: list[str], opened: _Opened, shared: Shared, there: records.R
         loop.fit(jobs.student(method, shared, directory, at_hand), options)
 
 
-def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath.Path) -> dict[str, Cache]:
+def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath.Path) -> dict[str, CachedTeacher]:
     """What the teacher predicts of each split, computed where it is not there yet."""
     config, layout = shared.config, shared.layout
     vocabulary = at_hand.architecture.vocabulary
@@ -156,7 +159,11 @@ def _caches(at_hand: TeacherAtHand, checksum: int, shared: Shared, folder: epath
             vocabulary=vocabulary,
             k=k,
             temperature=config.distillation.temperature,
-            teacher_checksum=checksum,
+            teacher={
+                "weights": checksum,
+                "architecture": hashlib.sha256(repr(at_hand.architecture).encode()).hexdigest()[:12],
+                "dtype": config.dtype,
+            },
             predict=functools.partial(predict, at_hand.network.params),
             batch_size=config.batch_size,
             put=functools.partial(parallel.divide, layout.mesh),  # whatever form the steps have

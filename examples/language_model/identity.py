@@ -1,6 +1,6 @@
 """Which config, text and teacher a working directory belongs to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from examples.distill import methods
 from examples.language_model.configs import default
@@ -34,12 +34,12 @@ _FREE_FIELDS = (
 _STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
 
 
-def of(settings: Settings, text: str, teacher: Architecture) -> Identity:
-    """What a working directory of these settings belongs to, with a text of this fingerprint and such a teacher."""
+def of(settings: Settings, text: Mapping[str, str], teacher: Architecture) -> Identity:
+    """What a working directory of these settings belongs to, with a text of this identity and such a teacher."""
     optimizer = settings.config.optimizer
     kept = {field: value for field, value in settings.fields.items() if field not in _FREE_FIELDS}
     return Identity(
-        kept | {"text": text, "teacher.architecture": teacher},
+        kept | dict(text) | {"teacher.architecture": teacher},
         fields(default()),
         _depends,
         lambda saved: methods.why_not_longer(optimizer),

@@ -18,9 +18,9 @@ import dot_optax
 from examples.distill import methods
 from examples.language_model import data, generate, losses, model, steps, trained
 from examples.language_model.corpus import Corpus
+from examples.language_model.data import CachedTeacher
 from examples.language_model.model import Architecture
 from examples.language_model.steps import Problem, Teacher
-from examples.language_model.teacher_logits import Cache
 from examples.language_model.tokenizer import Tokenizer
 from examples.trainer import batches, loop, parallel
 from examples.trainer.errors import UserError
@@ -60,7 +60,7 @@ class TeacherAtHand(NamedTuple):
 
     network: Teacher
     architecture: Architecture
-    caches: Mapping[str, Cache] = {}  # for all splits or for none
+    caches: Mapping[str, CachedTeacher] = {}  # for all splits or for none
 
     def without_params(self) -> "TeacherAtHand":
         """The same with shapes in the place of parameters: who has the caches need not keep these on the devices."""
@@ -319,7 +319,7 @@ def _job(
 
 
 def _evaluate(
-    name: str, problem: Problem, teacher_params: Any, caches: Mapping[str, Cache], shared: Shared
+    name: str, problem: Problem, teacher_params: Any, caches: Mapping[str, CachedTeacher], shared: Shared
 ) -> Evaluate:
     """Returns `evaluate(variables, split)`, which gives the means over a split."""
     config, layout = shared.config, shared.layout

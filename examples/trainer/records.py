@@ -21,8 +21,7 @@ def writing(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # For buckets there are more kinds than OSErrors.
         raise UserError(
-            f"cannot write {path} ({_reason(error)}); put this right, and the same command goes on from the latest"
-            " checkpoint"
+            f"cannot write {path} ({_reason(error)}); put this right, and the same command goes on from what is saved"
         ) from error
 
 

@@ -103,7 +103,7 @@ def test_a_trained_network_can_be_used_and_teaches(finished_language_model, text
     written = _result(folder)["continuations"]
     assert generate.continue_text(graphdef, params, bytes_, list(written), 4) == list(written.values())
     flags = [flag for flag in tiny_language_model(texts) if "teacher" not in flag]
-    flags += [f"--config.teacher.path={folder}", "--config.method=kd", "--config.epochs=1", "--config.devices=1"]
+    flags += [f"--config.teacher.path={folder}", "--config.method=kd", "--config.epochs=2", "--config.devices=1"]
     assert main([f"--workdir={tmp_path / 'run'}", *flags]) == 0
     for name in ("task_loss", "bits_per_byte", "top1"):
         assert _result(tmp_path / "run" / "teacher")["test"][name] == _result(folder)["test"][name]
