@@ -120,21 +120,24 @@ def optimize_the_sum(recipe: Recipe) -> tuple[optax.GradientTransformation, ...]
 def muon(recipe: Recipe, momentum: float) -> optax.GradientTransformation:
     """Muon, whose steps have the size of AdamW's; what is no matrix gets Adam.
 
-    Without Nesterov's momentum, so that `momentum` can be 0 for what has its momenta already.
+    Without Nesterov's momentum, so that `momentum` can be 0 for what has its momenta already. Decay is decoupled, as in AdamW.
     """
-    config, mask = recipe.config, decay_mask(recipe)
-    return optax.contrib.muon(
-        recipe.learning_rate,
+    config = recipe.config
+    directions = optax.contrib.muon(
+        -1.0,  # It flips the sign, and so does what follows the decay.
         beta=momentum,
         eps=config.eps,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=mask,
         nesterov=False,
         adam_b1=momentum,
         adam_b2=config.b2,
-        adam_weight_decay=0.0 if mask else config.weight_decay,
         muon_weight_dimension_numbers=recipe.matrices,
         consistent_rms=_RMS_OF_ADAMW,
+    )
+    return optax.chain(
+        directions,
+        # Its own decay would leave out kernels that get Adam, such as those of convolutions.
+        optax.add_decayed_weights(config.weight_decay, decay_mask(recipe)),
+        optax.scale_by_learning_rate(recipe.learning_rate),
     )
 
 

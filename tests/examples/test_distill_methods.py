@@ -216,6 +216,17 @@ def test_muon_is_that_of_optax_on_the_weighted_sum():
     _assert_close(_train(kd, steps=10), _train(expected, steps=10), rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", slow_but(["kd", "dot", "kd_gain_matched"], "kd"))
+@pytest.mark.parametrize("mask, decayed", [("kernels", {"kernel"}), ("all", {"kernel", "bias", "embedding"})])
+def test_muon_decays_kernels_of_all_shapes(method, mask, decayed):
+    params = PARAMS | {"conv": {"kernel": np.linspace(1, 2, 36, dtype=np.float32).reshape(3, 3, 2, 2)}}
+    zeros = jax.tree.map(np.zeros_like, params)
+    tx = _optimizer(method, name="muon", learning_rate=1.0, weight_decay=0.5, decay_mask=mask)
+    updates, _ = tx.update(dot_optax.PerLoss(zeros, zeros), tx.init(params), params)
+    wanted = jax.tree.map_with_path(lambda path, x: -0.5 * x if path[-1].key in decayed else 0 * x, params)
+    _assert_close(updates, wanted, rtol=1e-7)  # halves are exact
+
+
 def test_muon_orthogonalizes_the_momenta_of_dot():
     """Without delta they are in sum a multiple of KD's momentum, and so have its direction."""
     kd, _ = _train(_optimizer("kd", name="muon"), steps=30)

@@ -85,7 +85,7 @@ def _problem(**changes):
 
 def _optimizer(method="dot", name="sgd"):
     config = of_bytes.get_config().optimizer
-    config.update({"name": name, "learning_rate": 0.1, "schedule": "steps"})
+    config.update({"name": name, "learning_rate": 0.1, "schedule": "steps", "warmup_epochs": 0})
     return methods.build(method, config, dot_optax.PerLoss(0.5, 0.5), steps_per_epoch=10, matrices=model.matrices)
 
 
@@ -201,16 +201,22 @@ def test_bits_per_byte():
     assert steps.bits_per_byte(np.log(2) * 24, 8) == pytest.approx(3.0)
 
 
-def test_matrices_decay_and_the_others_do_not():
+@pytest.mark.parametrize("name", slow_but(["adamw", "muon"], "adamw"))
+@pytest.mark.parametrize("mask", ["kernels", "all"])
+def test_matrices_decay_and_the_others_do_not(name, mask):
     _, params = _network(0)
+    matrices = {"q", "k", "v", "o", "gate", "up", "down"}
     config = ConfigDict(of_bytes.get_config().optimizer)
-    config.update({"name": "adamw", "learning_rate": 1.0, "weight_decay": 0.5, "schedule": "steps"})
+    config.update({"name": name, "learning_rate": 1.0, "schedule": "steps", "warmup_epochs": 0})
+    config.update({"weight_decay": 0.5, "decay_mask": mask})
+    zeros = optax.tree.zeros_like(params)
+    wanted = jax.tree.map_with_path(
+        lambda path, leaf: -0.5 * leaf if mask == "all" or path[-1].key in matrices else 0 * leaf, params
+    )
     for method in ("kd", "dot", "kd_gain_matched"):
         tx = methods.build(method, config, dot_optax.PerLoss(0.5, 0.5), 10, matrices=model.matrices)
-        zeros = optax.tree.zeros_like(params)
         updates, _ = tx.update(dot_optax.PerLoss(zeros, zeros), tx.init(params), params)
-        decayed = {path[-1].key for path, leaf in jax.tree.leaves_with_path(updates) if jnp.any(leaf != 0)}
-        assert decayed == {"q", "k", "v", "o", "gate", "up", "down"}
+        jax.tree.map(np.testing.assert_array_equal, updates, wanted)  # halves are exact
 
 
 def test_muon_orthogonalizes_each_layer_for_itself():
