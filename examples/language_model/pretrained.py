@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,13 +46,16 @@ _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.d
 _LARGEST = 2**20  # of any length in an architecture: more is a damaged file
 
 
+_Bounds = tuple[tuple[int, int], ...]  # where a part of an array begins and ends, along each axis
+
+
 class Pretrained(NamedTuple):
     """A network in files."""
 
     architecture: model.Architecture
     tokenizer: tokenizer.Tokenizer
-    params_like: Any  # shapes of the parameters, float32, as `model.split` has them
-    # load(sharding=None, dtype=jnp.float32) -> params. `sharding(path, leaf)` says where an array of `params_like` goes.
+    # load(sharding=None, dtype=jnp.float32) -> params, as `model.split` has them. `sharding(path, leaf)` says where an array
+    # goes, by its path and its shape.
     load: Callable[..., Any]
 
 
@@ -92,7 +95,7 @@ def open_pretrained(path: epath.Path) -> Pretrained:
     params_like = model.split(abstract)[1]
     params_like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_like)
     _check_tensors(path, params_like, tensors, column)
-    return Pretrained(architecture, made, params_like, functools.partial(_load, params_like, tensors, column))
+    return Pretrained(architecture, made, functools.partial(_load, params_like, tensors, column))
 
 
 def _load(
@@ -102,48 +105,50 @@ def _load(
     sharding: Callable[[jax.tree_util.KeyPath, Any], jax.sharding.Sharding] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Any:
-    """Returns the parameters, each device's part of them read for itself."""
+    """Returns the parameters, on this host those parts of them that its devices hold."""
 
     def make(path: jax.tree_util.KeyPath, leaf: Any) -> jax.Array:
-        name, read_parts = path[-1].key, {}
+        def bounds(index: tuple[slice, ...]) -> _Bounds:
+            return tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
-            if bounds not in read_parts:  # Several devices may hold the same.
-                read_parts[bounds] = _read_part(name, leaf.shape, dtype, tensors, column, index)
-            return read_parts[bounds]
-
-        if sharding is None:
-            return jnp.asarray(part(tuple(slice(None) for _ in leaf.shape)))
-        return jax.make_array_from_callback(leaf.shape, sharding(path, leaf), part)
+        place = sharding and sharding(path, leaf)
+        whole = tuple(slice(None) for _ in leaf.shape)
+        indices = place.addressable_devices_indices_map(leaf.shape).values() if place else [whole]
+        # Several devices may hold the same part.
+        parts = _read_parts(path[-1].key, leaf.shape, dtype, tensors, column, {bounds(index) for index in indices})
+        if place is None:
+            return jnp.asarray(parts[bounds(whole)])
+        return jax.make_array_from_callback(leaf.shape, place, lambda index: parts[bounds(index)])
 
     return jax.tree.map_with_path(make, params_like)
 
 
-def _read_part(
+def _read_parts(
     name: str,
     shape: tuple[int, ...],
     dtype: DTypeLike,
     tensors: Mapping[str, _Tensor],
     column: int,
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """Returns what an index takes of a parameter; of the layers, those that it takes are stacked."""
-
-    def read(tensor: _Tensor, shape: tuple[int, ...], index: tuple[slice, ...], where: str) -> np.ndarray:
-        whole = tensor.read()
-        # A view, so that only what the index takes is read from the disk. Embedding and head stay [vocabulary, width].
-        whole = whole if name in ("embedding", "head") or whole.ndim == 1 else whole.T.reshape(shape)
-        taken = whole[index]
-        if not np.isfinite(taken).all():
-            raise UserError(f"cannot use {tensor.file}: {where} has values that are not finite")
-        return taken.astype(dtype)
-
+    bounds: Collection[_Bounds],
+) -> dict[_Bounds, np.ndarray]:
+    """Returns parts of a parameter, whose layers are stacked. Each tensor is read once: GGUF has to dequantize it."""
     title = _NAMES[name][column]
-    if "{}" not in title:
-        return read(tensors[title], shape, index, title)
-    titles = [title.format(i) for i in range(*index[0].indices(shape[0]))]
-    return np.stack([read(tensors[title], shape[1:], index[1:], title) for title in titles])
+    stacked = "{}" in title
+    parts = {part: np.empty([end - begin for begin, end in part], dtype) for part in bounds}
+    for i in range(shape[0] if stacked else 1):
+        takers = [part for part in bounds if not stacked or part[0][0] <= i < part[0][1]]
+        if not takers:
+            continue
+        at = title.format(i)
+        whole = tensors[at].read()
+        # A view, so that only what the parts take is read from the disk. Embedding and head stay [vocabulary, width].
+        whole = whole if name in ("embedding", "head") or whole.ndim == 1 else whole.T.reshape(shape[stacked:])
+        for part in takers:
+            taken = whole[tuple(slice(*axis) for axis in part[stacked:])]
+            if not np.isfinite(taken).all():
+                raise UserError(f"cannot use {tensors[at].file}: {at} has values that are not finite")
+            parts[part][i - part[0][0] if stacked else ...] = taken
+    return parts
 
 
 def _check_tensors(path: epath.Path, params_like: Any, tensors: Mapping[str, _Tensor], column: int) -> None:

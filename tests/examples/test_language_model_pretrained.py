@@ -61,9 +61,9 @@ def test_both_formats_hold_the_same(files, name):
     assert a.architecture == b.architecture == ARCHITECTURES[name]
     params = a.load()
     equal(params, b.load())
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), a.params_like
-    )
+    built = model.split(model.build(a.architecture, rngs=nnx.Rngs(0)))[1]
+    like = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (params, built)]
+    assert like[0] == like[1]
     weights = llama_files.tensors(ARCHITECTURES[name])
     equal(params["layers"]["gate"][1], weights["model.layers.1.mlp.gate_proj.weight"].T)
     equal(params["embedding"], weights["model.embed_tokens.weight"])
@@ -103,6 +103,23 @@ def test_each_device_reads_its_part(files, form):
     assert params["layers"]["q"].addressable_shards[0].data.shape == (3, 4, 2, 4)
     equal(params, network.load())
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(network.load(dtype=jnp.bfloat16)))
+
+
+def test_a_tensor_is_dequantized_once_for_all_devices(files, monkeypatch):
+    import gguf
+
+    network, read, original = opened(files("gguf")), [], gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda data, kind: read.append(data.ctypes.data) or original(data, kind))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    network.load(lambda path, leaf: NamedSharding(mesh, model.sharding_spec(path, leaf, mesh)))
+    assert len(read) == len(set(read)) == len(llama_files.tensors(ARCHITECTURE))
+    read.clear()
+    by_layer = jax.sharding.Mesh(np.array(jax.devices()[:3]), ("layer",))
+    place = NamedSharding(by_layer, jax.sharding.PartitionSpec("layer"))
+    whole = NamedSharding(by_layer, jax.sharding.PartitionSpec())
+    params = network.load(lambda path, leaf: place if path[0].key == "layers" else whole)
+    assert len(read) == len(set(read)) == len(llama_files.tensors(ARCHITECTURE))
+    equal(params, network.load())
 
 
 def test_shards_and_types(folder):
