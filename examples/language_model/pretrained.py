@@ -330,8 +330,26 @@ def _open_gguf(path: epath.Path) -> tuple[model.Architecture, tokenizer.Tokenize
     except ImportError as error:
         raise UserError(f"reading {path} needs the package gguf: pip install gguf") from error
     _map(path)
+
+    class Reader(gguf.GGUFReader):
+        """Refuses lengths that `gguf` believes: behind the end of the file it has empty values, as many as a length says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> np.ndarray:
+            found = super()._get(offset, dtype, count, *args, **options)
+            if len(found) < count:
+                raise ValueError("a value ends behind the end of the file")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            # The type of an array in four bytes, then its length; `gguf` makes an object of each value.
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                length = self._get(orig_offs + 4, np.uint64)[0]
+                if length > _LARGEST:
+                    raise ValueError(f"an array has {length} values")
+            return super()._get_field_parts(orig_offs, raw_type)
+
     try:
-        reader = gguf.GGUFReader(os.fspath(path))
+        reader = Reader(os.fspath(path))
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in tensors.items()}

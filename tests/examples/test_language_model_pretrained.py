@@ -391,6 +391,43 @@ def test_one_line_for_a_gguf_that_is_cut(files, tmp_path, size):
     assert "\n" not in str(error.value)
 
 
+# What a damaged length says, by where it is behind a piece of the file: (bytes before it, how many follow, its size).
+GGUF_LENGTHS = {
+    "array of strings": (b"tokenizer.ggml.merges" + bytes([9, 0, 0, 0]), 4, 8),
+    "array of numbers": (b"tokenizer.ggml.token_type" + bytes([9, 0, 0, 0]), 4, 8),
+    "string": (b"tokenizer.ggml.model" + bytes([8, 0, 0, 0]), 0, 8),
+    "string in an array": (b"tokenizer.ggml.merges" + bytes([9, 0, 0, 0]), 12, 8),
+    "tensors": (b"GGUF", 4, 8),
+    "keys": (b"GGUF", 12, 8),
+    "axes": (b"token_embd.weight", 0, 4),
+    "axis": (b"token_embd.weight", 4, 8),
+    "place of a tensor": (b"token_embd.weight", 24, 8),
+}
+
+
+@pytest.mark.parametrize("length", [2**40, 2**63])
+@pytest.mark.parametrize("case", GGUF_LENGTHS)
+def test_one_line_for_a_gguf_with_a_wrong_length(files, tmp_path, case, length):
+    before, skipped, size = GGUF_LENGTHS[case]
+    data = bytearray(files("gguf").read_bytes())
+    at = data.index(before) + len(before) + skipped
+    data[at : at + size] = min(length, 2 ** (8 * size) - 1).to_bytes(size, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(UserError, match=r"m\.gguf") as error:
+        opened(tmp_path / "m.gguf").load()
+    assert "\n" not in str(error.value)
+
+
+def test_a_gguf_has_no_array_of_millions(files, tmp_path):
+    """Of a whole network they could lie within the file, and each value would be an object."""
+    data = files("gguf").read_bytes()
+    at = data.index(before := b"tokenizer.ggml.token_type" + bytes([9, 0, 0, 0])) + len(before) + 4
+    data = data[:at] + (2**20 + 1).to_bytes(8, "little") + data[at + 8 :] + bytes(4 * 2**20)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(UserError, match="an array has 1048577 values"):
+        opened(tmp_path / "m.gguf")
+
+
 def test_one_line_for_a_path_that_is_neither(tmp_path):
     (tmp_path / "model.bin").touch()
     for name, message in {
