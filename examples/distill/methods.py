@@ -323,8 +323,9 @@ def summary(name: str) -> str:
     return next(iter((METHODS[name].__doc__ or "").strip().splitlines()), "")
 
 
-def parse(method: str, known: Collection[str] = METHODS) -> list[str]:
-    """Splits the comma-separated `config.method` into known names, each once."""
+def parse(method: str, known: Collection[str] | None = None) -> list[str]:
+    """Splits the comma-separated `config.method` into names, each once, which must be `known`; default: `METHODS`."""
+    known = METHODS if known is None else known
     names = list(dict.fromkeys(name.strip() for name in method.split(",") if name.strip()))
     if not names or not set(names) <= set(known):
         raise UserError(f"bad --config.method={method!r}: give one or more of {', '.join(known)}, separated by commas")

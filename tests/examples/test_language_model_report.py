@@ -1,7 +1,10 @@
 """What the report of language models says."""
 
+import pytest
+
 from examples.language_model import report, settings
 from examples.language_model.configs import bytes as of_bytes
+from examples.trainer.errors import UserError
 
 
 def _result(bits, **further):
@@ -62,7 +65,18 @@ def test_texts_are_on_one_line_and_not_too_long():
 def test_notes_say_what_the_cache_leaves_out():
     config = of_bytes.get_config()
     notes = " ".join(report.notes(settings.validated(config), _students()))
-    assert "The teacher's 32 likeliest tokens at each position came from disk" in notes
+    assert "The teacher's predictions of its 32 likeliest tokens at each position came from disk" in notes
     assert "a KD gradient by 4, where AdamW multiplies both by 1" in notes
+    config.distillation.k = 0
+    assert "predictions of all tokens" in " ".join(report.notes(settings.validated(config), {}))
     config.distillation.cache = False
     assert "disk" not in " ".join(report.notes(settings.validated(config), {}))
+
+
+def test_a_prompt_is_text_that_can_be_encoded():
+    config = of_bytes.get_config()
+    config.prompts = ("caf\udce9",)
+    with pytest.raises(
+        UserError, match=r"^bad --config\.prompts=\('caf.udce9',\): give texts in UTF-8, separated by commas$"
+    ):
+        settings.validated(config)

@@ -97,7 +97,7 @@ def test_a_second_run_reports_and_does_not_train(finished_language_model, langua
 
 def test_a_trained_network_can_be_used_and_teaches(finished_language_model, texts, tmp_path, capsys):
     """Its architecture and its tokenizer are in its folder, so that no flag has to say them again."""
-    folder = epath.Path(finished_language_model / "dot")
+    folder = epath.Path(shutil.copytree(finished_language_model / "dot", tmp_path / "dot"))
     graphdef, params = trained.load(folder)
     bytes_ = tokenizer.of_bytes()
     written = _result(folder)["continuations"]
