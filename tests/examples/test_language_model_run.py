@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import re
 import shutil
 import signal
 
@@ -17,6 +19,7 @@ from examples.trainer import checkpoint, loop
 from tests.language_model import tiny_language_model
 from tests.tiers import slow_but
 
+_README = pathlib.Path(jobs.__file__).with_name("README.md")
 _TRAINING = ("task_loss", "kd_loss", "task_grad_norm", "kd_grad_norm", "grad_cosine")
 _EVALUATION = ("task_loss", "kd_loss", "bits_per_byte", "top1")
 _OF_DISTILLATION = {"kd_loss", "kd_grad_norm", "grad_cosine", "validation_kd_loss"}
@@ -98,6 +101,10 @@ def test_a_second_run_reports_and_does_not_train(finished_language_model, langua
 def test_a_trained_network_can_be_used_and_teaches(finished_language_model, texts, tmp_path, capsys):
     """Its architecture and its tokenizer are in its folder, so that no flag has to say them again."""
     folder = epath.Path(shutil.copytree(finished_language_model / "dot", tmp_path / "dot"))
+    code = re.search(r"## Use a student\n\n```python\n(.*?)```", _README.read_text(), re.DOTALL)[1]
+    assert "runs/bytes/dot" in code
+    exec(code.replace("runs/bytes/dot", str(folder)), names := {})
+    assert names["logits"].shape == (1, len("import os"), 256)
     graphdef, params = trained.load(folder)
     bytes_ = tokenizer.of_bytes()
     written = _result(folder)["continuations"]
