@@ -4,11 +4,6 @@ NAME is a file in examples/distill/configs/ (default: digits) or the path of a .
 defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.delta=0.05.
 
 --smoke_test tries a config out, without its data or a teacher, and estimates how long it would take here.
-
-On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
-themselves what belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
-process 0. FOLDER and the dataset must be the same for all. When a host dies the others end, after about
---heartbeat_timeout=60 seconds (5 or more) at the latest; start the same command again on each, and they go on.
 """
 
 from collections.abc import Sequence

@@ -142,7 +142,7 @@ def ce(recipe: Recipe) -> optax.GradientTransformation:
 
 @register("kd", label="KD", linear=True)
 def kd(recipe: Recipe) -> optax.GradientTransformation:
-    """Plain knowledge distillation: SGD with momentum, or AdamW, on the weighted sum."""
+    """Plain knowledge distillation: SGD with momentum, AdamW or Muon on the weighted sum."""
     return optax.chain(weight_losses(recipe.weights), dot_optax.sum_losses(), *optimizers.optimize_the_sum(recipe))
 
 

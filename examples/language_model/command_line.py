@@ -2,11 +2,6 @@
 
 NAME is a file in examples/language_model/configs/ (default: bytes) or the path of a .py file with `get_config()`; FOLDER
 defaults to runs/NAME. Every field of the config can be overridden, for example --config.optimizer.learning_rate=3e-4.
-
-On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
-themselves what belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
-process 0. FOLDER, the texts and the teacher must be the same for all. When a host dies the others end, after about
---heartbeat_timeout=60 seconds (5 or more) at the latest; start the same command again on each, and they go on.
 """
 
 from collections.abc import Sequence

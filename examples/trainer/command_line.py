@@ -26,6 +26,12 @@ from examples.trainer.errors import UserError, one_line
 from examples.trainer.settings import fields
 
 _HOST_FLAGS = ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout")
+_ON_SEVERAL_HOSTS = """\
+On several hosts, start the same command on each, with --distributed on TPU pods and under SLURM or GKE, which say by
+themselves what belongs together; elsewhere with --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST runs
+process 0. FOLDER and all that is read must be the same for all. When a host dies the others end, after about
+--heartbeat_timeout=60 seconds (5 or more) at the latest; start the same command again on each, and they go on.
+"""
 _ANY_REST = "the same command goes on with whatever was saved"
 
 
@@ -189,6 +195,7 @@ def _help(program: Program, config: ConfigDict, name: str) -> str:
     return "\n".join(
         [
             program.usage,
+            _ON_SEVERAL_HOSTS,
             f"Configs: {', '.join(_known_configs(program))}",
             *program.help(),
             f"\nFields of --config={name} and their defaults:",

@@ -32,6 +32,7 @@ def experiment(tmp_path):
     return path
 
 
+@pytest.mark.slow  # trains, in a process of its own
 def test_the_file_on_the_page_runs_from_another_folder(experiment):
     flags = ("--config.devices=1", "--config.epochs=2", "--config.teacher.epochs=1", "--config.method=dot_clipped")
     command = [sys.executable, "-m", "examples.distill", "--config=my_experiment.py", *flags]

@@ -98,6 +98,7 @@ def test_a_second_run_reports_and_does_not_train(finished_language_model, langua
     assert f"  DOT                {continued!r}" in printed
 
 
+@pytest.mark.slow  # trains
 def test_a_trained_network_can_be_used_and_teaches(finished_language_model, texts, tmp_path, capsys):
     """Its architecture and its tokenizer are in its folder, so that no flag has to say them again."""
     folder = epath.Path(shutil.copytree(finished_language_model / "dot", tmp_path / "dot"))
