@@ -32,6 +32,9 @@ def tiny_language_model(texts):
         "epochs": 4,
         "teacher.epochs": 4,
         "optimizer.learning_rate": 1e-3,
+        "distillation.loss": "forward",
+        "distillation.k": 0,
+        "distillation.cache": False,
         "gradient_metrics": True,
         "prompt_tokens": 4,
     }

@@ -286,6 +286,8 @@ def _job(
 
     def further(variables: Variables) -> Record:
         """What the network is, and what it writes behind each prompt of the config."""
+        if not config.prompts:
+            return trained.description(of, tokenizer) | {"continuations": {}}
         texts = generate.continue_text(graphdef, variables[0], tokenizer, config.prompts, config.prompt_tokens)
         return trained.description(of, tokenizer) | {"continuations": dict(zip(config.prompts, texts, strict=True))}
 

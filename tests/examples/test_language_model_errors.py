@@ -18,7 +18,7 @@ _BAD = {
         "--config.distillation.k=300",
     ): "bad --config.distillation.k=300: the vocabulary has 256 tokens; give as many or fewer",
     (
-        "--config.distillation.loss=forward",
+        "--config.distillation.cache=True",
         "--config.distillation.k=8",
     ): "--config.distillation.loss=forward compares all 256 tokens, and the cache holds 8: give",
     (
