@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ def alone(workspace_of_text):
     @functools.cache
     def run(flags):
         workspace = workspace_of_text
-        folder = workspace.with_teacher(f"alone_{flags is _CACHED}", workspace.short)
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # Workers share the workspace.
+        folder = workspace.with_teacher(f"alone_{flags is _CACHED}_{worker}", workspace.short)
         workspace.finish(folder, *LANGUAGE_MODEL.short, *flags)
         return folder
 
@@ -62,8 +64,11 @@ def test_two_hosts_train_and_evaluate_like_one(of_model, flags, workspace_of_tex
     _assert_same_network(folder / "dot", expected / "dot", atol=1e-5)
     results = [json.loads((each / "dot" / "result.json").read_text()) for each in (folder, expected)]
     for split in ("validation", "test"):
-        assert results[0][split] == pytest.approx(results[1][split], rel=1e-4)
-        assert results[0][split]["count"] == results[1][split]["count"]
+        here, there = (result[split] for result in results)
+        # The texts are so alike that the spread of their losses, a difference of float32 sums, is mostly rounding.
+        assert here.pop("bits_per_byte_error") == pytest.approx(there.pop("bits_per_byte_error"), abs=1e-3)
+        assert here == pytest.approx(there, rel=1e-4)
+        assert here["count"] == there["count"]
     lines = (folder / "dot" / "metrics.jsonl").read_text().splitlines()
     assert tuple(json.loads(line)["step"] for line in lines) == LANGUAGE_MODEL.short_saves
 

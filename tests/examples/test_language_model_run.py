@@ -152,15 +152,13 @@ def test_an_interrupted_run_ends_as_one_that_was_not(finished_language_model, la
 @pytest.mark.slow
 def test_a_cache_of_all_tokens_gives_the_same_student(finished_language_model, language_model, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(finished_language_model, workdir, ignore=shutil.ignore_patterns("dot", "kd"))
-    (workdir / "config.json").unlink()
-    shutil.rmtree(workdir / "teacher")
     flags = ("--config.method=dot", f"--config.teacher.path={finished_language_model / 'teacher'}")
     assert language_model(workdir, *flags, "--config.distillation.cache=True") == 0
     assert {path.name for path in (workdir / "text").iterdir()} >= {
         f"teacher_logits_{split}" for split in ("train", "validation", "test")
     }
-    # Float16 has 11 bits: its log-probabilities are off by 2.4e-4 of their size. 48 steps of 1e-3 each end 2e-3 apart at most.
+    # Float16 changes log-probabilities by up to 2.4e-4 of their size. Where a gradient is no larger than what that makes of it,
+    # Adam's step of 1e-3 may go the other way: two such steps.
     _assert_same_student(workdir / "dot", finished_language_model / "dot", atol=2e-3)
     here, there = (_result(folder / "dot") for folder in (workdir, finished_language_model))
     assert here["test"]["kd_loss"] == pytest.approx(there["test"]["kd_loss"], rel=1e-2)
@@ -192,7 +190,7 @@ _OVERRIDES = {
         "--config.parallel=shard_map",
         "--config.optimizer.name=sgd",
         "--config.teacher.optimizer.name=sgd",
-        "--config.optimizer.learning_rate=0.1",
+        "--config.optimizer.learning_rate=0.02",
     ],
     "without prompts": ["--config.prompts=()"],
     "without gradient metrics": ["--config.method=ce,kd,kd_gain_matched,dot", "--config.gradient_metrics=False"],
@@ -215,7 +213,7 @@ def test_devices_share_the_work(form, finished_language_model, language_model, t
     workdir = tmp_path / "run"
     shutil.copytree(finished_language_model, workdir, ignore=shutil.ignore_patterns("dot", "kd"))
     assert language_model(workdir, "--config.method=dot", "--config.devices=4", *form) == 0
-    # Adam divides rounding errors of gradients near 0 by their own size: 48 steps of 1e-3.
+    # Where a gradient is a rounding error, Adam's step of 1e-3 may go the other way: two such steps.
     _assert_same_student(workdir / "dot", finished_language_model / "dot", atol=2e-3)
     here, there = (_lines(folder / "dot")[-1]["validation_task_loss"] for folder in (workdir, finished_language_model))
     assert here == pytest.approx(there, rel=1e-4)
