@@ -3,6 +3,8 @@
 The text is the source of Python's standard library, so the run needs no download. A token is a byte.
 
     python -m examples.language_model
+
+It takes under four minutes on two CPU cores, compilation included; README.md has what it printed.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ def get_config() -> ConfigDict:
     """Sizes for two CPU cores and some minutes."""
     config = configs.default()
     config.epochs = 3
-    config.batch_size = 16
+    config.batch_size = 8
     config.eval_batch_size = 64
     config.sequence_length = 128
     config.gradient_metrics = False
@@ -24,12 +26,13 @@ def get_config() -> ConfigDict:
     config.text.eval_tokens = 2**15
 
     config.teacher.model = configs.model(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, feed_forward=352)
-    config.teacher.epochs = 2
+    config.teacher.epochs = 3
     config.teacher.optimizer.name = "adamw"
     config.teacher.optimizer.learning_rate = 3e-3
     config.teacher.optimizer.b2 = 0.98
     config.teacher.optimizer.weight_decay = 0.1
     config.teacher.optimizer.schedule = "cosine"
+    config.teacher.optimizer.warmup_epochs = 1
 
     config.student.model = configs.model(width=64, layers=2, heads=2, kv_heads=1, head_dim=32, feed_forward=176)
 
