@@ -32,7 +32,6 @@ def tiny_language_model(texts):
         "epochs": 4,
         "teacher.epochs": 4,
         "optimizer.learning_rate": 1e-3,
-        "optimizer.warmup_epochs": 0,
         "teacher.optimizer.warmup_epochs": 0,
         "distillation.loss": "forward",
         "distillation.k": 0,
