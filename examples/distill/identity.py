@@ -10,19 +10,13 @@ from collections.abc import Sequence
 from examples.distill import methods, objectives
 from examples.distill.configs import default
 from examples.distill.settings import Settings
-from examples.trainer.identity import Identity
+from examples.trainer.identity import FREE_FIELDS, Identity
 from examples.trainer.settings import fields
 
 _FREE_FIELDS = (
+    *FREE_FIELDS,
     "method",
-    "parallel",
-    "devices",
     "shard_params",
-    "eval_batch_size",
-    "gradient_metrics",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_consecutive_skips",
     "report_note",
     "teacher.checkpoint",  # but its content does, see `check_teacher`
     "teacher.train",

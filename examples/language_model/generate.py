@@ -39,6 +39,8 @@ def continue_text(
         >>> len(text) <= 3
         True
     """
+    if not prompts:
+        return []
     encoded = tokenizer.encode([prompt.encode() for prompt in prompts])
     if num_tokens < 1 or not all(len(ids) for ids in encoded):
         raise ValueError("each prompt needs a token, and num_tokens must be at least 1")

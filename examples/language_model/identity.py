@@ -6,21 +6,15 @@ from examples.distill import methods
 from examples.language_model.configs import default
 from examples.language_model.model import Architecture
 from examples.language_model.settings import Settings
-from examples.trainer.identity import Identity
+from examples.trainer.identity import FREE_FIELDS, Identity
 from examples.trainer.settings import fields
 
 # They do not change what a job computes.
 _FREE_FIELDS = (
+    *FREE_FIELDS,
     "method",
-    "parallel",
-    "devices",
     "model_devices",
     "remat",
-    "eval_batch_size",
-    "gradient_metrics",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_consecutive_skips",
     "report_note",
     "prompts",
     "prompt_tokens",

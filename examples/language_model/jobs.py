@@ -257,13 +257,6 @@ def _job(
         summed=summed,
     )
 
-    def new_state() -> TrainState:
-        state_like = jax.eval_shape(lambda: init_state(params_like, {}, optimizer))
-        params = jax.device_put(init_params(), layout.shardings(params_like))
-        # Where it is to be from the first: the state of an optimizer may be larger than a device.
-        opt_state = jax.jit(optimizer.init, out_shardings=layout.shardings(state_like).opt_state)(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, {}, opt_state)
-
     def cost() -> Record:
         """Of a step, on average: how often the teacher sees a batch, and the operations up to the gradients."""
         if task.loss is None:
@@ -286,15 +279,13 @@ def _job(
 
     def further(variables: Variables) -> Record:
         """What the network is, and what it writes behind each prompt of the config."""
-        if not config.prompts:
-            return trained.description(of, tokenizer) | {"continuations": {}}
         texts = generate.continue_text(graphdef, variables[0], tokenizer, config.prompts, config.prompt_tokens)
         return trained.description(of, tokenizer) | {"continuations": dict(zip(config.prompts, texts, strict=True))}
 
     return Job(
         name=name,
         directory=directory,
-        init_state=new_state,
+        init_state=lambda: _new_state(init_params(), optimizer, layout),
         step=lambda state, batch: step(state, teacher_params, batch),
         evaluate=_evaluate(name, task, teacher_params, caches, shared),
         batches=lambda: data.train_batches(
@@ -318,6 +309,14 @@ def _job(
         cost=cost,
         further=further,
     )
+
+
+def _new_state(params: Any, optimizer: optax.GradientTransformation, layout: parallel.Layout) -> TrainState:
+    """The state before the first step, where it is to be from the first: that of an optimizer may exceed a device."""
+    like = jax.eval_shape(lambda: init_state(params, {}, optimizer))
+    params = jax.device_put(params, layout.shardings(params))
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.shardings(like).opt_state)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, {}, opt_state)
 
 
 def _evaluate(

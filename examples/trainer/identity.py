@@ -9,6 +9,16 @@ from etils import epath
 from examples.trainer import checkpoint, loop, records, workdir
 from examples.trainer.errors import UserError
 
+# Fields of training that do not change what a job computes: on which devices, what to log and to save.
+FREE_FIELDS = (
+    "parallel",
+    "devices",
+    "eval_batch_size",
+    "gradient_metrics",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "max_consecutive_skips",
+)
 _CHECKSUM = "teacher.checksum"  # in the record: of its variables, by which a teacher is known wherever it lies
 
 
