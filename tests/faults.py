@@ -22,6 +22,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 
 from examples.trainer import checkpoint
@@ -218,11 +219,18 @@ def _truncate(folder):
 
 
 def _flip(folder):
-    """Flips a bit that Orbax does not notice: of a number in the largest file."""
-    largest = max((folder / "optimizer").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    """Flips a bit that Orbax does not notice: of a number of the largest array.
+
+    The array is written anew, since arrays are compressed: a bit flipped in the file may be one that zstd stumbles over.
+    """
+    store = {"driver": "ocdbt", "base": f"{(folder / 'optimizer').as_uri()}/"}
+    values = tensorstore.KvStore.open(store).result()
+    largest = max(values.list().result(), key=lambda key: len(values.read(key).result().value))
+    kvstore = store | {"path": f"{largest.decode().rpartition('/')[0]}/"}
+    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+    numbers = np.array(array.read().result())
+    numbers.view(np.uint8).flat[0] ^= 1
+    array.write(numbers).result()
 
 
 def _remove(folder):
