@@ -61,6 +61,14 @@ class Problem(NamedTuple):
     init: Callable[[Any], tuple[Any, Any]]  # key -> params, statistics
     apply: Callable[..., tuple[Any, Any]]  # (params, statistics, x, train) -> logits, statistics
     load: Callable[[], Arrays]  # x, y of the splits, and the teacher's logits of the training split
+    batch: int = BATCH
+
+
+def losses_of(logits, y, teacher_logits):
+    return PerLoss(
+        task=optax.losses.softmax_cross_entropy_with_integer_labels(logits, y),
+        kd=dot_optax.losses.kd_loss(logits, teacher_logits, TEMPERATURE),
+    )
 
 
 class Form(NamedTuple):
@@ -70,6 +78,7 @@ class Form(NamedTuple):
     cost: Callable[[float, int], float]  # (T, backward passes where both losses are due) -> in units of F
     optimizer: Callable[..., optax.GradientTransformation] | None = None  # in the place of that of the method
     batches: int = 1  # that a step is given at once: its own, and that of 4 steps later
+    losses: Callable[..., Any] = losses_of  # (logits, y, teacher_logits) -> of each example, in a container
 
 
 def _every(k):
@@ -120,13 +129,6 @@ def cost(problem, method, form, teacher):
     return form.cost(teacher, passes) / (teacher + 3)
 
 
-def losses_of(logits, y, teacher_logits):
-    return PerLoss(
-        task=optax.losses.softmax_cross_entropy_with_integer_labels(logits, y),
-        kd=dot_optax.losses.kd_loss(logits, teacher_logits, TEMPERATURE),
-    )
-
-
 def optimizer_of(problem, method, learning_rate, steps):
     config = default().optimizer
     config.name, config.weight_decay, config.delta = problem.optimizer, problem.weight_decay, DELTA
@@ -146,7 +148,7 @@ def train(problem, method, form, learning_rate, key, rows, data):
 
     def loss_fn(params, statistics, x, y, teacher_logits):
         logits, statistics = problem.apply(params, statistics, x, train=True)
-        return jax.tree.map(jnp.mean, losses_of(logits, y, teacher_logits)), statistics
+        return jax.tree.map(jnp.mean, form.losses(logits, y, teacher_logits)), statistics
 
     gradients = form.make(loss_fn)
 
@@ -180,11 +182,11 @@ def measure(problem, variables, data):
     }
 
 
-def batches(examples, steps, seed):
+def batches(examples, steps, seed, batch=BATCH):
     """Rows of shape (steps, batch), epoch after epoch; the rows that fill no batch are left out."""
-    rng, per_epoch = np.random.default_rng(seed), examples // BATCH
-    orders = [rng.permutation(examples)[: per_epoch * BATCH] for _ in range(math.ceil(steps / per_epoch))]
-    return np.concatenate(orders).reshape(-1, BATCH)[:steps].astype(np.int32)
+    rng, per_epoch = np.random.default_rng(seed), examples // batch
+    orders = [rng.permutation(examples)[: per_epoch * batch] for _ in range(math.ceil(steps / per_epoch))]
+    return np.concatenate(orders).reshape(-1, batch)[:steps].astype(np.int32)
 
 
 # The digits.
@@ -205,10 +207,16 @@ def _mlp(params, statistics, x, train):
 # Fashion-MNIST.
 
 
-def _fashion(side, teacher_widths, examples=5000):
-    """Images of 28 pixels without the frame that 2 x `side` leaves over, in means of 2 x 2; and a trained CNN's logits."""
+def fashion(side, teacher_widths, examples=5000, teacher_epochs=10, wrong_labels=0.0):
+    """Images of 28 pixels without the frame that 2 x `side` leaves over, in means of 2 x 2; and a trained CNN's logits.
+
+    Of the labels to train and to validate on, those of the teacher too, the part `wrong_labels` is that of another class.
+    """
     (pixels, labels), (test_pixels, test_labels) = fashion_mnist_idx(None).values()
-    order = np.random.default_rng(0).permutation(len(labels))[: examples + 2500]
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(labels))[: examples + 2500]
+    is_wrong = rng.random(len(labels)) < wrong_labels
+    labels = np.where(is_wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
     frame = (28 - 2 * side) // 2
 
     def prepared(pixels):
@@ -220,8 +228,8 @@ def _fashion(side, teacher_widths, examples=5000):
     data |= {f"{name} y": jnp.asarray(labels[rows], jnp.int32) for name, rows in splits.items()}
     data |= {"test y": jnp.asarray(test_labels, jnp.int32), "teacher": jnp.zeros((examples, 10))}
 
-    teacher = _cnn_problem(teacher_widths, side)
-    rows = batches(examples, 10 * (examples // BATCH), seed=1000)
+    teacher = cnn_problem(teacher_widths, side)
+    rows = batches(examples, teacher_epochs * (examples // BATCH), seed=1000)
     variables = jax.jit(functools.partial(train, teacher, "ce", FORMS["exact"], 0.1))(jax.random.key(1000), rows, data)
     data["teacher"] = jnp.concatenate(
         [teacher.apply(*variables, part, train=False)[0] for part in jnp.split(data["train x"], 10)]
@@ -265,10 +273,10 @@ def _cnn(params, statistics, x, train):
     return x.reshape(len(x), -1) @ params["head"]["kernel"] + params["head"]["bias"], new
 
 
-def _cnn_problem(widths, side, **fields):
+def cnn_problem(widths, side, **fields):
     fields = {"optimizer": "sgd", "weight_decay": 5e-4, "learning_rate": 0.0, "epochs": 0, "seeds": 0} | fields
-    load = functools.partial(_fashion, side, (32, 64))
-    return Problem(init=functools.partial(_init_cnn, widths, side), apply=_cnn, load=load, **fields)
+    fields = {"load": functools.partial(fashion, side, (32, 64))} | fields
+    return Problem(init=functools.partial(_init_cnn, widths, side), apply=_cnn, **fields)
 
 
 VIT_WIDTH, VIT_HEADS, VIT_DEPTH, VIT_PATCH, VIT_SIDE = 24, 2, 2, 4, 12
@@ -335,7 +343,7 @@ PROBLEMS = {
         apply=_mlp,
         load=_digits,
     ),
-    "Fashion-MNIST, CNN": _cnn_problem((8, 16), 14, learning_rate=0.04, epochs=6, seeds=5),
+    "Fashion-MNIST, CNN": cnn_problem((8, 16), 14, learning_rate=0.04, epochs=6, seeds=5),
     "Fashion-MNIST, ViT": Problem(
         "adamw",
         weight_decay=0.05,
@@ -344,7 +352,7 @@ PROBLEMS = {
         seeds=5,
         init=_init_vit,
         apply=_vit,
-        load=functools.partial(_fashion, VIT_SIDE, (32, 64)),
+        load=functools.partial(fashion, VIT_SIDE, (32, 64)),
     ),
 }
 
@@ -360,7 +368,7 @@ class Cells:
         self._runs, self._data = {}, None
         # What a cell depends on, besides its name and the code.
         fields = {field: value for field, value in problem._asdict().items() if not callable(value)}
-        self._settings = json.loads(json.dumps([BATCH, TEMPERATURE, WEIGHTS, DELTA, fields]))
+        self._settings = json.loads(json.dumps([TEMPERATURE, WEIGHTS, DELTA, fields]))
 
     def read(self, method, form, learning_rate, steps):
         path = self._path(method, form, learning_rate, steps)
@@ -382,7 +390,7 @@ class Cells:
     def steps(self, cost=1.0):
         """The steps that plain KD's FLOPs pay for."""
         self._load()
-        return round(self._problem.epochs * (len(self._data["train y"]) // BATCH) / cost)
+        return round(self._problem.epochs * (len(self._data["train y"]) // self._problem.batch) / cost)
 
     def _path(self, method, form, learning_rate, steps):
         name = f"{method} {form} lr {learning_rate:g} steps {steps}".translate(str.maketrans(" /,=", "____"))
@@ -403,19 +411,20 @@ class Cells:
                 return measure(self._problem, variables, data)
 
             self._runs[method, form, steps] = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
-        rows = jnp.stack([batches(len(self._data["train y"]), steps, seed) for seed in seeds])
+        examples, batch = len(self._data["train y"]), self._problem.batch
+        rows = jnp.stack([batches(examples, steps, seed, batch) for seed in seeds])
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         found = self._runs[method, form, steps](learning_rate, keys, rows, self._data)
         return {name: np.asarray(found[name], float).tolist() for name in MEASURES}
 
 
-def search(cells, method, form, start):
+def search(cells, method, form, start, steps=None):
     """The learning rate with the lowest mean validation loss, between half and twice of it; the search begins at `start`."""
-    tried = {}
+    tried, steps = {}, steps or cells.steps()
 
     def validation(rate):
         if rate not in tried:
-            mean = np.mean(cells.get(method, form, rate, cells.steps())["validation loss"])
+            mean = np.mean(cells.get(method, form, rate, steps)["validation loss"])
             tried[rate] = mean if np.isfinite(mean) else np.inf
         return tried[rate]
 
@@ -460,20 +469,25 @@ def row(cells):
     print("| " + " | ".join(cells) + " |")
 
 
-def differences(results, when, base):
-    """How much larger an arm's test loss is than that of the arm `base(arm)`, paired by seed, for the arms that have one.
+def paired(ours, theirs):
+    """By how much our figures are larger, paired by seed: the mean, its standard error and the p-value."""
+    by_seed = np.subtract(ours, theirs)
+    p = stats.ttest_1samp(by_seed, 0).pvalue if by_seed.any() else 1.0
+    return by_seed.mean(), by_seed.std(ddof=1) / len(by_seed) ** 0.5, p
 
-    Returns the mean difference, its standard error and the p-value with Holm's correction, by arm.
-    """
-    found = {}
-    for arm in results:
-        if base(arm) in results and base(arm) != arm:
-            ours, theirs = (np.array(results[a][when]["test loss"]) for a in (arm, base(arm)))
-            error = np.std(ours - theirs, ddof=1) / len(ours) ** 0.5
-            found[arm] = np.mean(ours - theirs), error, stats.ttest_rel(ours, theirs).pvalue
-    order = sorted(found, key=lambda arm: found[arm][-1])
-    corrected = np.minimum(1, np.maximum.accumulate([found[a][-1] * (len(order) - i) for i, a in enumerate(order)]))
-    return {arm: (*found[arm][:-1], p) for arm, p in zip(order, corrected, strict=True)}
+
+def holm(found):
+    """The same with p-values that Holm's method corrects for their number; the smallest comes first."""
+    order = sorted(found, key=lambda key: found[key][-1])
+    corrected = np.minimum(1, np.maximum.accumulate([found[k][-1] * (len(order) - i) for i, k in enumerate(order)]))
+    return {key: (*found[key][:-1], p) for key, p in zip(order, corrected, strict=True)}
+
+
+def differences(results, when, base):
+    """How much larger an arm's test loss is than that of the arm `base(arm)`, for the arms that have one."""
+    pairs = {arm: base(arm) for arm in results if base(arm) in results and base(arm) != arm}
+    loss = {arm: result[when]["test loss"] for arm, result in results.items()}
+    return holm({arm: paired(loss[arm], loss[other]) for arm, other in pairs.items()})
 
 
 def table(name, results, when):

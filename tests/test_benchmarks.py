@@ -17,6 +17,7 @@ from scipy import stats
 import dot_optax
 from benchmarks import (
     _measure,
+    _trade_off_report,
     aggregation,
     collectives,
     digits_learning_rates,
@@ -31,6 +32,7 @@ from benchmarks import (
     sampling_noise,
     scaling,
     teacher_cache,
+    trade_off,
     train_step,
     update_step,
     vocabulary,
@@ -466,6 +468,86 @@ def test_differences_are_corrected_for_their_number():
     mean, error, _ = own["dot", "losses, k=3"]
     difference = losses["dot", "losses, k=3"] - losses["dot", "exact"]
     assert mean == pytest.approx(difference.mean()) and error == pytest.approx(difference.std(ddof=1) / 8**0.5)
+
+
+@pytest.mark.slow
+def test_trade_off(tmp_path, capsys, monkeypatch):
+    arms = [
+        "CE",
+        "KD 0.9",
+        "KD 0.984",
+        "KD, gain-matched",
+        "DOT 0.075",
+        "DOT, normalised",
+        "DeepKD",
+        "DOT, alternating",
+    ]
+    command = ["--problems", "digits, CNN, 300", "--arms", *arms, "--seeds", "2", "--epochs", "1", "--breaking"]
+    command += ["--directory", str(tmp_path), "--json", str(tmp_path / "report.json")]
+    with jax.numpy_rank_promotion("allow"):  # a layer adds its bias as people write it
+        trade_off.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())
+    results = report["results"]["digits, CNN, 300"]
+    assert list(results) == arms
+    assert results["KD 0.9"]["steps"] == 4 and results["DOT, alternating"]["steps"] == 6  # 4 / 0.65
+    for name, arm in (results | report["causes"]["digits, CNN, 300"]).items():
+        assert len(arm["test loss"]) == 2 and np.isfinite(arm["test loss"]).all(), name
+    assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| problem | DOT 0.075 less KD 0.9 | DOT, normalised less KD 0.9 |" in printed
+
+    def fail(*args):
+        raise AssertionError(f"{args[1:]} is there already")
+
+    monkeypatch.setattr(sampled_gradients.Cells, "_run", fail)
+    with jax.numpy_rank_promotion("allow"):
+        trade_off.main(command)  # goes on where it was: at the end
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_arms_of_the_trade_off_that_must_agree(optimizer):
+    """With delta 0 all are one momentum on the weighted sum; and alike gains differ from DOT's own by a factor alone."""
+    problem = trade_off.PROBLEMS["digits, MLP, 300"].problem._replace(optimizer=optimizer, weight_decay=0.0)
+    rows = sampled_gradients.batches(300, 8, seed=0)
+    with jax.numpy_rank_promotion("allow"):
+        data = problem.load()
+
+    def trained(arm, rate=0.01):
+        with jax.numpy_rank_promotion("allow"):
+            params, _ = sampled_gradients.train(problem, "", arm, rate, jax.random.key(0), rows, data)
+        return params
+
+    plain = trained(trade_off.ARMS["KD 0.9"])
+    for arm in (trade_off.of_method("dot", delta=0.0), trade_off.normalized_dot(0.0), trade_off.of_method("kd")):
+        # The arithmetic is the same but for the order of float32 sums; Adam divides by roots that begin near 0.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), trained(arm), plain)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained(trade_off.ARMS["DOT 0.075"]), plain)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def _arm(task, kd, validation=1.0, test=(1.0, 1.1)):
+    return {"train task": [task], "train KD": [kd], "validation loss": [validation], "test loss": list(test)}
+
+
+def test_how_far_an_arm_is_beyond_the_front():
+    front = [_arm(1.0, 4.0), _arm(2.0, 2.0)]
+    assert _trade_off_report.beyond(_arm(2.0, 2.0), front) == 1
+    assert _trade_off_report.beyond(_arm(3.0, 4.0), front) == pytest.approx(2 / 3)  # the second has both losses lower
+    assert _trade_off_report.beyond(_arm(1.0, 2.0), front) == 2  # either has one loss twice as large
+
+
+def test_the_best_arm_of_a_kind_is_chosen_by_its_validation_loss():
+    results = {"KD 0.9": _arm(1, 1, 0.5), "KD 0.5": _arm(1, 1, 0.4, (9.0, 9.1)), "DOT 0.05": _arm(1, 1, 0.1)}
+    assert _trade_off_report.best_of(results, trade_off.ONE) == "KD 0.5"
+    assert _trade_off_report.best_of(results, trade_off.TWO) == "DOT 0.05"
+
+
+def test_the_total_gains_of_the_trade_off():
+    gain = _trade_off_report.total_gain
+    assert gain("KD 0.9") == pytest.approx(1) and gain("KD 0.9, momentum 0.95") == pytest.approx(2)
+    assert gain("DOT 0.075") == gain("KD, gain-matched") == pytest.approx((0.1 * 5.714286 + 0.9 * 40) / 10)
 
 
 @pytest.mark.slow
