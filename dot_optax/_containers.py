@@ -79,16 +79,13 @@ class LossNames:
 
     def entries(self, container: Any, what: str = "updates", params: Any = None) -> dict[Any, Any]:
         """The entries of a user's container by the user's keys, in the order of `names`."""
-        found, _ = _entries_by_key(container)
-        n, keys = len(self.names), None
-        if set(found) == set(self.names):
-            keys = self.names
-        elif self.ordered and set(found) == set(range(n)):
-            keys = range(n)
-        elif self.names == tuple(range(n)) and isinstance(container, tuple) and len(found) == n:
-            keys = tuple(found)  # a NamedTuple for losses without names
-        if keys is not None:
-            return {key: found[key] for key in keys}
+        found, n = _entries_by_key(container)[0], len(self.names)
+        orders = [self.names, range(n)] if self.ordered else [self.names]
+        if self.names == tuple(range(n)) and isinstance(container, tuple) and len(found) == n:
+            orders.append(tuple(found))  # a NamedTuple for losses without names
+        for keys in orders:
+            if set(found) == set(keys):
+                return {key: found[key] for key in keys}
         by_name = f"a mapping with the keys {_listed(self.names)}"
         in_order = f", or a {n}-tuple in this order" if self.ordered else ""
         per_loss = "PerLoss(task=..., kd=...), " if self.names == PerLoss._fields else ""

@@ -1,4 +1,5 @@
-"""DOT: one momentum per loss, the larger one for the distillation loss; and the baseline to compare it with.
+"""DOT: one momentum per loss, the larger one for the distillation loss; as SGD, as Adam for transformers, with three losses
+(DeepKD); and the baseline to compare it with.
 
 DOT is the sum of two ordinary momenta, each of the gradient of its own loss.  In the words of the algebra:
 
@@ -13,15 +14,16 @@ This equals `dot(0.05)`, except that `dot` also handles parameters that one loss
 of the gradients, momenta that follow schedules, and parameters of 16 bits, for which it keeps float32 buffers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dot_optax._checks import _check_scalar, _is_number
+from dot_optax import _momenta
+from dot_optax._checks import _check_scalar, _is_number, _listed
 from dot_optax._containers import LossNames, PerLoss
-from dot_optax._momenta import _optimizer, _wide_momenta, _widest, scale_by_momenta
+from dot_optax._momenta import _add_decayed_weights, _optimizer, _wide_adam, _wide_momenta, _widest
 from dot_optax._reach import Mask, Masks
 
 
@@ -79,7 +81,7 @@ def scale_by_dot(
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
     momenta = PerLoss(beta_task, beta_kd)
-    return scale_by_momenta(momenta, reached=reached, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
+    return _momenta.scale_by_momenta(momenta, reached=reached, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
 
 
 def dot(
@@ -154,6 +156,230 @@ def dot(
     """
     momenta = PerLoss(beta_task, beta_kd)
     return _optimizer(learning_rate, _wide_momenta(momenta, weight_decay, mask, reached, nesterov, accumulator_dtype))
+
+
+def scale_by_dot_adam(
+    beta_task: optax.ScalarOrSchedule = 0.825,
+    beta_kd: optax.ScalarOrSchedule = 0.975,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    reached: Masks = None,
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the two momenta of DOT: container in, tree out.
+
+    .. math::
+        m_i &\leftarrow \beta_i m_i + (1 - \beta_0) \, g_i \quad \text{for task and kd}, \qquad
+            \beta_0 = (\beta_{task} + \beta_{kd}) / 2 \\
+        \nu &\leftarrow b_2 \nu + (1 - b_2) \, (g_{task} + g_{kd})^2 \\
+        u &= \left( \frac{m_{task}}{1 - \beta_{task}^t} + \frac{m_{kd}}{1 - \beta_{kd}^t} \right) \Big/
+            \left( \sqrt{\frac{\nu}{1 - b_2^t} + \epsilon_{root}} + \epsilon \right)
+
+    It is `scale_by_adam_momenta` of two losses, which says why there is one second moment and one factor.
+
+    Args:
+        beta_task: :math:`\beta_{task}`, in [0, 1), or a schedule.
+        beta_kd: :math:`\beta_{kd}`, in [0, 1), or a schedule. See `betas`.
+        b2: :math:`b_2`, the decay of the second moment, in [0, 1).
+        eps: :math:`\epsilon`, added to the root.
+        eps_root: :math:`\epsilon_{root}`, added inside the root.
+        mu_dtype: the dtype of the first moments, as for `scale_by_adam_momenta`.
+        nesterov: whether to use Nesterov momentum for each loss.
+        reached: which loss reaches which parameter; see `scale_by_dot`.
+        normalize: use :math:`1 - \beta_i` in the place of :math:`1 - \beta_0`.
+
+    Returns:
+        A transformation from a container of two gradient trees to one update tree with the dtypes of `params`.
+
+    Raises:
+        TypeError: as `scale_by_adam_momenta`.
+        ValueError: as `scale_by_adam_momenta`.
+
+    Example:
+        >>> import dot_optax
+        >>> tx = dot_optax.scale_by_dot_adam(*dot_optax.betas(0.9, 0.075))
+        >>> params = {'w': 0.0}
+        >>> updates, _ = tx.update(({'w': 1.0}, {'w': 3.0}), tx.init(params), params)
+        >>> print(f"{updates['w']:.3f}")  # ((1 - 0.9) / (1 - 0.825) * 1 + (1 - 0.9) / (1 - 0.975) * 3) / (1 + 3)
+        3.143
+
+    References:
+        As `scale_by_adam_momenta`.
+    """
+    moments = PerLoss(beta_task, beta_kd), b2, eps, eps_root, mu_dtype
+    return _momenta.scale_by_adam_momenta(*moments, nesterov=nesterov, reached=reached, normalize=normalize)
+
+
+def dot_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    beta_task: optax.ScalarOrSchedule = 0.825,
+    beta_kd: optax.ScalarOrSchedule = 0.975,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = False,
+    reached: Masks = None,
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""DOT for transformers: AdamW with a first moment for each loss and one second moment.
+
+    .. math::
+        \theta \leftarrow \theta - \eta \, (u + \lambda \theta)
+
+    where :math:`u` is the update of `scale_by_dot_adam`. With equal betas this is `optax.adamw` of the summed gradient.
+
+    `optax.inject_hyperparams` takes every callable for a schedule, and keeps numbers in the dtype of the parameters, where
+    in bfloat16 a `b2` of 0.999 is 1 and the updates are NaN: give it `static_args=('mask', 'mu_dtype')`, and
+    `hyperparam_dtype=jnp.float32` where parameters have 16 bits.
+
+    A steady gradient of the task is amplified by :math:`(1 - \beta_0) / (1 - \beta_{task})` = 0.57 and one of the
+    distillation loss by 4 with the default momenta, where `optax.adamw` has 1 and 1: tune the learning rate anew.
+
+    Args:
+        learning_rate: :math:`\eta`, a scalar or a schedule.
+        beta_task: as for `scale_by_dot_adam`, in [0, 1), or a schedule.
+        beta_kd: as for `scale_by_dot_adam`, in [0, 1), or a schedule.
+        b2: the decay of the second moment, in [0, 1).
+        eps: :math:`\epsilon`, added to the root.
+        eps_root: :math:`\epsilon_{root}`, added inside the root.
+        mu_dtype: the dtype of the first moments, as for `scale_by_dot_adam`.
+        weight_decay: :math:`\lambda \geq 0`, the decoupled decay of AdamW; it needs `params` in `update`.
+        mask: which parameters are decayed: a pytree of bools of the structure of `params` or a prefix of it (but no
+            single bool), or a function from `params` to the mask. By default all.
+        nesterov: whether to use Nesterov momentum for each loss.
+        reached: which loss reaches which parameter; see `scale_by_dot`.
+        normalize: as for `scale_by_dot_adam`.
+
+    Returns:
+        A transformation from a container of two gradient trees to one update tree for `optax.apply_updates`.
+
+    Raises:
+        TypeError: as `scale_by_dot_adam`.
+        ValueError: as `scale_by_dot_adam`, and if `weight_decay` is negative, the mask does not fit the parameters, or
+            `weight_decay` is used without `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> params = {'w': jnp.ones(2)}
+        >>> optimizer = dot_optax.dot_adamw(1e-3, weight_decay=0.1)
+        >>> grads = dot_optax.PerLoss(task={'w': jnp.ones(2)}, kd={'w': jnp.ones(2)})
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        >>> print(updates['w'].round(6))  # -0.001 * ((0.5714 + 4) / 2 + 0.1 * 1)
+        [-0.002386 -0.002386]
+
+    References:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019, and
+        as `scale_by_adam_momenta`.
+    """
+    betas = PerLoss(beta_task, beta_kd)
+    momenta = _wide_adam(betas, b2, eps, eps_root, mu_dtype, nesterov, reached, normalize)
+    return _optimizer(learning_rate, momenta, _add_decayed_weights(weight_decay, mask))
+
+
+class DeepKDLosses(NamedTuple):
+    """One entry for each loss of DeepKD: gradients, momenta, masks or loss values.
+
+    Wherever one is expected a 3-tuple in this order is accepted too, and so is a mapping with these names as keys.
+
+    Attributes:
+        task: the entry of the task loss (cross-entropy with the labels).
+        target: the entry of the target-class part of the distillation loss (TCKD).
+        non_target: the entry of its non-target-class part (NCKD).
+
+    Example:
+        >>> import dot_optax
+        >>> dot_optax.DeepKDLosses(task=0.1, target=0.2, non_target=0.3).target
+        0.2
+    """
+
+    task: Any
+    target: Any
+    non_target: Any
+
+
+DeepKDLosses.__module__ = "dot_optax"  # where errors and pickles should look for it
+
+_DELTAS = {  # from a momentum of 0.9
+    "paper": DeepKDLosses(task=0.075, target=-0.075, non_target=0.075),
+    "code": DeepKDLosses(task=-0.075, target=-0.075, non_target=0.05),
+}
+
+
+def deepkd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    variant: str = "paper",
+    beta_task: optax.ScalarOrSchedule | None = None,
+    beta_target: optax.ScalarOrSchedule | None = None,
+    beta_non_target: optax.ScalarOrSchedule | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    reached: Masks = None,
+    nesterov: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with the three momenta of DeepKD: task, target-class and non-target-class gradients.
+
+    .. math::
+        v_{task} &\leftarrow g_{task} + \beta_{task} v_{task} \\
+        v_{target} &\leftarrow g_{target} + \beta_{target} v_{target} \\
+        v_{non} &\leftarrow g_{non} + \beta_{non} v_{non} \\
+        \theta &\leftarrow \theta - \eta \, (v_{task} + v_{target} + v_{non})
+
+    The distillation loss comes in two parts: TCKD, between the probabilities of the target class and of all others, and
+    NCKD, between the distributions over the other classes. All gradients are taken at the same parameters, of losses
+    that the caller has weighted. With equal momenta this is `optax.sgd` on the summed gradient.
+
+    Args:
+        learning_rate: :math:`\eta`, a scalar or a schedule.
+        variant: where the default momenta come from, with :math:`\mu` = 0.9. `"paper"`: :math:`\mu + 0.075`,
+            :math:`\mu - 0.075`, :math:`\mu + 0.075`. `"code"`, what the released optimizer does to a parameter that all
+            losses reach: :math:`\mu - 0.075` for the task and the target classes, :math:`\mu + 0.05` for the others.
+        beta_task: the momentum of the task gradient, in [0, 1), or a schedule; by default that of the `variant`.
+        beta_target: the momentum of the target-class gradient, likewise.
+        beta_non_target: the momentum of the non-target-class gradient, likewise.
+        weight_decay: :math:`\lambda \geq 0`, the coupled L2 penalty: it joins the gradient of the first loss that
+            reaches the parameter. (The released optimizer adds it to the target-class gradient, which makes no
+            difference there: with `"code"` both have the same momentum.)
+        mask: which parameters `weight_decay` applies to, as for `dot`.
+        reached: which loss reaches which parameter: a container of three masks; see `scale_by_momenta`.
+        nesterov: whether to use Nesterov momentum for each loss.
+        accumulator_dtype: the dtype of the buffers, as for `dot`.
+
+    Returns:
+        A transformation from a container of three gradient trees (`DeepKDLosses`, a 3-tuple in this order, or a mapping
+        with the keys `task`, `target` and `non_target`) to one update tree for `optax.apply_updates`.
+
+    Raises:
+        TypeError: as `dot`.
+        ValueError: as `dot`, and if there is no such `variant`.
+
+    Example:
+        >>> import jax.numpy as jnp, dot_optax
+        >>> optimizer = dot_optax.deepkd(0.1)
+        >>> w = jnp.zeros(())
+        >>> grads, state = dot_optax.DeepKDLosses(task=1.0, target=1.0, non_target=1.0), optimizer.init(w)
+        >>> for _ in range(2):
+        ...     updates, state = optimizer.update(grads, state, w)
+        >>> print(f'{updates:.4f}')  # -0.1 * (1.975 + 1.825 + 1.975)
+        -0.5775
+
+    References:
+        Huang et al., `DeepKD <https://arxiv.org/abs/2505.15133>`_, 2025.
+    """
+    if variant not in _DELTAS:
+        raise ValueError(f"deepkd: variant must be one of {_listed(_DELTAS)}, got {variant!r}")
+    given = zip((beta_task, beta_target, beta_non_target), _DELTAS[variant], strict=True)
+    betas = DeepKDLosses(*(0.9 + delta if beta is None else beta for beta, delta in given))
+    return _optimizer(learning_rate, _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype))
 
 
 def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:

@@ -124,8 +124,8 @@ def _differentiated(argnums: Any, args: Sequence[Any], where: str) -> list[int]:
 
 
 def _check_no_nnx_module(tree: Any, what: str, name: str) -> None:
-    flax_nnx = getattr(sys.modules.get("flax"), "nnx", None)  # imported by any program that has one of its modules
-    module = getattr(flax_nnx, "Module", ())
+    # Flax is imported by any program that has one of its modules.
+    module = getattr(getattr(sys.modules.get("flax"), "nnx", None), "Module", ())
     if any(isinstance(x, module) for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, module))):
         raise TypeError(f"{what}: a Flax NNX module goes to dot_optax.nnx.{name}, since a pytree cannot hold its ties")
 

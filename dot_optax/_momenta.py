@@ -1,4 +1,7 @@
-"""One momentum for each loss and parameter: the step that `dot`, `deepkd` and every other SGD of this package takes."""
+"""One momentum for each loss and parameter: the steps that `dot`, `dot_adamw` and every other optimizer of this package take.
+
+`scale_by_momenta` is that of SGD, `scale_by_adam_momenta` that of Adam; `_dot.py` has the optimizers that are made of them.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +14,7 @@ import optax
 
 from dot_optax._checks import LOOKS_SINGLE, _check_scalar, _check_trainable, _describe, _is_number
 from dot_optax._containers import LossNames, _same_structure
-from dot_optax._reach import Mask, Masks, Plan, _plans
+from dot_optax._reach import Mask, Masks, Plan, _leaf_mask, _plans
 
 # A momentum for each loss: numbers, scalar arrays, or schedules from the number of updates so far.
 Betas = tuple[optax.ScalarOrSchedule, ...] | Mapping[Any, optax.ScalarOrSchedule]
@@ -131,6 +134,159 @@ def _momentum_step(plan: Plan, grads: Any, buffers: Any, theta: Any, *, weight_d
     return [jnp.zeros_like(grads[0]) if total is None else total, *new_buffers]
 
 
+class ScaleByAdamMomentaState(NamedTuple):
+    """The state of `scale_by_adam_momenta`.
+
+    Attributes:
+        count: the number of updates so far, int32.
+        mu: the first moments: a container with a tree for each loss, with an `optax.MaskedNode` where there is none.
+        nu: the second moment of the summed gradient, a tree.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam_momenta(
+    betas: Betas,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    reached: Masks = None,
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with a first moment for each of any number of losses: container in, tree out.
+
+    .. math::
+        m_i &\leftarrow \beta_i m_i + (1 - \beta_0) \, g_i, \qquad \beta_0 = \tfrac{1}{N} \textstyle\sum_i \beta_i \\
+        \nu &\leftarrow b_2 \nu + (1 - b_2) \, (\textstyle\sum_i g_i)^2 \\
+        u &= \sum_i \hat{m}_i \Big/ \left( \sqrt{\frac{\nu}{1 - b_2^t} + \epsilon_{root}} + \epsilon \right),
+            \qquad \hat{m}_i = \frac{m_i}{1 - \beta_i^t}
+
+    With `nesterov`, :math:`\hat{m}_i = \beta_i m_i / (1 - \beta_i^{t+1}) + (1 - \beta_0) \, g_i / (1 - \beta_i^t)`.
+
+    Adam's own first moment is normalised: its weights add up to 1 whatever its momentum is, so that a larger momentum
+    would remember longer without amplifying more. Here all losses share the factor :math:`1 - \beta_0`, so that a steady
+    gradient of loss :math:`i` is amplified by :math:`(1 - \beta_0) / (1 - \beta_i)`, in the proportions of DOT. With
+    equal betas this is `optax.scale_by_adam` of the summed gradient. `per_loss(adam, adam)` and `joint(adam)` are
+    something else: they divide each gradient by its own size, so that the weights of the losses cancel.
+
+    Where exactly one loss reaches a parameter, that parameter has one first moment, with the mean of all momenta.
+
+    Args:
+        betas: the momentum of each loss, in [0, 1), in a container, as for `scale_by_momenta`; numbers, scalar arrays or
+            schedules. The bias correction takes a scheduled momentum as it is now, as Optax does.
+        b2: :math:`b_2`, the decay of the second moment, in [0, 1).
+        eps: :math:`\epsilon`, added to the root.
+        eps_root: :math:`\epsilon_{root}`, added inside the root.
+        mu_dtype: the dtype of the first moments. By default all moments have that of the parameters, but float32 for
+            those of 16 bits. All arithmetic is done in float32 or wider.
+        nesterov: whether to look one step ahead in each first moment, as `optax.scale_by_adam` does.
+        reached: which loss reaches which parameter, as for `scale_by_momenta`.
+        normalize: use the factor :math:`1 - \beta_i` for loss :math:`i`, so that the losses remember differently long
+            and are amplified alike: it tells the two effects apart.
+
+    Returns:
+        A transformation from a container with one gradient tree per loss to one update tree with the dtypes of `params`.
+        `optax.tree.get(state, 'mu')` is the container of the first moments, and `'nu'` the tree of the second.
+
+    Raises:
+        TypeError: if a hyperparameter is not a number (or a scalar array); from `update` if the updates are not a
+            container.
+        ValueError: if a beta or `b2` given as a Python number is outside [0, 1), or `eps` or `eps_root` is negative;
+            from `update`, as `scale_by_momenta`.
+
+    Example:
+        AdamW with three losses:
+
+        >>> import optax, dot_optax
+        >>> optimizer = optax.chain(
+        ...     dot_optax.scale_by_adam_momenta({'ce': 0.825, 'hint': 0.9, 'kd': 0.975}),
+        ...     optax.add_decayed_weights(1e-4),
+        ...     optax.scale_by_learning_rate(1e-3),
+        ... )
+        >>> params = {'w': 1.0}
+        >>> grads = {'ce': {'w': 2.0}, 'hint': {'w': 1.0}, 'kd': {'w': 3.0}}
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        >>> print(f"{updates['w']:.6f}")
+        -0.002357
+
+    References:
+        Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, with the momenta of Zhao et al.,
+        `DOT <https://arxiv.org/abs/2307.08436>`_, 2023; the combination is ours.
+    """
+    return _in_the_dtypes_of_params(_wide_adam(betas, b2, eps, eps_root, mu_dtype, nesterov, reached, normalize))
+
+
+def _wide_adam(
+    betas: Betas, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, reached: Any, normalize: bool
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_adam_momenta` with updates of 32 bits or more, so that no small decay is lost in them."""
+    losses = LossNames.of(betas, "betas")
+    for name, value, high in (("b2", b2, 1), ("eps", eps, jnp.inf), ("eps_root", eps_root, jnp.inf)):
+        _check_scalar(name, value, 0, high)
+    _check_flag("nesterov", nesterov)
+    _check_flag("normalize", normalize)
+    mu_dtype = _canonical_dtype(mu_dtype, "mu_dtype")
+
+    step = functools.partial(_adam_step, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+
+    def make(*now: Any) -> optax.GradientTransformationExtraArgs:
+        plan_for = functools.partial(_plans, losses, now, reached, False)
+
+        def init(params: optax.Params) -> ScaleByAdamMomentaState:
+            _check_trainable(params, "params")
+            *mu, nu = _kept(plan_for(params), len(now))
+            first_moments = losses.pack([_init_buffers(params, keeps, mu_dtype) for keeps in mu])
+            count = jnp.zeros([], jnp.int32)
+            return ScaleByAdamMomentaState(count, first_moments, _init_buffers(params, nu, None))
+
+        def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+            count = optax.safe_increment(state.count)
+            rate = None if normalize else 1 - sum(now) / len(now)
+            step_now = functools.partial(step, t=count, rate=rate)
+            buffers = [*losses.entries(state.mu, "state").values(), state.nu]
+            total, *mu, nu = _update_parameters(step_now, losses, plan_for, updates, buffers, params)
+            return total, ScaleByAdamMomentaState(count, losses.pack(mu), nu)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return _with_schedules(make, losses, betas)
+
+
+def _adam_step(
+    plan: Plan, grads: Any, buffers: Any, _: Any, *, t: Any, rate: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool
+) -> list[Any]:
+    """The update of one parameter, and its new moments: those of each loss, and the second one."""
+    *mu, nu = buffers
+    if not any(plan.reads):
+        return [jnp.zeros_like(grads[0]), *buffers]
+    dtype = _widest(*grads, *mu, nu)
+
+    def corrected(x: Any, decay: Any, count: Any) -> Any:
+        return x / jnp.asarray(1 - decay ** count.astype(float), dtype)
+
+    numerator, total = 0.0, 0.0
+    for i, beta in enumerate(plan.momenta):
+        if beta is None:
+            continue
+        g = jnp.asarray(grads[i], dtype)
+        factor = jnp.asarray(1 - beta if rate is None else rate, dtype)
+        m = factor * g + jnp.asarray(beta, dtype) * mu[i].astype(dtype)
+        m_hat = corrected(m, beta, t)
+        if nesterov:
+            m_hat = jnp.asarray(beta, dtype) * corrected(m, beta, t + 1) + factor * corrected(g, beta, t)
+        numerator, total = numerator + m_hat, total + g
+        mu[i] = m.astype(mu[i].dtype)
+    new_nu = jnp.asarray(1 - b2, dtype) * jnp.square(jnp.abs(total)) + jnp.asarray(b2, dtype) * nu.astype(dtype)
+    root = jnp.sqrt(corrected(new_nu, b2, t) + jnp.asarray(eps_root, dtype))
+    return [numerator / (root + jnp.asarray(eps, dtype)), *mu, new_nu.astype(nu.dtype)]
+
+
 def _kept(plans: Sequence[Plan], n: int) -> list[list[bool]]:
     """For each of n losses, and last for what they share: at which parameters a buffer is kept."""
     of_losses = [[plan.momenta[i] is not None for plan in plans] for i in range(n)]
@@ -235,6 +391,26 @@ def _in_the_dtypes_of_params(tx: optax.GradientTransformation) -> optax.Gradient
         return updates if params is None else optax.tree.cast_like(updates, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _add_decayed_weights(weight_decay: Any, mask: Mask | None) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` whose mask is one of ours; it adds in 32 bits or more."""
+    decayed = _decay_mask(weight_decay, mask)
+    if decayed is False:
+        return optax.identity()
+
+    def add(updates: Any, params: Any) -> Any:
+        _check_params(params, decayed)
+
+        def leaf(u: Any, p: Any, is_decayed: bool) -> Any:
+            dtype = _widest(u, p)
+            decay = jnp.asarray(weight_decay, dtype) * jnp.asarray(p, dtype)
+            return u.astype(dtype) + decay if is_decayed else u
+
+        is_decayed = jax.tree.structure(params).unflatten(_leaf_mask(decayed, params, "mask"))
+        return jax.tree.map(leaf, updates, params, is_decayed)
+
+    return optax.stateless(add)
 
 
 def _decay_mask(weight_decay: Any, mask: Mask | None) -> Mask:

@@ -71,10 +71,11 @@ def average_over(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTr
         varies = _varying_axes(jax.lax.axis_index(axis_name))
         for path, leaf in jax.tree.leaves_with_path(updates):
             if not varies <= _varying_axes(leaf):
-                raise ValueError(
-                    f"average_over({axis_name!r}): the update{jax.tree_util.keystr(path)} is the same on all devices: take "
-                    f"the gradients at jax.lax.pcast(params, {axis_name!r}, to='varying'), else JAX adds them up"
+                found = f"the update{jax.tree_util.keystr(path)} is the same on all devices"
+                hint = (
+                    f"take the gradients at jax.lax.pcast(params, {axis_name!r}, to='varying'), else JAX adds them up"
                 )
+                raise ValueError(f"average_over({axis_name!r}): {found}: {hint}")
         return jax.lax.pmean(updates, axis_name)
 
     return optax.with_extra_args_support(optax.stateless(average))

@@ -61,8 +61,7 @@ def reached(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool 
     _check_trainable(params, "reached: params")
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
     # Python and NumPy scalars may be static: a flag, a number of layers.
-    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-    arrays = [leaf if isinstance(leaf, kinds) else None for leaf in arg_leaves]
+    arrays = [leaf if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) else None for leaf in arg_leaves]
 
     def call(leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
         filled = [leaf if array is None else array for leaf, array in zip(arg_leaves, arrays, strict=True)]
@@ -166,9 +165,8 @@ def _leaf_mask(mask: Mask, params: Any, name: str, like: Any = None) -> list[boo
     ends = {_names(path) for path, _ in parts}  # of leaves, and of parts that are empty or masked out
     within = {part for path in ends for part in _prefixes(path)}
     wrong = [f"no entry for the parameter {_slashes(path)}" for path in leaves if len(values[path]) != 1]
-    for path in entries:
-        if path not in within and not any(part in ends for part in _prefixes(path)):
-            wrong.append(f"the entry {_slashes(path)} belongs to no parameter")
+    strays = [path for path in entries if path not in within and ends.isdisjoint(_prefixes(path))]
+    wrong += [f"the entry {_slashes(path)} belongs to no parameter" for path in strays]
     if wrong:
         raise ValueError(f"{name}: {wrong[0]}")
     return [min(values[path]) for path in leaves]

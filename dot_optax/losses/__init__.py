@@ -9,10 +9,6 @@ Of features:       `feature_loss`, `attention_transfer_loss`, `similarity_loss`,
 Optax has what needs no teacher: `optax.smooth_labels`, and `optax.losses.softmax_cross_entropy` for soft labels.
 """
 
-from dot_optax.losses._contrastive import CRDState as CRDState
-from dot_optax.losses._contrastive import crd_init as crd_init
-from dot_optax.losses._contrastive import crd_loss as crd_loss
-from dot_optax.losses._contrastive import crd_negatives as crd_negatives
 from dot_optax.losses._decoupled import deepkd_losses as deepkd_losses
 from dot_optax.losses._decoupled import dkd_loss as dkd_loss
 from dot_optax.losses._decoupled import dkd_warmup as dkd_warmup
@@ -20,7 +16,11 @@ from dot_optax.losses._decoupled import nckd_loss as nckd_loss
 from dot_optax.losses._decoupled import tckd_loss as tckd_loss
 from dot_optax.losses._decoupled import top_k_mask as top_k_mask
 from dot_optax.losses._decoupled import top_k_schedule as top_k_schedule
+from dot_optax.losses._features import CRDState as CRDState
 from dot_optax.losses._features import attention_transfer_loss as attention_transfer_loss
+from dot_optax.losses._features import crd_init as crd_init
+from dot_optax.losses._features import crd_loss as crd_loss
+from dot_optax.losses._features import crd_negatives as crd_negatives
 from dot_optax.losses._features import feature_loss as feature_loss
 from dot_optax.losses._features import similarity_loss as similarity_loss
 from dot_optax.losses._logits import bernoulli_kd_loss as bernoulli_kd_loss

@@ -536,9 +536,8 @@ def _check_logits(student: Any, teacher: Any, axis: Axis, least: int = 2) -> Non
     examples = jax.eval_shape(functools.partial(jnp.sum, axis=axis), student)
     if student.shape != teacher.shape or 0 < student.size < least * examples.size:
         classes = ("one class", "two classes", "three classes")[least - 1]
-        expected = f"the same shape [..., num_classes], with {classes} or more"
-        shapes = f"{student.shape} and {teacher.shape}"
-        raise ValueError(f"student_logits and teacher_logits must have {expected}, got {shapes}")
+        wanted = f"must have the same shape [..., num_classes], with {classes} or more"
+        raise ValueError(f"student_logits and teacher_logits {wanted}, got {student.shape} and {teacher.shape}")
 
 
 def _check_temperature(temperature: Any) -> None:

@@ -69,9 +69,8 @@ def top_k_kd_loss(
     included = _logits._included(where, (*found.student.shape[:-1], 1))
     known, wide = jnp.asarray(teacher_log_probs), found.student.dtype
     if known.shape[:-1] != found.student.shape[:-1] or known.shape != jnp.shape(teacher_indices):
-        wanted = f"the same shape [..., k] beside logits of shape {found.student.shape}"
-        shapes = f"{known.shape} and {jnp.shape(teacher_indices)}"
-        raise ValueError(f"teacher_log_probs and teacher_indices must have {wanted}, got {shapes}")
+        wanted = f"must have the same shape [..., k] beside logits of shape {found.student.shape}, got {known.shape}"
+        raise ValueError(f"teacher_log_probs and teacher_indices {wanted} and {jnp.shape(teacher_indices)}")
     teacher_indices = jnp.where(included, teacher_indices, jnp.arange(known.shape[-1])[(None,) * (known.ndim - 1)])
     outside = jnp.put_along_axis(found.where, teacher_indices, False, axis=-1, inplace=False)
     any_outside = jnp.any(outside, -1, keepdims=True)
