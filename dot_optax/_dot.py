@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
+from optax import ScalarOrSchedule
 
 from dot_optax import _momenta
 from dot_optax._checks import _check_scalar, _is_number, _listed
@@ -28,13 +30,9 @@ from dot_optax._reach import Mask, Masks
 
 
 def scale_by_dot(
-    beta_task: optax.ScalarOrSchedule = 0.825,
-    beta_kd: optax.ScalarOrSchedule = 0.975,
-    *,
-    nesterov: bool = False,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-    reached: Masks = None,
-) -> optax.GradientTransformationExtraArgs:
+    beta_task: ScalarOrSchedule = 0.825, beta_kd: ScalarOrSchedule = 0.975, *,
+    nesterov: bool = False, accumulator_dtype: DTypeLike | None = None, reached: Masks = None
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""The two momenta of DOT, summed: container in, tree out.
 
     .. math::
@@ -85,16 +83,10 @@ def scale_by_dot(
 
 
 def dot(
-    learning_rate: optax.ScalarOrSchedule,
-    beta_task: optax.ScalarOrSchedule = 0.825,
-    beta_kd: optax.ScalarOrSchedule = 0.975,
-    *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
-    reached: Masks = None,
-    nesterov: bool = False,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: ScalarOrSchedule, beta_task: ScalarOrSchedule = 0.825, beta_kd: ScalarOrSchedule = 0.975, *,
+    weight_decay: ArrayLike = 0.0, mask: Mask | None = None, reached: Masks = None,
+    nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""The Distillation-Oriented Trainer: SGD with one momentum per loss.
 
     .. math::
@@ -159,17 +151,10 @@ def dot(
 
 
 def scale_by_dot_adam(
-    beta_task: optax.ScalarOrSchedule = 0.825,
-    beta_kd: optax.ScalarOrSchedule = 0.975,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    *,
-    nesterov: bool = False,
-    reached: Masks = None,
-    normalize: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    beta_task: ScalarOrSchedule = 0.825, beta_kd: ScalarOrSchedule = 0.975,
+    b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0, mu_dtype: DTypeLike | None = None, *,
+    nesterov: bool = False, reached: Masks = None, normalize: bool = False
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Adam with the two momenta of DOT: container in, tree out.
 
     .. math::
@@ -215,20 +200,11 @@ def scale_by_dot_adam(
 
 
 def dot_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    beta_task: optax.ScalarOrSchedule = 0.825,
-    beta_kd: optax.ScalarOrSchedule = 0.975,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
-    mask: Mask | None = None,
-    *,
-    nesterov: bool = False,
-    reached: Masks = None,
-    normalize: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: ScalarOrSchedule, beta_task: ScalarOrSchedule = 0.825, beta_kd: ScalarOrSchedule = 0.975,
+    b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0, mu_dtype: DTypeLike | None = None,
+    weight_decay: ArrayLike = 1e-4, mask: Mask | None = None, *,
+    nesterov: bool = False, reached: Masks = None, normalize: bool = False
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""DOT for transformers: AdamW with a first moment for each loss and one second moment.
 
     .. math::
@@ -314,18 +290,11 @@ _DELTAS = {  # from a momentum of 0.9
 
 
 def deepkd(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    variant: str = "paper",
-    beta_task: optax.ScalarOrSchedule | None = None,
-    beta_target: optax.ScalarOrSchedule | None = None,
-    beta_non_target: optax.ScalarOrSchedule | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
-    reached: Masks = None,
-    nesterov: bool = False,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: ScalarOrSchedule, *, variant: str = "paper", beta_task: ScalarOrSchedule | None = None,
+    beta_target: ScalarOrSchedule | None = None, beta_non_target: ScalarOrSchedule | None = None,
+    weight_decay: ArrayLike = 0.0, mask: Mask | None = None, reached: Masks = None,
+    nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""SGD with the three momenta of DeepKD: task, target-class and non-target-class gradients.
 
     .. math::
@@ -382,7 +351,7 @@ def deepkd(
     return _optimizer(learning_rate, _wide_momenta(betas, weight_decay, mask, reached, nesterov, accumulator_dtype))
 
 
-def betas(momentum: optax.ScalarOrSchedule = 0.9, delta: optax.ScalarOrSchedule = 0.075) -> PerLoss:
+def betas(momentum: ScalarOrSchedule = 0.9, delta: ScalarOrSchedule = 0.075) -> PerLoss:
     r"""The two momenta of DOT.
 
     .. math::
@@ -466,15 +435,10 @@ def gains(beta_task: float | jax.Array = 0.825, beta_kd: float | jax.Array = 0.9
 
 
 def gain_matched_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    beta_task: float | jax.Array = 0.825,
-    beta_kd: float | jax.Array = 0.975,
-    *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
-    nesterov: bool = False,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: ScalarOrSchedule, beta_task: float | jax.Array = 0.825, beta_kd: float | jax.Array = 0.975, *,
+    weight_decay: ArrayLike = 0.0, mask: Mask | None = None,
+    nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""The baseline to compare DOT with: one momentum, and the gains of DOT.
 
     .. math::

@@ -11,24 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
+from optax import ScalarOrSchedule
 
 from dot_optax._checks import LOOKS_SINGLE, _check_scalar, _check_trainable, _describe, _is_number
 from dot_optax._containers import LossNames, _same_structure
 from dot_optax._reach import Mask, Masks, Plan, _leaf_mask, _plans
 
 # A momentum for each loss: numbers, scalar arrays, or schedules from the number of updates so far.
-Betas = tuple[optax.ScalarOrSchedule, ...] | Mapping[Any, optax.ScalarOrSchedule]
+Betas = tuple[ScalarOrSchedule, ...] | Mapping[Any, ScalarOrSchedule]
 
 
 def scale_by_momenta(
-    betas: Betas,
-    *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
-    reached: Masks = None,
-    nesterov: bool = False,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    betas: Betas, *, weight_decay: ArrayLike = 0.0, mask: Mask | None = None, reached: Masks = None,
+    nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""One momentum for each of any number of losses, summed: container in, tree out.
 
     .. math::
@@ -150,15 +147,9 @@ class ScaleByAdamMomentaState(NamedTuple):
 
 def scale_by_adam_momenta(
     betas: Betas,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    *,
-    nesterov: bool = False,
-    reached: Masks = None,
-    normalize: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0, mu_dtype: DTypeLike | None = None, *,
+    nesterov: bool = False, reached: Masks = None, normalize: bool = False
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Adam with a first moment for each of any number of losses: container in, tree out.
 
     .. math::
@@ -375,7 +366,7 @@ def _with_schedules(make: Callable[..., Any], losses: LossNames, betas: Any) -> 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _optimizer(learning_rate: optax.ScalarOrSchedule, *steps: optax.GradientTransformation) -> Any:
+def _optimizer(learning_rate: ScalarOrSchedule, *steps: optax.GradientTransformation) -> Any:
     """Chains the steps and the learning rate: all in float32 or wider, and one rounding to the dtypes of parameters."""
     if not callable(learning_rate):  # `optax.scale_by_learning_rate` would take a string, a bool or any array
         _check_scalar("learning_rate", learning_rate)

@@ -12,14 +12,9 @@ from dot_optax.losses._logits import Array, _Checked, _checked, _compare, _kl_te
 
 
 def tckd_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    labels: Array,
-    temperature: Array = 4.0,
-    *,
-    axis: int = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array = 4.0, *,
+    axis: int = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""Target-class distillation: how far apart student and teacher are on whether the label is right.
 
     .. math::
@@ -58,14 +53,9 @@ def tckd_loss(
 
 
 def nckd_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    labels: Array,
-    temperature: Array = 4.0,
-    *,
-    axis: int = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array = 4.0, *,
+    axis: int = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""Non-target-class distillation: what the teacher would say if the label were none of the choices.
 
     .. math::
@@ -105,16 +95,9 @@ def nckd_loss(
 
 
 def dkd_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    labels: Array,
-    temperature: Array = 4.0,
-    alpha: Array = 1.0,
-    beta: Array = 8.0,
-    *,
-    axis: int = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array = 4.0,
+    alpha: Array = 1.0, beta: Array = 8.0, *, axis: int = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""Decoupled knowledge distillation: the two parts of `kd_loss`, with weights of their own.
 
     .. math::
@@ -184,15 +167,9 @@ def dkd_warmup(steps_per_epoch: int, epochs: int = 20) -> optax.Schedule:
 
 
 def deepkd_losses(
-    student_logits: Array,
-    teacher_logits: Array,
-    labels: Array,
-    temperature: Array = 4.0,
-    *,
-    k: Array | None = None,
-    axis: int = -1,
-    where: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array = 4.0, *,
+    k: Array | None = None, axis: int = -1, where: Any = None
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     r"""The two distillation losses of DeepKD, for the optimizer `deepkd`.
 
     .. math::

@@ -245,15 +245,9 @@ def crd_negatives(key: jax.Array, labels: Array, all_labels: Array, k: int) -> j
 
 
 def crd_loss(
-    student_embeddings: Array,
-    teacher_embeddings: Array,
-    indices: jax.Array,
-    negatives: jax.Array,
-    state: CRDState,
-    *,
-    temperature: Array = 0.07,
-    momentum: Array = 0.5,
-) -> tuple[jax.Array, CRDState]:
+    student_embeddings: Array, teacher_embeddings: Array, indices: jax.Array, negatives: jax.Array, state: CRDState, *,
+    temperature: Array = 0.07, momentum: Array = 0.5
+) -> tuple[jax.Array, CRDState]:  # fmt: skip
     r"""Contrastive representation distillation: tell the teacher's embedding of an example from those of k others.
 
     With embeddings :math:`s, t` of an example, made unit vectors here, the memory :math:`w_0` of the other side for this

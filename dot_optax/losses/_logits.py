@@ -135,14 +135,9 @@ def jeffreys(
 
 
 def jsd_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Array = 4.0,
-    beta: Array = 0.5,
-    *,
-    axis: Axis = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, temperature: Array = 4.0, beta: Array = 0.5, *,
+    axis: Axis = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""The generalised Jensen-Shannon divergence, between forward and reverse KL.
 
     .. math::
@@ -187,14 +182,9 @@ def jsd_loss(
 
 
 def skew_kl_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Array = 4.0,
-    alpha: Array = 0.1,
-    *,
-    axis: Axis = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, temperature: Array = 4.0, alpha: Array = 0.1, *,
+    axis: Axis = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""The divergence of the teacher from a mixture of itself and the student, which is never infinite.
 
     .. math::
@@ -271,15 +261,9 @@ def bernoulli_kd_loss(
 
 
 def dist_loss(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Array = 1.0,
-    beta: Array = 1.0,
-    gamma: Array = 1.0,
-    *,
-    axis: int = -1,
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_logits: Array, temperature: Array = 1.0,
+    beta: Array = 1.0, gamma: Array = 1.0, *, axis: int = -1, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""DIST: the student's predictions should correlate with the teacher's, between the classes and within each.
 
     .. math::

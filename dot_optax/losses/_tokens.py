@@ -14,14 +14,9 @@ from dot_optax.losses._logits import Array
 
 
 def top_k_kd_loss(
-    student_logits: Array,
-    teacher_log_probs: Array,
-    teacher_indices: Array,
-    temperature: Array,
-    *,
-    remainder: str = "other",
-    where: Any = None,
-) -> jax.Array:
+    student_logits: Array, teacher_log_probs: Array, teacher_indices: Array, temperature: Array, *,
+    remainder: str = "other", where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""`kd_loss` of a teacher that is known by its k likeliest tokens, as a cache on disk has them.
 
     .. math::
@@ -87,15 +82,9 @@ def top_k_kd_loss(
 
 
 def chunked_kd_loss(
-    student: Array,
-    teacher: Array,
-    temperature: Array = 4.0,
-    *,
-    student_kernel: Array | None = None,
-    teacher_kernel: Array | None = None,
-    chunk_size: int = 4096,
-    where: Any = None,
-) -> jax.Array:
+    student: Array, teacher: Array, temperature: Array = 4.0, *,
+    student_kernel: Array | None = None, teacher_kernel: Array | None = None, chunk_size: int = 4096, where: Any = None
+) -> jax.Array:  # fmt: skip
     r"""`kd_loss` over a large vocabulary, a chunk of which is in memory at a time.
 
     .. math::
