@@ -1,5 +1,6 @@
-"""DOT: one momentum per loss, the larger one for the distillation loss; as SGD, as Adam for transformers, with three losses
-(DeepKD); and the baseline to compare it with.
+"""DOT: one momentum per loss, the larger one for the distillation loss; and the baseline to compare it with.
+
+`dot` is SGD, `dot_adamw` is Adam for transformers, and `deepkd` has three losses.
 
 DOT is the sum of two ordinary momenta, each of the gradient of its own loss.  In the words of the algebra:
 

@@ -1,6 +1,6 @@
-"""One momentum for each loss and parameter: the steps that `dot`, `dot_adamw` and every other optimizer of this package take.
+"""One momentum for each loss and parameter: the steps that every optimizer of this package takes.
 
-`scale_by_momenta` is that of SGD, `scale_by_adam_momenta` that of Adam; `_dot.py` has the optimizers that are made of them.
+SGD takes that of `scale_by_momenta`, Adam that of `scale_by_adam_momenta`.  The optimizers are in `_dot.py`.
 """
 
 import functools
