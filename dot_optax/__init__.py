@@ -9,10 +9,12 @@ Losses:            `losses`: of logits (`losses.kd_loss` and relatives), of larg
 Angles of losses:  `aggregate` with one of `weightings`: a weighted sum against conflicts between the gradients
 Algebra of losses: `PerLoss`, `DeepKDLosses`, `per_loss`, `joint`, `sum_losses`, `wrap`
 Many devices:      `average_over`
+What happens:      `diagnostics`: angles, shares and noise of the gradients, effective learning rates, landscapes, curvature
 
 Start with `help(dot_optax.dot)`.
 """
 
+from dot_optax import diagnostics as diagnostics
 from dot_optax import losses as losses
 from dot_optax import weightings as weightings
 from dot_optax._aggregate import aggregate as aggregate

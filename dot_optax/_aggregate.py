@@ -113,17 +113,12 @@ def aggregate(
     n = len(names.names)
     if not isinstance(weighting, Weighting):
         raise TypeError(f"aggregate: expected a Weighting, such as weightings.projected(), got {_describe(weighting)}")
-    group_of: Any = groups if callable(groups) else GROUPS.get(str(groups))
-    if group_of is None:
-        raise ValueError(f"aggregate: groups must be 'all', 'layer', 'leaf' or a function, got {_describe(groups)}")
+    group_of = _group_function(groups, "aggregate")
 
     def plan(params: Any, like: Any = None) -> tuple[list[tuple[bool, ...]], list[int | None], int]:
         """For each parameter the losses that reach it and its group, None if it has no weights; the number of groups."""
-        leaves = jax.tree_util.tree_leaves_with_path(like if params is None else params)
-        reads, found = _reads(names, reached, params, like), dict[Any, int]()
-        keys = [group_of(_names(path)) for path, _ in leaves]
-        group = [found.setdefault(k, len(found)) if sum(r) > 1 else None for k, r in zip(keys, reads, strict=True)]
-        return reads, group, len(found)
+        reads = _reads(names, reached, params, like)
+        return reads, *_grouped(group_of, like if params is None else params, [sum(read) > 1 for read in reads])
 
     def init(params: optax.Params) -> AggregateState:
         _check_trainable(params, "params")
@@ -136,11 +131,7 @@ def aggregate(
         reads, group, k = plan(params, trees[0])
         dtype, columns = state.gram.dtype, map(jax.tree.leaves, trees)
         rows = [_wide(row, read) for row, read in zip(zip(*columns, strict=True), reads, strict=True)]
-        grams = [jnp.zeros([n, n], dtype)] * k
-        for row, i in zip(rows, group, strict=True):
-            if i is not None:
-                grams[i] += _gram(row).astype(dtype)
-        gram = jnp.stack(grams) if k else state.gram
+        gram = _grams(rows, group, state.gram)
         if losses is not None:
             losses = jnp.stack([jnp.asarray(x, dtype) for x in names.entries(losses, "losses").values()])
         with jax.default_matmul_precision("highest"):
@@ -159,7 +150,29 @@ def aggregate(
     return _in_the_dtypes_of_params(optax.GradientTransformationExtraArgs(init, update))
 
 
-def _wide(row: Sequence[Any], read: tuple[bool, ...]) -> list[Any]:
+def _group_function(groups: Any, where: str) -> Callable[[Any], Hashable]:
+    found = groups if callable(groups) else GROUPS.get(str(groups))
+    if found is None:
+        raise ValueError(f"{where}: groups must be 'all', 'layer', 'leaf' or a function, got {_describe(groups)}")
+    return found
+
+
+def _grouped(group_of: Callable[[Any], Hashable], tree: Any, kept: Sequence[bool]) -> tuple[list[int | None], int]:
+    """The group of each parameter, in the order in which groups come, None if it is not kept; the number of groups."""
+    found, keys = dict[Any, int](), [group_of(_names(path)) for path, _ in jax.tree.leaves_with_path(tree)]
+    return [found.setdefault(k, len(found)) if keep else None for k, keep in zip(keys, kept, strict=True)], len(found)
+
+
+def _grams(rows: Sequence[list[Any]], group: Sequence[int | None], like: Any) -> Any:
+    """The inner products `[K, N, N]` of the parameters of each group, with the dtype of an array `like` them."""
+    grams = [jnp.zeros(like.shape[1:], like.dtype)] * len(like)
+    for row, i in zip(rows, group, strict=True):
+        if i is not None:
+            grams[i] += _gram(row).astype(like.dtype)
+    return jnp.stack(grams) if grams else like
+
+
+def _wide(row: Sequence[Any], read: Sequence[bool]) -> list[Any]:
     """A parameter's gradients in 32 bits or more; zeros where the loss does not reach it."""
     return [jnp.asarray(g if r else jnp.zeros_like(g), _widest(*row)) for g, r in zip(row, read, strict=True)]
 
