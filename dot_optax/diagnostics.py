@@ -154,15 +154,13 @@ def record(
         means, dtype = names.entries(state.means, "state").values(), state.norms.dtype
         gram, memory = _grams_of(trees, group_of).astype(dtype), 1 + decay * state.memory
         alpha = 1 / memory
-        deltas = [
-            jax.tree.map(lambda m, g: jnp.asarray(g, m.dtype) - m, *pair) for pair in zip(means, trees, strict=True)
-        ]
+        deltas = [optax.tree.sub(optax.tree.cast_like(g, m), m) for m, g in zip(means, trees, strict=True)]
         moved = [_add_scaled(m, alpha, delta) for m, delta in zip(means, deltas, strict=True)]
-        squared, of_deltas = (jnp.stack([_squares(t, group_of) for t in ts], 1).astype(dtype) for ts in (moved, deltas))
+        lengths = jnp.stack([_grams_of([tree], group_of)[:, 0, 0] for tree in moved + deltas], 1).astype(dtype)
+        squared, of_deltas = jnp.split(lengths, 2, 1)
         spread = state.variances + alpha * of_deltas
-        noise = (
-            (1 + decay) / 2 * spread
-        )  # s: in v / (1 - q) with 1 - q = 2 (1 - alpha) / (1 + decay), 1 - alpha cancels
+        # s: in v / (1 - q) with 1 - q = 2 (1 - alpha) / (1 + decay), a factor 1 - alpha cancels, which is 0 at first.
+        noise = (1 + decay) / 2 * spread
         signal = jnp.maximum(0, squared - (alpha - (1 - decay) / 2) * spread)
         ratio = jnp.where(memory > 1, signal / noise, jnp.nan)
         conflicts = state.conflicts + alpha * ((gram < 0).astype(dtype) - state.conflicts)
@@ -227,10 +225,6 @@ def _grams_of(trees: Sequence[Any], group_of: Any) -> Any:
     group, k = _grouped(group_of, trees[0], [True] * len(rows))
     dtype = jnp.finfo(_widest(*jax.tree.leaves(trees))).dtype
     return _grams(rows, group, jnp.zeros([k, len(trees), len(trees)], dtype))
-
-
-def _squares(tree: Any, group_of: Any) -> Any:
-    return _grams_of([tree], group_of)[:, 0, 0]
 
 
 def _add_scaled(tree: Any, factor: Any, other: Any) -> Any:
@@ -320,10 +314,10 @@ def gains_over_time(betas: Betas, steps: int) -> Any:
 
 
 def _momenta_at(names: LossNames, betas: Any, step: Any) -> list[Any]:
-    entries = names.entries(betas, "betas")
-    for name, beta in entries.items():
+    momenta = list(names.entries(betas, "betas").values())
+    for name, beta in zip(names.names, momenta, strict=True):
         _check_scalar(f"beta_{name}", 0.0 if callable(beta) else beta, 0, 1)
-    return [beta(step) if callable(beta) else beta for beta in entries.values()]
+    return [beta(step) if callable(beta) else beta for beta in momenta]
 
 
 def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> jax.Array:
@@ -398,7 +392,7 @@ def scale_invariant_rate(learning_rate: jax.typing.ArrayLike, params: Any, *, gr
         <https://arxiv.org/abs/1803.01814>`_, 2018. Li and Arora, `An Exponential Learning Rate Schedule for Deep Learning
         <https://arxiv.org/abs/1910.07454>`_, 2020.
     """
-    return learning_rate / _squares(params, _group_function(groups, "scale_invariant_rate"))
+    return learning_rate / _grams_of([params], _group_function(groups, "scale_invariant_rate"))[:, 0, 0]
 
 
 def filter_normalized(key: jax.Array, params: Any) -> Any:
@@ -487,7 +481,6 @@ def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[A
         et al., `Qualitatively characterizing neural network optimization problems <https://arxiv.org/abs/1412.6544>`_,
         2015, for the way between two networks.
     """
-    distances = jnp.asarray(distances)
     grid = jnp.stack(jnp.meshgrid(*[distances] * len(directions), indexing="ij"), -1)
 
     def at(point: Any) -> Any:
