@@ -113,6 +113,7 @@ def test_the_table_names_everything_public():
         f"{prefix}{name}"
         for prefix, module in (
             ("", dot_optax),
+            ("diagnostics.", dot_optax.diagnostics),
             ("losses.", dot_optax.losses),
             ("weightings.", dot_optax.weightings),
             ("nnx.", dot_optax.nnx),
