@@ -26,7 +26,17 @@ _FREE_FIELDS = (
     "dataset.workers",
 )
 # The teacher does not depend on these.
-_STUDENT_SECTIONS = ("epochs", "student", "distillation", "dkd", "deepkd", "crd", "optimizer", "sampling")
+_STUDENT_SECTIONS = (
+    "epochs",
+    "diagnostics",
+    "student",
+    "distillation",
+    "dkd",
+    "deepkd",
+    "crd",
+    "optimizer",
+    "sampling",
+)
 
 
 def of(settings: Settings) -> Identity:

@@ -18,6 +18,7 @@ from examples.distill.objectives import Length, Objective
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
 from examples.trainer.batches import check_memory
+from examples.trainer.diagnostics import Diagnostics
 from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
@@ -26,7 +27,9 @@ from examples.trainer.sampling import EXACT, Sampling, check_rows
 from examples.trainer.step import OWN, init_state
 
 
-def metrics(method: str, names: Sequence[str] = objectives.PLAIN.names) -> MetricNames:
+def metrics(
+    method: str, names: Sequence[str] = objectives.PLAIN.names, diagnostics: Diagnostics | None = None
+) -> MetricNames:
     """The metrics of a method that trains on losses of these names."""
     losses = dict.fromkeys((*names[:1], "kd", *names[1:]))  # the plain distillation loss, whatever is trained
     return MetricNames(
@@ -44,6 +47,7 @@ def metrics(method: str, names: Sequence[str] = objectives.PLAIN.names) -> Metri
             *(f"{name}_grad_norm" for name in names),
             *(("grad_cosine",) if len(names) == 2 else ()),
             *methods.state_metrics(method),
+            *(diagnostics.metrics if diagnostics else ()),
         ),
         validation=("task_loss", "kd_loss", "top1", "top5"),  # accuracies are fractions of 1
         best="top1",
@@ -66,6 +70,10 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
     sampling = _sampling(method, config) if teacher else EXACT
     objective = _objective(method, shared)
     summed = _summed(method, objective, sampling, config)
+    diagnostics = None
+    if config.diagnostics:
+        steps_per_epoch = data.steps_per_epoch(shared.dataset, config.batch_size)
+        diagnostics = methods.diagnostics(method, config.optimizer, objective, steps_per_epoch, config.epochs)
     return _job(
         method,
         shared,
@@ -78,6 +86,7 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
         teacher=teacher,
         sampling=sampling,
         summed=summed,
+        diagnostics=diagnostics,
     )
 
 
@@ -234,8 +243,10 @@ def _job(
     teacher: Teacher | None = None,
     sampling: Sampling = EXACT,
     summed: Any = None,
+    diagnostics: Diagnostics | None = None,
 ) -> Job:
     config, dataset, layout, _ = shared
+    optimizer = diagnostics.recording(optimizer) if diagnostics else optimizer
     teacher_graphdef, teacher_variables = teacher or (None, None)
     new_network = functools.partial(network, model, shared, axis_name=layout.axis_name)
     problem = _problem(nnx.eval_shape(new_network)[0], teacher_graphdef, objective, shared)
@@ -248,6 +259,7 @@ def _job(
         state_metrics=functools.partial(methods.read_state, name),
         sampling=sampling,
         summed=summed,
+        diagnostics=diagnostics,
     )
 
     def cost() -> Record:
@@ -278,7 +290,7 @@ def _job(
         epochs=epochs,
         seed=config.seed,
         splits={split: config.dataset[split] for split in ("train", "validation", "test")},
-        metrics=metrics(name, objective.names),
+        metrics=metrics(name, objective.names, diagnostics),
         unit="images",
         remedy=remedy,
         cost=cost,

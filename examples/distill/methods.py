@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import dot_optax
 from dot_optax import weightings
+from dot_optax.diagnostics import effective_learning_rate
 from examples.distill import objectives, optimizers, registry
 from examples.distill.objectives import Objective
 from examples.distill.optimizers import Recipe as Recipe
@@ -27,6 +28,7 @@ from examples.distill.optimizers import betas as betas
 from examples.distill.optimizers import learning_rate_schedule as learning_rate_schedule
 from examples.distill.optimizers import weight_losses as weight_losses
 from examples.distill.optimizers import why_not_longer as why_not_longer
+from examples.trainer.diagnostics import Diagnostics
 from examples.trainer.errors import UserError, one_line
 from examples.trainer.sampling import EXACT, Sampling
 
@@ -49,6 +51,8 @@ class Traits(NamedTuple):
     objective: str  # what it trains on, a name in `objectives.OBJECTIVES`
     linear: bool  # whether the updates are linear in the gradients
     compares: bool  # whether it compares the gradients of a step with one another
+    weighted: bool  # whether it begins with the weights of its objective
+    momenta: Callable[[Recipe], Any] | None  # the momentum of each loss, in the objective's container, for diagnostics
 
 
 Make = Callable[[Recipe], optax.GradientTransformation]
@@ -67,6 +71,8 @@ def register(
     objective: str = "kd",
     linear: bool = False,
     compares: bool = False,
+    weighted: bool = True,
+    momenta: Callable[[Recipe], Any] | None = None,
 ) -> Callable[[Make], Make]:
     """Makes a function known as the method `name`, which `--config.method=name` then trains.
 
@@ -93,6 +99,9 @@ def register(
             are not. Only then does `--config.parallel=shard_map`, which averages updates, compute the same.
         compares: whether it compares the gradients of a step with one another, as `dot_optax.aggregate` does. Then each
             step must have all of them, which most forms of `--config.sampling` spare.
+        weighted: whether it begins with the weights of its objective, for the shares that `--config.diagnostics` logs.
+        momenta: from the recipe to the momentum of each loss, numbers or schedules in the objective's container, for the
+            effective learning rates that `--config.diagnostics` logs; without it, there are none in the log.
 
     Raises:
         UserError: if the name, the label, the color or the objective cannot be used, or if there is a method of this
@@ -120,7 +129,7 @@ def register(
 
     def add(make: Make) -> Make:
         METHODS[name], STYLES[name] = make, Style(label, color or free_color, line or ("-" if color else free_line))
-        TRAITS[name] = Traits(objective, linear, compares)
+        TRAITS[name] = Traits(objective, linear, compares, weighted, momenta)
         return make
 
     return add
@@ -133,20 +142,20 @@ def _free_style(name: str) -> tuple[str, str]:
     return next((style for style in styles if style not in taken), styles[len(STYLES) % len(styles)])
 
 
-@register("ce", label="CE", linear=True)
+@register("ce", label="CE", linear=True, momenta=optimizers.one_momentum)
 def ce(recipe: Recipe) -> optax.GradientTransformation:
     """Cross-entropy alone, with weight 1. The teacher is trained like this."""
     only_task = dot_optax.per_loss(optax.identity(), optax.set_to_zero())
     return optax.chain(only_task, dot_optax.sum_losses(), *optimizers.optimize_the_sum(recipe))
 
 
-@register("kd", label="KD", linear=True)
+@register("kd", label="KD", linear=True, momenta=optimizers.one_momentum)
 def kd(recipe: Recipe) -> optax.GradientTransformation:
     """Plain knowledge distillation: SGD with momentum, AdamW or Muon on the weighted sum."""
     return optax.chain(weight_losses(recipe.weights), dot_optax.sum_losses(), *optimizers.optimize_the_sum(recipe))
 
 
-@register("kd_gain_matched", label="KD, gain-matched", linear=True)
+@register("kd_gain_matched", label="KD, gain-matched", linear=True, momenta=optimizers.scheduled_betas)
 def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
     """Plain knowledge distillation with DOT's gains, but not its two momenta: it tells the two apart.
 
@@ -179,7 +188,7 @@ def kd_gain_matched(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(weight_losses(recipe.weights), matched)
 
 
-@register("dot", label="DOT", linear=True)
+@register("dot", label="DOT", linear=True, momenta=optimizers.scheduled_betas)
 def dot(recipe: Recipe) -> optax.GradientTransformation:
     """The Distillation-Oriented Trainer: a momentum for each of the two weighted losses."""
     config, momenta = recipe.config, optimizers.scheduled_betas(recipe)
@@ -194,19 +203,19 @@ def dot(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
-@register("dkd", label="DKD", objective="dkd", linear=True)
+@register("dkd", label="DKD", objective="dkd", linear=True, momenta=optimizers.one_momentum)
 def dkd(recipe: Recipe) -> optax.GradientTransformation:
     """Decoupled knowledge distillation, with one momentum, or AdamW: `kd` on the losses of DKD."""
     return kd(recipe)
 
 
-@register("dkd_dot", label="DKD + DOT", objective="dkd", linear=True)
+@register("dkd_dot", label="DKD + DOT", objective="dkd", linear=True, momenta=optimizers.scheduled_betas)
 def dkd_dot(recipe: Recipe) -> optax.GradientTransformation:
     """Decoupled knowledge distillation with DOT's two momenta: `dot` on the losses of DKD."""
     return dot(recipe)
 
 
-@register("deepkd", label="DeepKD", objective="deepkd", linear=True)
+@register("deepkd", label="DeepKD", objective="deepkd", linear=True, momenta=optimizers.momenta_of)
 def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     """DeepKD: a momentum each for the task and for both parts of the distillation loss."""
     config, mask = recipe.config, optimizers.decay_mask(recipe)
@@ -225,13 +234,13 @@ def deepkd(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(weight_losses(recipe.weights), optimizer)
 
 
-@register("crd", label="CRD", objective="crd", linear=True)
+@register("crd", label="CRD", objective="crd", linear=True, momenta=optimizers.one_momentum)
 def crd(recipe: Recipe) -> optax.GradientTransformation:
     """Contrastive representation distillation, with one momentum, or AdamW: `kd` on the losses of CRD."""
     return kd(recipe)
 
 
-@register("crd_dot", label="CRD + DOT", objective="crd", linear=True)
+@register("crd_dot", label="CRD + DOT", objective="crd", linear=True, momenta=optimizers.scheduled_betas)
 def crd_dot(recipe: Recipe) -> optax.GradientTransformation:
     """CRD with DOT's two momenta: the head and the projectors, which only one loss reaches, have their mean."""
     return dot(recipe)
@@ -298,11 +307,20 @@ def _momenta_before(name: str, aggregation: _Aggregation) -> Make:
 for (_name, _aggregation), _color in zip(_AGGREGATIONS.items(), _COLORS[1:], strict=False):
     _behind, _before = _momentum_behind(_aggregation), _momenta_before(_name, _aggregation)
     _label = _name.replace("_", "-")
-    register(f"kd_{_name}", label=f"KD, {_label}", color=_color, line="--", compares=True)(_behind)
-    register(f"dot_{_name}", label=f"DOT, {_label}", color=_color, line=":", compares=True)(_before)
+    _traits = {"color": _color, "compares": True, "weighted": _aggregation.weighted}
+    register(f"kd_{_name}", label=f"KD, {_label}", line="--", momenta=optimizers.one_momentum, **_traits)(_behind)
+    register(f"dot_{_name}", label=f"DOT, {_label}", line=":", momenta=optimizers.scheduled_betas, **_traits)(_before)
 
 
-@register("dto_kd", label="DTO-KD", color=_COLORS[7], line="--", compares=True)
+@register(
+    "dto_kd",
+    label="DTO-KD",
+    color=_COLORS[7],
+    line="--",
+    compares=True,
+    weighted=False,
+    momenta=optimizers.one_momentum,
+)
 def dto_kd(recipe: Recipe) -> optax.GradientTransformation:
     """DTO-KD: the shortest convex combination of the gradients of the logarithms of both losses; then as `kd`."""
     aggregate = dot_optax.aggregate(weightings.min_norm(log=True))
@@ -351,6 +369,11 @@ def check(config: ConfigDict, wanted: list[str]) -> None:
 
 def check_optimizers(config: ConfigDict, wanted: list[str], *, trains_teacher: bool) -> None:
     """Raises if the optimizers of a config cannot be had, or not with its form of parallelism or its sampling."""
+    if config.diagnostics and not config.gradient_metrics:
+        raise UserError(
+            "--config.diagnostics=True looks at the gradient of each loss, and --config.gradient_metrics=False spares them:"
+            " leave one of the two out"
+        )
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
         ("teacher.optimizer", config.teacher.optimizer, config.teacher.epochs),
@@ -414,6 +437,33 @@ def read_state(method: str, opt_state: Any) -> dict[str, jax.Array]:
 def _is_of_aggregate(path: Any, value: Any) -> bool:
     del value
     return getattr(path[-1], "tuple_name", None) == "AggregateState"
+
+
+def diagnostics(
+    method: str, config: ConfigDict, objective: Objective, steps_per_epoch: int, epochs: int
+) -> Diagnostics:
+    """What `--config.diagnostics` adds to the log of a method; `config` is the section `optimizer` of a config."""
+    traits, learning_rate = TRAITS[method], learning_rate_schedule(config, steps_per_epoch, epochs)
+    recipe = Recipe(config, objective.weights, learning_rate, steps_per_epoch, objective.deltas)
+    betas = objective.container(*traits.momenta(recipe)) if traits.momenta else None
+    weights = objective.weights
+    if method == "ce":
+        weights = dot_optax.PerLoss(task=1.0, kd=0.0)
+    elif not traits.weighted:
+        weights = objective.container(*[1.0] * len(objective.names))
+
+    def rates(step: Any) -> Any:
+        found = effective_learning_rate(learning_rate, betas, step)
+        if config.name == "sgd":
+            return found
+        # The gains of Adam's momenta are relative, and so are those in front of Muon.
+        now = [beta(step) if callable(beta) else beta for beta in betas]
+        return jax.tree.map(lambda rate: rate * (1 - sum(now) / len(now)), found)
+
+    def scales(opt_state: Any) -> Any:
+        return list(read_state(method, opt_state).values()) or None
+
+    return Diagnostics(objective.names, objective.container, weights, rates if betas else None, scales)
 
 
 def build(

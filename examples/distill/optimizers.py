@@ -162,6 +162,11 @@ def _is_kernel(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params)
 
 
+def one_momentum(recipe: Recipe) -> Any:
+    """The same momentum for each loss: that of methods which add up the gradients first."""
+    return type(recipe.weights)(*[recipe.config.momentum] * len(recipe.weights))
+
+
 def scheduled_betas(recipe: Recipe) -> dot_optax.PerLoss:
     """DOT's two momenta: numbers, or with a warm-up of `delta` schedules."""
     config, momenta = recipe.config, betas(recipe.config)

@@ -25,7 +25,7 @@ _FREE_FIELDS = (
     "text.folder",
 )
 # The teacher does not depend on these.
-_STUDENT_SECTIONS = ("epochs", "student", "distillation", "optimizer", "sampling")
+_STUDENT_SECTIONS = ("epochs", "diagnostics", "student", "distillation", "optimizer", "sampling")
 
 
 def of(settings: Settings, text: Mapping[str, str], teacher: Architecture) -> Identity:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import dot_optax
 from examples.distill import methods
+from examples.distill.objectives import PLAIN
 from examples.language_model import data, generate, losses, model, steps, trained
 from examples.language_model.corpus import Corpus
 from examples.language_model.data import CachedTeacher
@@ -23,6 +24,7 @@ from examples.language_model.model import Architecture
 from examples.language_model.steps import Problem, Teacher
 from examples.language_model.tokenizer import Tokenizer
 from examples.trainer import batches, loop, parallel
+from examples.trainer.diagnostics import Diagnostics
 from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
@@ -68,10 +70,10 @@ class TeacherAtHand(NamedTuple):
         return self._replace(network=self.network._replace(params=shapes))
 
 
-def metrics(method: str) -> MetricNames:
+def metrics(method: str, diagnostics: Diagnostics | None = None) -> MetricNames:
     """The metrics of a method."""
     return MetricNames(
-        training=(*_TRAINING, *methods.state_metrics(method)),
+        training=(*_TRAINING, *methods.state_metrics(method), *(diagnostics.metrics if diagnostics else ())),
         validation=_VALIDATION,
         best="task_loss",
         lower_is_better=True,
@@ -142,6 +144,11 @@ def student(method: str, shared: Shared, directory: epath.Path, at_hand: Teacher
     if not config.gradient_metrics and sampling.sum_is_exact:
         summed = methods.weights_of_the_sum(method, weights)
     of = student_architecture(shared, at_hand.architecture)
+    diagnostics = None
+    if config.diagnostics:
+        objective = PLAIN._replace(weights=weights)
+        steps_per_epoch = data.steps_per_epoch(shared.corpus.train, config.sequence_length, config.batch_size)
+        diagnostics = methods.diagnostics(method, config.optimizer, objective, steps_per_epoch, config.epochs)
 
     def init_params() -> Any:
         if not every:
@@ -162,6 +169,7 @@ def student(method: str, shared: Shared, directory: epath.Path, at_hand: Teacher
         at_hand=at_hand,
         sampling=sampling,
         summed=summed,
+        diagnostics=diagnostics,
     )
 
 
@@ -240,8 +248,10 @@ def _job(
     at_hand: TeacherAtHand | None = None,
     sampling: Sampling = EXACT,
     summed: Any = None,
+    diagnostics: Diagnostics | None = None,
 ) -> Job:
     config, corpus, tokenizer, layout, _ = shared
+    optimizer = diagnostics.recording(optimizer) if diagnostics else optimizer
     graphdef, params_like = network_shapes(of, shared)
     length, batch_size = config.sequence_length, config.batch_size
     caches = at_hand.caches if at_hand else {}
@@ -255,6 +265,7 @@ def _job(
         state_metrics=functools.partial(methods.read_state, name),
         sampling=sampling,
         summed=summed,
+        diagnostics=diagnostics,
     )
 
     def cost() -> Record:
@@ -303,7 +314,7 @@ def _job(
         epochs=epochs,
         seed=config.seed,
         splits={split: split for split in ("validation", "test")},
-        metrics=metrics(name),
+        metrics=metrics(name, diagnostics),
         unit="tokens",
         remedy=remedy,
         cost=cost,

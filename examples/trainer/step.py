@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.trainer.diagnostics import Diagnostics, Taken
 from examples.trainer.parallel import Layout
 from examples.trainer.sampling import EXACT, Losses, Sampling
 
@@ -51,6 +52,7 @@ def make_train_step(
     state_metrics: Callable[[Any], Metrics] = lambda opt_state: {},
     sampling: Sampling = EXACT,
     summed: Collection[float] | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, constants, batch) -> (state, metrics)`; the old state's memory is reused.
 
@@ -73,7 +75,9 @@ def make_train_step(
         sampling: which gradients are taken at which step. Metrics are of the losses' own gradients, without factors k.
         summed: weights of the losses, for an optimizer that adds up what it is given: it gets the gradient of the
             weighted sum, from one backward pass, and zeros. Only without `gradient_metrics`, and where the sum is exact.
+        diagnostics: what else is to be known, of an `optimizer` that is `diagnostics.recording`; with `gradient_metrics`.
     """
+    assert diagnostics is None or gradient_metrics
     assert summed is None or (sampling.sum_is_exact and not gradient_metrics)
     # The average has no state: a checkpoint holds that of the optimizer.
     optimizer = optax.chain(optimizer, layout.average_updates)
@@ -93,6 +97,11 @@ def make_train_step(
         if gradient_metrics:
             own, known = sampling.of_the_losses(grads, state.step, due)
             metrics |= _gradient_metrics({name: own[name] for name in losses.trained if name in reported}, known)
+        if diagnostics:
+            trained, all_known = [own[name] for name in losses.trained], jnp.all(jnp.array([True, *known.values()]))
+            cosine = metrics.get("grad_cosine", jnp.nan)
+            taken = Taken(state.step, trained, all_known, cosine, updates, state.params, opt_state)
+            metrics |= diagnostics.of(taken)
         # A loss that is not due is NaN, which is no failure.
         computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in values.items()]
         skipped = jnp.float32(~_all_finite((computed, updates, rest)))

@@ -1,0 +1,132 @@
+"""What `--config.diagnostics=True` adds to the log: whether a method's losses are in conflict, and what each of them does.
+
+    grad_conflict      1 where the gradients of two losses have an angle of more than 90 degrees, else 0
+    NAME_share         what each loss contributes to the update: see `shares`; they add up to 1
+    NAME_snr           the signal-to-noise ratio of each gradient, from running moments: see `dot_optax.diagnostics.record`
+    update_to_weight   the length of the update over that of the parameters
+    NAME_rate          the effective learning rate of each loss: learning rate x gain
+
+All are means over the steps of an epoch that know them. The running moments are in the state of the optimizer, in front of
+its own, and so in checkpoints: they take the memory of one more tree of parameters for each loss.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dot_optax import diagnostics
+
+Metrics = dict[str, jax.Array]
+
+
+class Taken(NamedTuple):
+    """What a step has done, for diagnostics to look at."""
+
+    step: Any  # the number of those before it
+    grads: Sequence[Any]  # of the unweighted losses, in their order
+    known: Any  # whether this step knows all of them
+    cosine: Any  # between the gradients of two losses
+    updates: Any
+    params: Any  # before it
+    opt_state: Any  # after it
+
+
+class Diagnostics(NamedTuple):
+    """What is to be known of a job."""
+
+    names: Sequence[str]  # of its losses, in their order
+    container: Any  # a NamedTuple, which holds something for each of them
+    weights: Any = None  # with which the optimizer begins: numbers or schedules, in the container
+    # (step) -> the effective learning rate of each loss, in the container; None where nobody knows
+    rates: Callable[[Any], Any] | None = None
+    scales: Callable[[Any], Any] = lambda opt_state: (
+        None
+    )  # further weights that the optimizer found; None: there are none
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that are added, by name."""
+        each = [[f"{name}_{what}" for name in self.names] for what in ("share", "snr", "rate")]
+        conflict = ["grad_conflict"] if len(self.names) == 2 else []
+        return (*conflict, *each[0], *each[1], "update_to_weight", *each[2])
+
+    def recording(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer, whose state holds running moments of the gradients as well."""
+        return optax.chain(diagnostics.record(losses=self.container._fields), optimizer)
+
+    def of(self, taken: Taken) -> Metrics:
+        """The metrics of a step of an optimizer that is `recording`."""
+        recorded, opt_state = taken.opt_state
+        found = {"update_to_weight": diagnostics.update_to_weight(taken.updates, taken.params)[0]}
+        if len(self.names) == 2:
+            found["grad_conflict"] = jnp.where(jnp.isnan(taken.cosine), jnp.nan, jnp.float32(taken.cosine < 0))
+        values = {"snr": recorded.signal_to_noise[0], "share": self.shares(taken._replace(opt_state=opt_state))}
+        if self.rates:
+            values["rate"] = self.rates(taken.step)
+        for what, of_losses in values.items():
+            found |= {f"{name}_{what}": value for name, value in zip(self.names, of_losses, strict=True)}
+        return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+    def shares(self, taken: Taken) -> jax.Array:
+        """What each loss contributes to the update, before the learning rate.
+
+        Where each loss has a momentum, these are looked at: as Adam divides them by the root of the second moment, and
+        with a coupled L2 penalty in that of the task. Else the weighted gradients of this step are; what one momentum for
+        all remembers of each loss is not known.
+        """
+        trees, known = momenta(taken.opt_state, self.container, taken.params), True
+        if trees is None:
+            weights = [weight(taken.step) if callable(weight) else weight for weight in self.weights]
+            trees = [jax.tree.map(lambda g, w=w: w * g, grad) for w, grad in zip(weights, taken.grads, strict=True)]
+            known = taken.known
+        scales = self.scales(taken.opt_state)
+        if scales is not None:
+            trees = [jax.tree.map(lambda v, s=s: s * v, tree) for s, tree in zip(scales, trees, strict=True)]
+        return jnp.where(known, diagnostics.compare(self.container(*trees)).shares[0], jnp.nan)
+
+
+def momenta(opt_state: Any, container: Any, params: Any) -> list[Any] | None:
+    """The momentum of each loss, like `params`, in the state of an optimizer; None where losses have no momenta.
+
+    Those of Adam are divided by the root of their second moment.
+    """
+
+    def of_losses(state: Any) -> list[Any] | None:
+        found = [_buffer(entry, params) for entry in state] if isinstance(state, container) else [None]
+        return None if any(buffer is None for buffer in found) else found
+
+    def is_kept(state: Any) -> bool:
+        return of_losses(getattr(state, "mu", state)) is not None
+
+    kept = [state for state in jax.tree.leaves(opt_state, is_leaf=is_kept) if is_kept(state)]
+    if not kept:
+        return None
+    buffers = of_losses(getattr(kept[0], "mu", kept[0]))
+    assert buffers
+    # Without its bias correction and epsilon, which are nearly the same for all losses.
+    tiny = jnp.finfo(jnp.float32).tiny
+    scale = jax.tree.map(lambda nu: jax.lax.rsqrt(nu + tiny), kept[0].nu) if hasattr(kept[0], "mu") else None
+
+    def like_params(buffer: Any) -> Any:
+        whole = jax.tree.map(lambda v, p: jnp.zeros_like(p) if _is_masked(v) else v, buffer, params, is_leaf=_is_masked)
+        return whole if scale is None else jax.tree.map(jnp.multiply, whole, scale)
+
+    return [like_params(buffer) for buffer in buffers]
+
+
+def _buffer(state: Any, params: Any) -> Any:
+    """The momentum in the state of one loss; None if there is none."""
+    traces = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_trace) if _is_trace(leaf)]
+    found = traces[0].trace if len(traces) == 1 else state
+    return found if jax.tree.structure(found, is_leaf=_is_masked) == jax.tree.structure(params) else None
+
+
+def _is_trace(state: Any) -> bool:
+    return isinstance(state, optax.TraceState)
+
+
+def _is_masked(state: Any) -> bool:
+    return isinstance(state, optax.MaskedNode)
