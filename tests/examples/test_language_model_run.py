@@ -193,6 +193,8 @@ _OVERRIDES = {
         "--config.optimizer.learning_rate=0.02",
     ],
     "without prompts": ["--config.prompts=()"],
+    "diagnostics": ["--config.method=ce,kd,dot", "--config.diagnostics=True"],
+    "diagnostics on four devices": ["--config.diagnostics=True", "--config.devices=4", "--config.model_devices=2"],
     "without gradient metrics": ["--config.method=ce,kd,kd_gain_matched,dot", "--config.gradient_metrics=False"],
 }
 

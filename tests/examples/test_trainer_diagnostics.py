@@ -1,0 +1,233 @@
+"""What `--config.diagnostics=True` logs: by hand, for methods with and without momenta of their own, and through a run."""
+
+import functools
+import json
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import dot_optax
+from examples.distill import methods, models, objectives, steps
+from examples.distill.configs.digits import get_config
+from examples.trainer import diagnostics as of_trainer
+from examples.trainer import parallel, preemption
+from examples.trainer.errors import UserError
+from examples.trainer.step import init_state
+from tests.tiers import slow_but
+
+_ONE_DEVICE = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel.AXIS,)))
+_WEIGHTS = dot_optax.PerLoss(task=0.1, kd=0.9)
+_METHODS = ("ce", "kd", "kd_gain_matched", "dot", "kd_projected", "dot_min_norm", "dto_kd")
+_RATES = {  # of a learning rate of 1: gains of SGD with momentum 0.9, and of DOT with delta 0.075
+    "ce": (10.0, 10.0),
+    "kd": (10.0, 10.0),
+    "kd_projected": (10.0, 10.0),
+    "dto_kd": (10.0, 10.0),
+    "kd_gain_matched": (1 / 0.175, 40.0),
+    "dot": (1 / 0.175, 40.0),
+    "dot_min_norm": (1 / 0.175, 40.0),
+}
+
+
+def _flat(tree):
+    return jax.flatten_util.ravel_pytree(tree)[0]
+
+
+def _config(**optimizer):
+    config = get_config()
+    config.optimizer.update(optimizer)
+    return config.optimizer
+
+
+@functools.cache
+def _networks():
+    return [models.split(nnx.Linear(4, 3, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
+
+
+def _problem():
+    (student, *_), (teacher, *_) = _networks()
+    return steps.Problem(student, teacher, temperature=4.0, mean=(0.0,) * 4, std=(1.0,) * 4)
+
+
+def _batch(seed):
+    rng = np.random.default_rng(seed)
+    return {"image": rng.normal(size=(8, 4)).astype(np.float32), "label": rng.integers(3, size=8).astype(np.int32)}
+
+
+@functools.cache
+def _trained(method, name="sgd", diagnosed=True, count=3):
+    """The states before, between and after some steps, with the metrics of each."""
+    config = _config(name=name)
+    optimizer, diagnostics = methods.build(method, config, _WEIGHTS, steps_per_epoch=1, epochs=10), None
+    if diagnosed:
+        objective = objectives.PLAIN._replace(weights=_WEIGHTS)
+        diagnostics = methods.diagnostics(method, config, objective, steps_per_epoch=1, epochs=10)
+        optimizer = diagnostics.recording(optimizer)
+    train_step = steps.make_train_step(_problem(), optimizer, _ONE_DEVICE, diagnostics=diagnostics)
+    state = init_state(*jax.tree.map(jnp.copy, _networks()[0][1:]), optimizer)
+    states, metrics = [jax.tree.map(np.array, state)], []
+    for seed in range(count):
+        state, found = train_step(state, _networks()[1][1:], _batch(seed))
+        states.append(jax.tree.map(np.array, state))
+        metrics.append(jax.tree.map(float, found))
+    return states, metrics
+
+
+def _gradients(params, seed):
+    """Of the unweighted losses."""
+    (student, _, rest), (teacher, *variables) = _networks()
+    batch = _batch(seed)
+    given, _ = models.apply(teacher, *variables, batch["image"], train=False)
+
+    def losses(params):
+        logits, _ = models.apply(student, params, rest, batch["image"], train=True)
+        task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return dot_optax.PerLoss(jnp.mean(task), jnp.mean(dot_optax.losses.kd_loss(logits, given, 4.0)))
+
+    return [np.asarray(_flat(grad), np.float64) for grad in dot_optax.value_and_grads(losses)(params)[1]]
+
+
+def _shares(vectors):
+    total = sum(vectors)
+    return [v @ total / (total @ total) for v in vectors]
+
+
+def _of(metrics, what):
+    return [metrics[f"{name}_{what}"] for name in ("task", "kd")]
+
+
+@pytest.mark.parametrize("method", slow_but(list(_METHODS), "dot"))
+def test_metrics_are_those_by_hand(method):
+    states, metrics = _trained(method)
+    decay, grads = _config().weight_decay, [_gradients(states[i].params, i) for i in range(3)]
+    momenta = [np.zeros_like(g) for g in grads[0]]
+    for i, (task, kd) in enumerate(grads):
+        theta = np.asarray(_flat(states[i].params), np.float64)
+        before = [0.1 * task + decay * theta, 0.9 * kd] if method == "dot" else [task + decay * theta, kd]
+        betas = dot_optax.betas(0.9, 0.075)
+        momenta = [g + beta * v for g, beta, v in zip(before, betas, momenta, strict=True)]
+        if "dot" in method:
+            vectors = momenta
+        else:
+            weights = {"ce": (1.0, 0.0), "dto_kd": (1.0, 1.0)}.get(method, _WEIGHTS)
+            vectors = [weight * g for weight, g in zip(weights, (task, kd), strict=True)]
+        if "task_weight" in metrics[i]:
+            vectors = [weight * v for weight, v in zip(_of(metrics[i], "weight"), vectors, strict=True)]
+        # Sums of 15 products in float32, over the square of a sum that may cancel.
+        np.testing.assert_allclose(_of(metrics[i], "share"), _shares(vectors), rtol=1e-4, atol=1e-5)
+        assert metrics[i]["grad_conflict"] == float(task @ kd < 0)
+        step = np.asarray(_flat(states[i + 1].params), np.float64) - theta
+        ratio = np.linalg.norm(step) / np.linalg.norm(theta)
+        np.testing.assert_allclose(metrics[i]["update_to_weight"], ratio, rtol=1e-4)  # of a difference in float32
+        np.testing.assert_allclose(
+            _of(metrics[i], "rate"), _config().learning_rate * np.array(_RATES[method]), rtol=1e-5
+        )
+    assert np.isnan(_of(metrics[0], "snr")).all()  # one gradient has no variance
+    recorded = states[-1].opt_state[0]
+    np.testing.assert_array_equal(_of(metrics[-1], "snr"), recorded.signal_to_noise[0])
+    weights = 0.99 ** np.arange(3)[::-1] / sum(0.99 ** np.arange(3))
+    for loss, mean in enumerate(recorded.means):
+        expected = sum(w * g[loss] for w, g in zip(weights, grads, strict=True))
+        np.testing.assert_allclose(_flat(mean), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_adams_momenta_are_divided_as_in_the_update():
+    states, metrics = _trained("dot", "adamw")
+    kept = optax.tree.get(states[-1].opt_state[1], "ScaleByAdamMomentaState")
+    vectors = [np.asarray(_flat(mu), np.float64) / np.sqrt(_flat(kept.nu)) for mu in kept.mu]
+    np.testing.assert_allclose(_of(metrics[-1], "share"), _shares(vectors), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        _of(metrics[-1], "rate"), _config().learning_rate * np.array([0.1 / 0.175, 4.0]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", slow_but(list(_METHODS), "dot"))
+def test_training_is_the_same_with_and_without(method):
+    """Bit for bit; and without the flag there is nothing more in metrics and state."""
+    (with_it, diagnosed), (without, plain) = _trained(method), _trained(method, diagnosed=False)
+    for a, b in zip(with_it, without, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, (a.params, a.rest, a.opt_state[1]), (b.params, b.rest, b.opt_state))
+    added = {name for name in diagnosed[0] if name not in plain[0]}
+    diagnostics = methods.diagnostics(method, _config(), objectives.PLAIN, steps_per_epoch=1, epochs=10)
+    assert added == set(diagnostics.metrics)
+
+
+def test_what_one_loss_alone_reaches_counts_for_that_loss():
+    params = {"body": jnp.array([1.0]), "head": jnp.array([1.0])}
+    reached = dot_optax.PerLoss(task=True, kd={"body": True, "head": False})
+    optimizer = optax.chain(optax.identity(), dot_optax.dot(0.1, reached=reached))
+    grads = dot_optax.PerLoss({"body": jnp.array([1.0]), "head": jnp.array([2.0])}, optax.tree.ones_like(params))
+    _, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    task, kd = of_trainer.momenta(opt_state, dot_optax.PerLoss, params)
+    assert (task["head"], kd["head"], kd["body"]) == (2.0, 0.0, 1.0)
+    assert of_trainer.momenta(optax.adam(0.1).init(params), dot_optax.PerLoss, params) is None
+
+
+def _lines(job):
+    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_running_moments(distill, tmp_path, monkeypatch):
+    """Stopped within an epoch, the log is as if it had not been; and the teacher's says nothing of all this."""
+    flags = ("--config.method=kd,dot", "--config.diagnostics=True", "--config.epochs=2", "--config.teacher.epochs=1")
+    assert distill(tmp_path / "whole", *flags) == 0
+    preempted = iter([False] * 19 + [True])
+    monkeypatch.setattr(preemption, "watch", lambda: lambda: next(preempted))
+    assert distill(tmp_path / "parts", *flags) == 0
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "dot" / "result.json").exists()
+    assert distill(tmp_path / "parts", *flags) == 0
+    for method in ("kd", "dot"):
+        lines = _lines(tmp_path / "whole" / method)
+        assert _lines(tmp_path / "parts" / method) == lines
+        for line in lines:
+            assert None not in line.values()
+            assert line["task_share"] + line["kd_share"] == pytest.approx(1)
+    assert "task_share" not in _lines(tmp_path / "whole" / "teacher")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.method=ce,deepkd,crd_dot",),
+        ("--config.method=dot", "--config.sampling.form=alternating"),
+        ("--config.method=kd,dot", "--config.sampling.form=difference"),
+        ("--config.method=kd,dot", "--config.devices=2", "--config.parallel=shard_map"),
+        ("--config.method=kd,dot", "--config.devices=2", "--config.parallel=pmap"),
+        ("--config.method=dot,kd_gain_matched", "--config.optimizer.name=adamw"),
+        ("--config.method=dot,kd", "--config.optimizer.name=muon"),
+    ],
+    ids=" ".join,
+)
+def test_with_other_flags(flags, distill, tmp_path):
+    flags += ("--config.epochs=1", "--config.teacher.epochs=1", "--config.dataset.in_memory=True")
+    assert distill(tmp_path / "run", "--config.diagnostics=True", *flags) == 0
+    for method in flags[0].partition("=")[2].split(","):
+        [line] = _lines(tmp_path / "run" / method)
+        assert line["update_to_weight"] > 0 and line["task_rate"] > 0
+        assert 0 <= line["task_snr"] < np.inf and np.isfinite(line["task_share"])
+
+
+def test_it_needs_the_gradient_of_each_loss():
+    config = get_config()
+    config.update({"diagnostics": True, "gradient_metrics": False})
+    with pytest.raises(UserError, match=r"--config.gradient_metrics=False spares them: leave one of the two out"):
+        methods.check_optimizers(config, ["dot"], trains_teacher=True)
+
+
+@pytest.mark.slow
+def test_a_folder_has_it_or_has_it_not(distill, tmp_path, capsys):
+    """Checkpoints with running moments are of another form."""
+    flags = ("--config.method=kd", "--config.epochs=1", "--config.teacher.epochs=1")
+    assert distill(tmp_path / "run", *flags) == 0
+    assert distill(tmp_path / "run", *flags, "--config.diagnostics=True") == 1
+    assert "diagnostics is False there and True here" in capsys.readouterr().err
