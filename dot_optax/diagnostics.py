@@ -10,11 +10,11 @@ r"""What the losses do to each other, and to the weights: to be logged during tr
     landscape                  the losses along one direction, or on a plane of two
     sharpness, hessian_trace   the curvature of a loss: the largest eigenvalue, and the sum of all
 
-All of them can be compiled, and nothing here draws. What takes `groups` answers for each of K groups of parameters, in
-the order in which groups come in the tree: "all" parameters in one; "layer", those with the same parent, such as a
-kernel and its bias; "leaf", each parameter for itself; or a function from the path of a parameter, such as `('body', 0,
-'kernel')`, to what names its group. Sums over parameters are taken in float32, or in float64 where a parameter is; each
-parameter may be sharded in its own way.
+All of them can be compiled, and none draws. A function with the argument `groups` returns one row for each of K groups of
+parameters, in the order in which the groups come in the tree. `groups` is "all", for one group; "layer", where those with
+the same parent are a group, such as a kernel and its bias; "leaf", where each parameter is one; or a function from the
+path of a parameter, such as `('body', 0, 'kernel')`, to what names its group. Sums over parameters are taken in float32,
+or in float64 where a parameter is. Each parameter may be sharded in its own way.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +56,7 @@ class RecordState(NamedTuple):
         norms: `[K, N]`, the norms of the last gradients.
         cosines: `[K, N, N]`, the cosines of the angles between the last gradients.
         shares: `[K, N]`, what each of the last gradients contributes to their sum.
-        conflicts: `[K, N, N]`, in which part of the updates two gradients had an angle of more than 90 degrees: a
-            running mean.
+        conflicts: `[K, N, N]`, the conflict rate: how often the angle was above 90 degrees, a running mean.
         signal_to_noise: `[K, N]`, see `record`; NaN before the second update.
         memory: the sum of the weights of all updates in a running mean, where the last one has a weight of 1.
         variances: `[K, N]`, the running variances of the gradients, not corrected.
@@ -94,12 +93,11 @@ def record(
 
     Here m and v are the weighted mean and variance from the first update on, so that there is no bias towards the zeros
     before it. The mean m has noise of its own, q times that of a gradient: it makes :math:`|m|^2` too large and v too
-    small. Both are corrected, so that signal and noise are unbiased wherever gradients are independent from step to step
-    and their mean stays. A mean that moves within :math:`1 / (1 - \beta)` updates counts as noise. The ratio itself has
-    an error of about :math:`\sqrt{q}` in units of 1 where the gradients have a few hundred numbers or less; in a large
-    network, of far less.
+    small. Both are corrected: :math:`|m|^2 - q s` and s are unbiased if gradients are independent from step to step and
+    their mean stays. A mean that moves within :math:`1 / (1 - \beta)` updates counts as noise. Where the noise is spread
+    evenly over d numbers, the standard error of the ratio is about :math:`\sqrt{(2 q^2 + 4 \rho q + 2 \rho^2 q) / d}`.
 
-    It takes four more passes over the gradients, and the memory of one tree per loss.
+    It reads the gradients and their running means a few times more, and keeps one tree like the parameters per loss.
 
     Args:
         decay: :math:`\beta` of the running means, in [0, 1).

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -153,6 +154,10 @@ def test_signal_and_noise_are_unbiased(steps_and_decay):
     assert_near(noise, size * std**2)
     # The state has what was taken apart here, but for a signal that is not below 0.
     np.testing.assert_allclose(ratio, np.maximum(0, signal / noise), rtol=1e-3, atol=1e-4)
+    if steps > 100:  # the standard error of the docstring, known to some 2% from 1,000 runs
+        rho, q = mean[0] ** 2 / std[0] ** 2, (1 - decay) / (1 + decay)
+        error = np.sqrt((2 * q**2 + 4 * rho * q + 2 * rho**2 * q) / size)
+        np.testing.assert_allclose(np.std(ratio[:, 0]), error, rtol=0.15)
     with pytest.raises(AssertionError):
         assert_near(raw_signal, size * mean**2)
     with pytest.raises(AssertionError):
@@ -340,6 +345,26 @@ def test_landscape():
     assert len(traced) == 2  # once for each, not for each point
     small = diagnostics.landscape(lambda w: w.sum(), params.astype(jnp.bfloat16), directions[:1], x)
     assert small.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_with_statistics_of_the_batch_the_length_of_filters_does_not_matter():
+    """With running ones it does: they belong to other weights."""
+    network = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, epsilon=0.0, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (64, 4))
+    network(x)
+    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+
+    def loss(params, train):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        model.train() if train else model.eval()
+        return jnp.mean((model(x)[:, :4] - x) ** 2)
+
+    longer = jax.tree.map(lambda p: p if p.ndim == 2 else jnp.zeros_like(p), params)  # the kernel alone
+    along = functools.partial(diagnostics.landscape, params=params, directions=[longer], distances=jnp.arange(3.0))
+    flat_line, line = along(functools.partial(loss, train=True)), along(functools.partial(loss, train=False))
+    np.testing.assert_allclose(flat_line, flat_line[0], rtol=1e-5)
+    assert line[2] > 1.5 * line[0]
 
 
 SYMMETRIC = np.random.default_rng(0).normal(size=(6, 6))

@@ -42,6 +42,7 @@ def metrics(
         # know: a loss that they compute, gradients that are apart (with alternating no step has both, and so no cosine).
         # With form=examples the losses of distillation and their gradients are those of the rows that were taken, which
         # are noisier: the norm is larger and the cosine closer to 0.
+        # trainer/diagnostics.py says what config.diagnostics adds.
         training=(
             *(f"{name}_loss" for name in losses),
             *(f"{name}_grad_norm" for name in names),
