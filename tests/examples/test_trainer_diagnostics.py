@@ -68,7 +68,8 @@ def _trained(method, name="sgd", diagnosed=True, count=3):
         objective = objectives.PLAIN._replace(weights=_WEIGHTS)
         diagnostics = methods.diagnostics(method, config, objective, steps_per_epoch=1, epochs=10)
         optimizer = diagnostics.recording(optimizer)
-    train_step = steps.make_train_step(_problem(), optimizer, _ONE_DEVICE, diagnostics=diagnostics)
+    options = {"diagnostics": diagnostics, "state_metrics": functools.partial(methods.read_state, method)}
+    train_step = steps.make_train_step(_problem(), optimizer, _ONE_DEVICE, **options)
     state = init_state(*jax.tree.map(jnp.copy, _networks()[0][1:]), optimizer)
     states, metrics = [jax.tree.map(np.array, state)], []
     for seed in range(count):
