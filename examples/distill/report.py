@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -198,29 +199,27 @@ def picture(
     figure = Figure(figsize=(12 if distilled else 5, height), layout="constrained")
     FigureCanvasAgg(figure)
     drawn = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
-    for axes, (title, x_label, y_label) in zip(drawn, panels, strict=False):
-        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log")
-        axes.grid(True, alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, panel in zip(drawn, panels, strict=False):
+        open_panel(axes, *panel, yscale="log")
     for method, lines in curves.items():
         label, color, dashes = methods.STYLES[method]
         epochs = range(1, len(lines) + 1)
-        task, kd = ([_positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
-        final_task, final_kd = (_positive(results[method][split].get(key)) for key in ("task_loss", "kd_loss"))
+        task, kd = ([positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
+        final_task, final_kd = (positive(results[method][split].get(key)) for key in ("task_loss", "kd_loss"))
         paths = [(epochs, task, epochs[-1], final_task)]
         if method in distilled:
             paths += [(epochs, kd, epochs[-1], final_kd), (task, kd, final_task, final_kd)]
         for axes, (x, y, final_x, final_y) in zip(drawn, paths, strict=False):
-            axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.2, label=label.replace("$", r"\$"))
+            axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.2, label=no_formula(label))
             axes.plot(x[-1], y[-1], **_LAST_EPOCH | _colored(color, dashes))
             axes.plot(final_x, final_y, **_EVALUATED | _colored(color, dashes))
     for axes in drawn[:2]:
-        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True, min_n_ticks=1))
+        set_epoch_ticks(axes.xaxis)
     for axes in drawn[2:]:
         axes.set_xscale("log")
-        _set_ticks(axes.xaxis)
+        set_log_ticks(axes.xaxis)
     for axes in drawn:
-        _set_ticks(axes.yaxis)
+        set_log_ticks(axes.yaxis)
     handles = [
         *drawn[0].get_legend_handles_labels()[0],
         Line2D([], [], color="gray", label="last epoch, while training", **_LAST_EPOCH),
@@ -244,7 +243,24 @@ def _colored(color: str, dashes: str) -> dict[str, Any]:
     }
 
 
-def _set_ticks(axis: Axis) -> None:
+def open_panel(axes: Axes, title: str, x_label: str, y_label: str, **scales: str) -> None:
+    """Gives a panel its title and labels, a faint grid, and no frame above and on the right."""
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
+    axes.grid(True, alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def no_formula(label: str) -> str:
+    """A label in which Matplotlib finds no formula."""
+    return label.replace("$", r"\$")
+
+
+def set_epoch_ticks(axis: Axis) -> None:
+    """Gives an axis of epochs a few whole numbers."""
+    axis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10], integer=True, min_n_ticks=1))
+
+
+def set_log_ticks(axis: Axis) -> None:
     """Gives a logarithmic axis a few ticks with plain numbers, however small or large its range is."""
     ticks = log_ticks(*axis.get_view_interval())
     axis.set_major_locator(FixedLocator(ticks))
@@ -286,7 +302,7 @@ def _teacher(job: epath.Path, plus_minus: str) -> str:
     return f"teacher: test top-1 {_accuracy(result['test'], 'top1', plus_minus)}"
 
 
-def _positive(value: float | None) -> float:
+def positive(value: float | None) -> float:
     """The value, or NaN for what a logarithmic axis cannot show."""
     return value if value is not None and value > 0 else math.nan
 
