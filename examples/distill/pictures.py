@@ -1,0 +1,459 @@
+"""Pictures of several runs: what `python -m examples.distill.plot` draws. Each function returns a Matplotlib figure.
+
+They are made to be read in a README, some 850 pixels wide, and without color: arms have different lines and markers, and
+names beside them. No letter is smaller than 9 points there.
+"""
+
+import collections
+import contextlib
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from examples.distill import methods
+from examples.distill.arms import Arm, front, logarithmic
+from examples.distill.report import no_formula, open_panel, set_epoch_ticks, set_log_ticks
+from examples.trainer.errors import UserError
+
+FORMATS = ("png", "svg")
+WIDTH = 8.85  # inches: 850 pixels of a screen, of which 96 are an inch, so that a point of a font is a point there
+_FONT, _SMALL = 10, 9  # points
+_DPI = 192  # twice that of the screen
+_MOST_NAMED = 8  # arms that have names beside them; more have a legend alone
+_LINE_HEIGHT = 1.2  # of names one below the other, in heights of a letter
+# The file is the same again: by default, an SVG has the time and random names.
+_SETTINGS = {
+    "font.size": _FONT,
+    "axes.titlesize": _FONT,
+    "axes.labelsize": _FONT,
+    "xtick.labelsize": _SMALL,
+    "ytick.labelsize": _SMALL,
+    "legend.fontsize": _SMALL,
+    "svg.hashsalt": "dot_optax",
+    "path.simplify": False,
+}
+_METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+
+# What the log may have of gradients and updates: names, or how names end that begin with that of a loss.
+CONFLICT = ("grad_cosine", "grad_conflict", "update_to_weight")
+_OF_LOSSES = ("grad_norm", "share", "snr", "rate", "weight")
+# With a teacher and `--config.gradient_metrics`, every run logs the first; with `--config.diagnostics`, all of them.
+LOGGED = ("task_grad_norm", "kd_grad_norm", "grad_cosine")
+DIAGNOSTICS = (
+    *("grad_conflict", "task_share", "kd_share", "task_snr", "kd_snr"),
+    *("task_rate", "kd_rate", "update_to_weight"),
+)
+_TITLES = {
+    "grad_cosine": "Cosine of both gradients",
+    "grad_conflict": "Steps whose gradients conflict",
+    "update_to_weight": "Norm of update / of weights",
+    "grad_norm": "Norm of gradient: {}",
+    "share": "Share of the update: {}",
+    "snr": "Signal to noise: {}",
+    "rate": "Effective learning rate: {}",
+    "weight": "Weight: {}",
+}
+_LINEAR = ("grad_cosine", "grad_conflict", "share", "weight")
+_LOSSES = {"kd": "KD", "dkd": "DKD", "crd": "CRD"}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Fonts and all else that files depend on; pictures are drawn and rendered within it."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def render(figure: Figure, form: str) -> bytes:
+    """Returns the file of a picture: "png" or "svg". The same picture gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format=form, dpi=_DPI, metadata=_METADATA[form])
+    return file.getvalue()
+
+
+def losses(arms: Sequence[Arm]) -> Figure:
+    """Both losses over the epochs: means over the batches of each, while the student trained."""
+    panels = [
+        ("task_loss", "Task loss while training", "cross-entropy"),
+        ("kd_loss", "Distillation loss while training", "T² KL(teacher ‖ student)"),
+    ]
+    panels = [panel for panel in panels if any(arm.has(panel[0]) for arm in arms)]
+    figure, drawn = _figure(1, len(panels), 3.6)
+    for axes, (name, title, y_label) in zip(drawn, panels, strict=True):
+        open_panel(axes, title, "epoch", y_label, yscale="log")
+        _curves(axes, arms, name, log=True)
+    _finish(figure, arms, named=True)
+    return figure
+
+
+def plane(arms: Sequence[Arm]) -> Figure | None:
+    """Task loss against distillation loss: on the left a path for each arm, on the right the final students.
+
+    The final students are evaluated on the whole training split. Of arms that differ in the weights of their losses
+    alone, those that no other one beats in both losses are joined. None if no arm has a distillation loss.
+    """
+    distilled = [arm for arm in arms if arm.has("kd_loss")]
+    if not distilled:
+        return None
+    ends = {arm.label: _end(arm) for arm in distilled if np.isfinite(_end(arm)[0]).all()}
+    figure, drawn = _figure(1, 2 if ends else 1, 4.2)
+    open_panel(drawn[0], "Paths while training, from ○ to the mark", "task loss", "distillation loss")
+    for arm in distilled:
+        _path(drawn[0], arm)
+    for axes in drawn[1:]:
+        open_panel(axes, "Final students, on all training images", "task loss", "distillation loss")
+        for arm in distilled:
+            if arm.label in ends:
+                (x, y), (x_error, y_error) = ends[arm.label]
+                _point(axes, arm, x, y, x_error, y_error)
+        for family in fronts(distilled):
+            points = np.array([ends[arm.label][0] for arm in family])
+            axes.plot(*points.T, color="0.35", linewidth=4, alpha=0.35, zorder=1, solid_capstyle="round")
+    for axes in drawn:
+        axes.set(xscale="log", yscale="log")
+        axes.margins(0.08)
+    for axes in drawn[1:]:
+        axes.margins(0.14)
+    for axis in (axis for axes in drawn for axis in (axes.xaxis, axes.yaxis)):
+        set_log_ticks(axis)
+    names = {family[0].method for family in fronts(distilled)} if ends else set()
+    extra = [
+        Line2D([], [], color="0.35", linewidth=4, alpha=0.35, label=f"front over the weights of {_name(method)}")
+        for method in sorted(names)
+    ]
+    _finish(figure, distilled, extra=extra)
+    for axes in drawn[1:]:
+        _name_points(axes, [(arm.label, *ends[arm.label][0]) for arm in distilled if arm.label in ends])
+    return figure
+
+
+def fronts(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Of arms that differ in the weights of their losses alone, those whose final students no other one beats in both."""
+    families = collections.defaultdict(list)
+    for arm in arms:
+        if np.isfinite(_end(arm)[0]).all():
+            families[arm.family].append(arm)
+    found = [
+        [family[i] for i in front([_end(arm)[0] for arm in family])] for family in families.values() if len(family) > 1
+    ]
+    return [family for family in found if len(family) > 1]
+
+
+def gradients(arms: Sequence[Arm]) -> Figure | None:
+    """Conflict, norms and shares over the epochs: a panel for each of these metrics that a log has; None if none has any."""
+    names = gradient_metrics(arms)
+    if not names:
+        return None
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure, drawn = _figure(rows, columns, 2.2 * rows)
+    groups: dict[str, list[Axes]] = collections.defaultdict(list)
+    for axes, name in zip(drawn, names, strict=False):
+        kind, loss = _kind(name)
+        title = _TITLES[kind].format(_LOSSES.get(loss, loss.replace("_", " ")))
+        log = kind not in _LINEAR
+        open_panel(axes, title, "epoch", "", yscale="log" if log else "linear")
+        if kind == "grad_cosine":
+            axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
+        if loss and groups[kind]:
+            axes.sharey(groups[kind][0])
+        groups[kind].append(axes)
+        _curves(axes, arms, name, log=log)
+    for axes in drawn[len(names) :]:
+        axes.remove()
+    _finish(figure, [arm for arm in arms if any(arm.has(name) for name in names)])
+    return figure
+
+
+def gradient_metrics(arms: Sequence[Arm]) -> list[str]:
+    """The metrics of gradients that a log has, in the order of the panels."""
+    there = {name for arm in arms for run in arm.runs for line in run.lines for name in line if _kind(name)[0]}
+    kinds = [*_OF_LOSSES[:1], *CONFLICT, *_OF_LOSSES[1:]]
+    order = list(dict.fromkeys(["task", "kd", *sorted(_kind(name)[1] for name in there)]))
+    found = [name for name in there if any(arm.has(name) for arm in arms)]
+    return sorted(
+        found, key=lambda name: (kinds.index(_kind(name)[0]), order.index(_kind(name)[1]) if _kind(name)[1] else 0)
+    )
+
+
+def cost(arms: Sequence[Arm]) -> Figure | None:
+    """Test accuracy against what training cost; None if no arm is finished and knows its cost."""
+    panels = [
+        ("relative_flops", "Gradient FLOPs", "in epochs of plain KD"),
+        ("teacher_forwards", "Forward passes of the teacher", "in epochs"),
+    ]
+    points = {name: [(arm, _cost(arm, name)) for arm in arms if math.isfinite(_cost(arm, name))] for name, *_ in panels}
+    panels = [panel for panel in panels if points[panel[0]]]
+    if not panels:
+        return None
+    figure, drawn = _figure(1, len(panels), 3.8, sharey=True)
+    bars = "± standard error over seeds" if all(len(arm.runs) > 1 for arm in arms) else "± standard error"
+    for axes, (name, title, x_label) in zip(drawn, panels, strict=True):
+        open_panel(axes, title, x_label, f"test accuracy, {bars}" if axes is drawn[0] else "")
+        for arm, x in points[name]:
+            y, error = arm.final("test", "top1")
+            _point(axes, arm, x, y, math.nan, error)
+        axes.margins(0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    _finish(figure, [arm for arm in arms if arm.is_finished])
+    for axes, (name, *_) in zip(drawn, panels, strict=True):
+        _name_points(axes, [(arm.label, x, arm.final("test", "top1")[0]) for arm, x in points[name]])
+    return figure
+
+
+class Landscape(NamedTuple):
+    """The loss of a student over a plane through its final weights."""
+
+    arm: Arm
+    distances: np.ndarray  # from the weights, along both directions: [points]
+    losses: np.ndarray  # [points along the second direction, points along the first]
+
+
+def landscapes(found: Sequence[Landscape], title: str) -> Figure:
+    """Contours of all landscapes side by side, at the same levels."""
+    columns = min(len(found), 4)
+    rows = math.ceil(len(found) / columns)
+    figure, drawn = _figure(rows, columns, 0.6 + (WIDTH / columns + 0.15) * rows * 0.93, sharex=True, sharey=True)
+    levels = _levels(np.concatenate([each.losses.ravel() for each in found]))
+    colors = matplotlib.colormaps["cividis"].resampled(len(levels) + 1)
+    for axes, (arm, distances, values) in zip(drawn, found, strict=False):
+        grid = (distances, distances, np.where(np.isfinite(values), values, np.inf).clip(max=levels[-1] * 1e3))
+        filled = axes.contourf(
+            *grid, levels=levels, colors=colors(np.arange(len(levels) + 1)), extend="both", alpha=0.55
+        )
+        del filled
+        lines = axes.contour(*grid, levels=levels, colors="black", linewidths=0.7)
+        axes.clabel(lines, fmt=lambda level: f"{level:.3g}", fontsize=_SMALL)
+        axes.plot(0, 0, marker="+", color="black", markersize=9, markeredgewidth=1.5)
+        center = values[len(distances) // 2, len(distances) // 2]
+        axes.set(title=no_formula(f"{arm.label}\nat +: {center:.3g}"), aspect="equal")
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+    for axes in drawn[len(found) :]:
+        axes.remove()
+    figure.suptitle(title, fontsize=_FONT)
+    figure.supxlabel("first direction, in norms of each filter", fontsize=_FONT)
+    figure.supylabel("second direction", fontsize=_FONT)
+    return figure
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """At most ten levels of contours, in steps of 1, 2, 5 and 10, from the lowest loss to where nine tenths are below."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    if not finite.size:
+        raise UserError("the losses around all students are not finite: nothing can be drawn of --landscape")
+    low, high = finite.min(), np.quantile(finite, 0.9)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    levels = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
+    levels = [level for level in levels if low < level < high]
+    if len(levels) < 3:
+        return np.geomspace(low, max(high, low * 1.01), 7)[1:]
+    return np.array(levels[:: math.ceil(len(levels) / 10)])
+
+
+def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH * 0.65, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, log: bool) -> None:
+    """A metric over the epochs, with a line for each arm that has it, and a mark now and then."""
+    having = [arm for arm in arms if arm.has(name)]
+    for i, arm in enumerate(having):
+        values = logarithmic(arm.curve(name)) if log else arm.curve(name)
+        last, every = len(values) - 1, max(1, len(values) // 6)
+        # Marks of different arms are at different epochs: else they hide one another. The last has one in any case.
+        marks = sorted({*range(every * i // len(having), last, every), last})
+        axes.plot(arm.epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
+    set_epoch_ticks(axes.xaxis)
+    if log:
+        set_log_ticks(axes.yaxis)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _line(arm: Arm) -> dict[str, Any]:
+    return {"color": arm.color, "linestyle": arm.line, "linewidth": 1.3} | _mark(arm)
+
+
+def _mark(arm: Arm) -> dict[str, Any]:
+    return {"marker": arm.marker, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+
+def _path(axes: Axes, arm: Arm) -> None:
+    """The path of both losses: a ring where it begins, an arrow on the way, the mark of the arm where it ends."""
+    points = np.stack([logarithmic(arm.curve(name)) for name in ("task_loss", "kd_loss")], axis=1)
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        return
+    line = _line(arm) | {"markevery": [len(points) - 1], "markersize": 7}
+    axes.plot(*points.T, label=no_formula(arm.label), **line)
+    axes.plot(*points[0], marker="o", markersize=5, markerfacecolor="white", markeredgecolor=arm.color, zorder=3)
+    # The arrow is half-way as the eye sees it, on logarithmic axes; its points are apart, so that it has a direction.
+    along = np.cumsum(np.hypot(*np.diff(np.log(points), axis=0, prepend=np.log(points[:1])).T))
+    start, end = (np.searchsorted(along, along[-1] * part) for part in (0.45, 0.55))
+    if end > start:
+        arrow = {
+            "arrowstyle": "-|>",
+            "color": arm.color,
+            "linewidth": 0,
+            "mutation_scale": 13,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axes.annotate("", points[end], points[start], arrowprops=arrow)
+
+
+def _point(axes: Axes, arm: Arm, x: float, y: float, x_error: float, y_error: float) -> None:
+    errors = {name: error for name, error in (("xerr", x_error), ("yerr", y_error)) if math.isfinite(error)}
+    if errors:
+        axes.errorbar(x, y, **errors, color=arm.color, linewidth=1, capsize=3, linestyle="none", zorder=2)
+    axes.plot(
+        x, y, color=arm.color, linestyle="", label=no_formula(arm.label), zorder=3, **_mark(arm) | {"markersize": 8}
+    )
+
+
+def _end(arm: Arm) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both losses of the final student on the training split, and the standard errors of both; NaN if it is not finished."""
+    found = [arm.final("train", name) for name in ("task_loss", "kd_loss")]
+    values = [value if value > 0 else math.nan for value, _ in found]
+    return (values[0], values[1]), (found[0][1], found[1][1])
+
+
+def _cost(arm: Arm, name: str) -> float:
+    """What training cost in all: that of a step, in steps of an epoch, times the epochs. NaN if it is not finished."""
+    value, _ = arm.final("cost", name)
+    return value * arm.runs[0].config["epochs"] if arm.is_finished else math.nan
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """What a metric says of gradients, and of which loss, if of one alone; nothing if it is none of them."""
+    if name in CONFLICT:
+        return name, ""
+    for kind in _OF_LOSSES:
+        if name.endswith(f"_{kind}"):
+            return kind, name.removesuffix(f"_{kind}")
+    return "", ""
+
+
+def _name(method: str) -> str:
+    return methods.STYLES[method].label if method in methods.STYLES else method
+
+
+def _finish(figure: Figure, arms: Sequence[Arm], *, named: bool = False, extra: Sequence[Line2D] = ()) -> None:
+    """Adds names at the ends of the lines or a legend below, and fixes the layout."""
+    if named and len(arms) <= _MOST_NAMED:
+        placing = [(axes, _name_ends(axes)) for axes in figure.axes]
+        figure.draw_without_rendering()
+        for axes, names in placing:
+            _spread(axes, names)
+    else:
+        handles = [Line2D([], [], label=no_formula(arm.label), **_line(arm)) for arm in arms] + list(extra)
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(len(handles), int(figure.get_figwidth() * 72 / (_SMALL * (0.55 * longest + 5.5)))))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def _name_ends(axes: Axes) -> list[Any]:
+    """A name on the right of the panel for each line that has a label, with a thin line from its end."""
+    names = []
+    for line in axes.lines:
+        points = np.column_stack(line.get_data())
+        points = points[np.isfinite(points).all(axis=1)]
+        if line.get_label().startswith("_") or not len(points):
+            continue
+        leader = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        names.append(
+            axes.annotate(
+                line.get_label(),
+                points[-1],
+                (1.03, 0.5),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=_SMALL,
+                arrowprops=leader,
+                annotation_clip=False,
+            )
+        )
+    return names
+
+
+def _spread(axes: Axes, names: Sequence[Any]) -> None:
+    """Moves names up or down, each as near to the end of its line as the others let it."""
+    gap = _LINE_HEIGHT * _SMALL / 72 * axes.figure.dpi / axes.get_window_extent().height
+    wanted = [axes.transAxes.inverted().transform(axes.transData.transform(name.xy))[1] for name in names]
+    order = sorted(range(len(names)), key=lambda i: wanted[i])
+    heights = spread([wanted[i] for i in order], gap)
+    for i, height in zip(order, heights, strict=True):
+        names[i].set_position((1.03, height))
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """The heights nearest to those wanted, which rise, in squares, that are at least a gap apart.
+
+    >>> spread([0.0, 0.1, 1.0], gap=0.3)
+    [-0.1, 0.2, 1.0]
+    """
+    # Less the gaps below it each is free to be where it wants, as long as they do not fall: means of those that would.
+    groups: list[list[float]] = []
+    for i, height in enumerate(wanted):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    means = itertools.chain.from_iterable([float(np.mean(group))] * len(group) for group in groups)
+    return [round(mean + i * gap, 9) for i, mean in enumerate(means)]
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names points where there is room: beside, above or below them, or further off with a thin line."""
+    if len(points) > _MOST_NAMED:
+        return
+    scale = axes.figure.dpi / 72
+    frame = axes.get_window_extent()
+    centers = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in centers]
+    # From the crowded middle outwards there would be no room left for the last ones: so from the edges inwards.
+    for label, x, y in sorted(points, key=lambda point: -point[2]):
+        best = None
+        for distance, angle in itertools.product((9, 20, 34, 50, 70), np.arange(0, 360, 30)):
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            align = "left" if dx > 1 else "right" if dx < -1 else "center"
+            leader = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            name = axes.annotate(
+                no_formula(label),
+                (x, y),
+                (dx, dy),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=_SMALL,
+                arrowprops=leader if distance > 9 else None,
+            )
+            box = name.get_window_extent().padded(1.5 * scale)
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 + 8 * scale or box.y0 < frame.y0 or box.y1 > frame.y1
+            bad = sum(box.overlaps(other) for other in taken) + 2 * outside
+            if best is None or bad < best[0]:
+                if best:
+                    best[1].remove()
+                best = (bad, name, box)
+            else:
+                name.remove()
+            if bad == 0:
+                break
+        if best:
+            taken.append(best[2])

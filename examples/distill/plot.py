@@ -1,0 +1,145 @@
+"""Draws what finished runs have in common, and where they differ:
+
+    python -m examples.distill.plot RUNS... --output=FOLDER
+
+RUNS are working directories of `python -m examples.distill`, or folders of single methods within them, all of one dataset.
+Runs that differ in nothing but the seed are one arm: their means are drawn. FOLDER defaults to `plots`, next to the first
+of RUNS. Each picture is there as PNG and as SVG:
+
+    losses      both losses over the epochs, while the students trained
+    plane       task loss against distillation loss: the path of each arm, and the final students. Of arms that differ in
+                the weights of their losses alone, those are joined that no other one beats in both losses
+    gradients   norms of the gradients and their conflict over the epochs; of runs with --config.diagnostics=True, the
+                shares of the update, the ratio of signal to noise, and effective learning rates as well
+    cost        test accuracy against what training cost
+    landscape   with --landscape: cross-entropy around the final weights of each student
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+from etils import epath
+from matplotlib.figure import Figure
+
+from examples.distill import arms as reading
+from examples.distill import pictures, report
+from examples.distill.arms import Arm
+from examples.trainer import paths, records
+from examples.trainer.errors import UserError
+
+_IMAGES = 512
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (without the program's name) and returns the exit code."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it reads.
+    try:
+        options = _parse(argv)
+        lines = plot(
+            options.runs, options.output, landscape=options.landscape, images=options.images, data_dir=options.data_dir
+        )
+    except UserError as error:
+        print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command draws all again", file=sys.stderr)
+        return 130
+    print(report.encodable("\n".join(lines), getattr(sys.stdout, "encoding", None) or "utf-8"))
+    return 0
+
+
+def plot(
+    runs: Sequence[epath.PathLike],
+    output: epath.PathLike = "",
+    *,
+    landscape: bool = False,
+    images: int = _IMAGES,
+    data_dir: str = "",
+) -> list[str]:
+    """Writes the pictures, and returns in words which, and what could not be drawn.
+
+    Args:
+        runs: the folders of the runs.
+        output: the folder of the pictures; default: `plots`, next to the first of the runs.
+        landscape: whether to draw landscapes too, which need the students and the data.
+        images: on how many training images.
+        data_dir: the folder of the data, as `--config.dataset.data_dir` was.
+
+    Raises:
+        UserError: see `arms.find`; if the pictures cannot be written; or if a landscape cannot be drawn.
+    """
+    folder = paths.resolve(output, "--output") if output else paths.resolve(runs[0], "RUNS").parent / "plots"
+    arms, notes = reading.find(runs)
+    notes += _without(arms)
+    with pictures.style():
+        figures = {
+            "losses": pictures.losses(arms),
+            "plane": pictures.plane(arms),
+            "gradients": pictures.gradients(arms),
+            "cost": pictures.cost(arms),
+            "landscape": _landscapes(arms, images, data_dir) if landscape else None,
+        }
+        drawn = {name: figure for name, figure in figures.items() if figure}
+        for name, figure in drawn.items():
+            _write(folder, name, figure)
+    return [*notes, f"Pictures, as .png and .svg: {', '.join(str(folder / name) for name in drawn)}"]
+
+
+def _write(folder: epath.Path, name: str, figure: Figure) -> None:
+    with records.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for form in pictures.FORMATS:
+        records.write_bytes(folder / f"{name}.{form}", pictures.render(figure, form))
+
+
+def _without(arms: Sequence[Arm]) -> list[str]:
+    """What cannot be drawn since no log has it, in words."""
+    notes = []
+    if not any(arm.has("kd_loss") for arm in arms):
+        notes.append("Not drawn: the distillation loss and the loss plane, since no run had a teacher.")
+    missing = [name for name in pictures.LOGGED if not any(arm.has(name) for arm in arms)]
+    if missing:
+        notes.append(f"Not drawn, since no log has them: {', '.join(missing)}; see --config.gradient_metrics.")
+    missing = [name for name in pictures.DIAGNOSTICS if not any(arm.has(name) for arm in arms)]
+    if missing:
+        notes.append(f"Not drawn, since no log has them: {', '.join(missing)}; --config.diagnostics=True logs them.")
+    if not any(arm.is_finished for arm in arms):
+        notes.append("Not drawn: accuracy against cost, since no run is finished.")
+    return notes
+
+
+def _landscapes(arms: Sequence[Arm], images: int, data_dir: str) -> Figure:
+    from examples.distill import landscapes  # Few need Flax, Grain and TFDS, which take long to import.
+
+    finished = [arm for arm in arms if arm.is_finished]
+    if not finished:
+        raise UserError("--landscape needs the final weights of a student, and none of RUNS is finished")
+    found = landscapes.measure(finished, images, data_dir)
+    return pictures.landscapes(found, f"Cross-entropy of {images} training images around the final weights")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser("python -m examples.distill.plot", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="RUNS")
+    parser.add_argument("--output", default="", metavar="FOLDER", help="of the pictures")
+    parser.add_argument("--landscape", action="store_true", help="draw landscapes too; takes up to minutes")
+    parser.add_argument(
+        "--images", type=int, default=_IMAGES, help=f"training images of a landscape (default: {_IMAGES})"
+    )
+    parser.add_argument("--data_dir", default="", metavar="FOLDER", help="of the data, if it is not the default one")
+    options = parser.parse_args(argv)
+    if options.images < 1:
+        raise UserError(f"bad --images={options.images}: give a whole number of at least 1")
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
