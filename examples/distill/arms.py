@@ -118,7 +118,11 @@ def find(folders: Sequence[epath.PathLike]) -> tuple[list[Arm], list[str]]:
             same dataset.
     """
     found = [run for folder in folders for run in _runs(paths.resolve(folder, "RUNS"))]
-    runs = list({str(run.folder): run for run in found}.values())  # each once
+    order = list(methods.METHODS)
+    runs = sorted(
+        {str(run.folder): run for run in found}.values(),  # each once
+        key=lambda run: order.index(run.method) if run.method in order else len(order),
+    )
     _check_dataset(runs)
     arms = _arms(runs)
     notes = [_unfinished(run) for run in runs if not run.result]
@@ -141,21 +145,18 @@ def _unfinished(run: Run) -> str:
 def _runs(folder: epath.Path) -> list[Run]:
     """Those in a working directory, or the one in the folder of a method."""
     with records.reading(folder):
-        if not folder.is_dir():
-            raise UserError(f"there is no folder RUNS={folder}; give a --workdir of python -m examples.distill")
-        if (folder / "config.json").exists():
-            workdir, jobs = folder, sorted(child for child in folder.iterdir() if (child / "metrics.jsonl").exists())
-            jobs = [job for job in jobs if job.name != "teacher"]
-            jobs.sort(
-                key=lambda job: list(methods.METHODS).index(job.name) if job.name in methods.METHODS else math.inf
-            )
-        else:
-            workdir, jobs = folder.parent, [folder] if (folder / "metrics.jsonl").exists() else []
-        if not jobs or not (workdir / "config.json").exists():
-            raise UserError(
-                f"nothing is logged in RUNS={folder}: give a --workdir of python -m examples.distill, or the folder of a"
-                " method in one"
-            )
+        is_there, is_workdir = folder.is_dir(), (folder / "config.json").exists()
+        workdir = folder if is_workdir else folder.parent
+        candidates = sorted(folder.iterdir()) if is_workdir else [folder]
+        jobs = [job for job in candidates if job.name != "teacher" and (job / "metrics.jsonl").exists()]
+        has_config = (workdir / "config.json").exists()
+    if not is_there:
+        raise UserError(f"there is no folder RUNS={folder}; give a --workdir of python -m examples.distill")
+    if not jobs or not has_config:
+        raise UserError(
+            f"nothing is logged in RUNS={folder}: give a --workdir of python -m examples.distill, or the folder of a method"
+            " in one"
+        )
     config = records.read_json(workdir / "config.json")
     if "dataset.name" not in config or "epochs" not in config:
         raise UserError(f"RUNS={folder} is no run of python -m examples.distill: its config.json names no dataset")

@@ -18,10 +18,9 @@ from examples.distill.configs import default
 from examples.distill.pictures import Landscape
 from examples.trainer import checkpoint
 from examples.trainer.errors import UserError
-from examples.trainer.settings import fields
 
 _DISTANCE = 1.0  # the farthest along each direction, in norms of each filter
-_POINTS = 21  # along each direction; odd, so that the weights themselves are one of them
+_POINTS = 31  # along each direction; odd, so that the weights themselves are one of them
 
 
 def measure(arms: Sequence[Arm], images: int, data_dir: str = "", *, points: int = _POINTS) -> list[Landscape]:
@@ -85,11 +84,11 @@ def _loss(run: Run, config: ConfigDict, dataset: data.Dataset, images: int) -> t
 
 def _config(run: Run, data_dir: str) -> ConfigDict:
     """The config of a run, from the fields that its `config.json` has."""
-    nested: dict[str, Any] = {}
-    for name, value in (fields(default()) | run.config).items():
+    nested: dict[str, Any] = {"dataset": default().dataset.to_dict()}  # some fields are not recorded
+    for name, value in run.config.items():
         *sections, last = name.split(".")
         section = functools.reduce(lambda found, key: found.setdefault(key, {}), sections, nested)
         section[last] = tuple(value) if isinstance(value, list) else value
-    config = ConfigDict({name: nested[name] for name in ("seed", "dtype", "dataset", "student")})
-    config.dataset.data_dir = data_dir
+    config = ConfigDict(nested)
+    config.dataset.update(data_dir=data_dir, prepare=False)
     return config

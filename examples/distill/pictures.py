@@ -30,7 +30,9 @@ FORMATS = ("png", "svg")
 WIDTH = 8.85  # inches: 850 pixels of a screen, of which 96 are an inch, so that a point of a font is a point there
 _FONT, _SMALL = 10, 9  # points
 _DPI = 192  # twice that of the screen
+_MOST_MEANS = 40  # of noisy curves: these are drawn in the place of all epochs
 _MOST_NAMED = 8  # arms that have names beside them; more have a legend alone
+_MOST_NAMED_POINTS = 12
 _LINE_HEIGHT = 1.2  # of names one below the other, in heights of a letter
 # The file is the same again: by default, an SVG has the time and random names.
 _SETTINGS = {
@@ -157,19 +159,21 @@ def gradients(arms: Sequence[Arm]) -> Figure | None:
         return None
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure, drawn = _figure(rows, columns, 2.2 * rows)
+    figure, drawn = _figure(rows, columns, 2.2 * rows + 0.6)
+    window = max(1, max(len(arm.epochs) for arm in arms) // _MOST_MEANS)
     groups: dict[str, list[Axes]] = collections.defaultdict(list)
     for axes, name in zip(drawn, names, strict=False):
         kind, loss = _kind(name)
         title = _TITLES[kind].format(_LOSSES.get(loss, loss.replace("_", " ")))
         log = kind not in _LINEAR
-        open_panel(axes, title, "epoch", "", yscale="log" if log else "linear")
+        x_label = "epoch" if window == 1 else f"epoch (means over {window})"
+        open_panel(axes, title, x_label, "", yscale="log" if log else "linear")
         if kind == "grad_cosine":
             axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
         if loss and groups[kind]:
             axes.sharey(groups[kind][0])
         groups[kind].append(axes)
-        _curves(axes, arms, name, log=log)
+        _curves(axes, arms, name, log=log, window=window)
     for axes in drawn[len(names) :]:
         axes.remove()
     _finish(figure, [arm for arm in arms if any(arm.has(name) for name in names)])
@@ -190,26 +194,41 @@ def gradient_metrics(arms: Sequence[Arm]) -> list[str]:
 def cost(arms: Sequence[Arm]) -> Figure | None:
     """Test accuracy against what training cost; None if no arm is finished and knows its cost."""
     panels = [
-        ("relative_flops", "Gradient FLOPs", "in epochs of plain KD"),
-        ("teacher_forwards", "Forward passes of the teacher", "in epochs"),
+        ("relative_flops", "Gradient FLOPs", "epochs of plain KD; equal ones are side by side"),
+        ("teacher_forwards", "Forward passes of the teacher", "epochs; equal ones are side by side"),
     ]
     points = {name: [(arm, _cost(arm, name)) for arm in arms if math.isfinite(_cost(arm, name))] for name, *_ in panels}
     panels = [panel for panel in panels if points[panel[0]]]
     if not panels:
         return None
+    # A panel in which all cost the same says nothing.
+    panels = [panel for panel in panels if len({round(x, 6) for _, x in points[panel[0]]}) > 1] or panels[:1]
     figure, drawn = _figure(1, len(panels), 3.8, sharey=True)
     bars = "± standard error over seeds" if all(len(arm.runs) > 1 for arm in arms) else "± standard error"
     for axes, (name, title, x_label) in zip(drawn, panels, strict=True):
         open_panel(axes, title, x_label, f"test accuracy, {bars}" if axes is drawn[0] else "")
+        width = 1.25 * max(x for _, x in points[name]) or 1.0
+        axes.set_xlim(-0.03 * width, width)
+        axes.margins(y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        beside = 0.032 * width  # that of a mark
+        shifted = [
+            x + beside * shift for (_, x), shift in zip(points[name], _shifts(points[name], beside), strict=True)
+        ]
+        points[name] = [(arm, x) for (arm, _), x in zip(points[name], shifted, strict=True)]
         for arm, x in points[name]:
             y, error = arm.final("test", "top1")
             _point(axes, arm, x, y, math.nan, error)
-        axes.margins(0.15)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
     _finish(figure, [arm for arm in arms if arm.is_finished])
     for axes, (name, *_) in zip(drawn, panels, strict=True):
         _name_points(axes, [(arm.label, x, arm.final("test", "top1")[0]) for arm, x in points[name]])
     return figure
+
+
+def _shifts(points: Sequence[tuple[Arm, float]], beside: float) -> list[float]:
+    """By how many places to move each point, so that those with nearly the same x are around it."""
+    near = [[j for j, (_, other) in enumerate(points) if abs(other - x) < beside] for _, x in points]
+    return [others.index(i) - (len(others) - 1) / 2 for i, others in enumerate(near)]
 
 
 class Landscape(NamedTuple):
@@ -238,8 +257,7 @@ def landscapes(found: Sequence[Landscape], title: str) -> Figure:
         axes.plot(0, 0, marker="+", color="black", markersize=9, markeredgewidth=1.5)
         center = values[len(distances) // 2, len(distances) // 2]
         axes.set(title=no_formula(f"{arm.label}\nat +: {center:.3g}"), aspect="equal")
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.set(xticks=np.linspace(distances[0], distances[-1], 3), yticks=np.linspace(distances[0], distances[-1], 3))
     for axes in drawn[len(found) :]:
         axes.remove()
     figure.suptitle(title, fontsize=_FONT)
@@ -268,20 +286,27 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, log: bool) -> None:
+def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, log: bool, window: int = 1) -> None:
     """A metric over the epochs, with a line for each arm that has it, and a mark now and then."""
     having = [arm for arm in arms if arm.has(name)]
     for i, arm in enumerate(having):
-        values = logarithmic(arm.curve(name)) if log else arm.curve(name)
+        epochs, values = (_means(values, window) for values in (arm.epochs, arm.curve(name)))
+        values = logarithmic(values) if log else values
         last, every = len(values) - 1, max(1, len(values) // 6)
         # Marks of different arms are at different epochs: else they hide one another. The last has one in any case.
         marks = sorted({*range(every * i // len(having), last, every), last})
-        axes.plot(arm.epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
+        axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
     set_epoch_ticks(axes.xaxis)
     if log:
         set_log_ticks(axes.yaxis)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _means(values: np.ndarray, window: int) -> np.ndarray:
+    """The means of so many values in a row, of those that are finite; the last of fewer."""
+    parts = [values[i : i + window] for i in range(0, len(values), window)]
+    return np.array([np.mean(part[np.isfinite(part)]) if np.isfinite(part).any() else math.nan for part in parts])
 
 
 def _line(arm: Arm) -> dict[str, Any]:
@@ -301,15 +326,17 @@ def _path(axes: Axes, arm: Arm) -> None:
     line = _line(arm) | {"markevery": [len(points) - 1], "markersize": 7}
     axes.plot(*points.T, label=no_formula(arm.label), **line)
     axes.plot(*points[0], marker="o", markersize=5, markerfacecolor="white", markeredgecolor=arm.color, zorder=3)
-    # The arrow is half-way as the eye sees it, on logarithmic axes; its points are apart, so that it has a direction.
-    along = np.cumsum(np.hypot(*np.diff(np.log(points), axis=0, prepend=np.log(points[:1])).T))
-    start, end = (np.searchsorted(along, along[-1] * part) for part in (0.45, 0.55))
+    # A third of the way, as the eye sees it on logarithmic axes: later, paths turn about. Its two points are apart, so
+    # that it has a direction.
+    moved = np.log(points) - np.log(points[0])
+    along = moved @ moved[-1] / max(moved[-1] @ moved[-1], 1e-12)
+    start, end = (int(np.argmax(along >= part)) for part in (0.3, 0.4))
     if end > start:
         arrow = {
             "arrowstyle": "-|>",
             "color": arm.color,
             "linewidth": 0,
-            "mutation_scale": 13,
+            "mutation_scale": 16,
             "shrinkA": 0,
             "shrinkB": 0,
         }
@@ -362,7 +389,8 @@ def _finish(figure: Figure, arms: Sequence[Arm], *, named: bool = False, extra: 
     else:
         handles = [Line2D([], [], label=no_formula(arm.label), **_line(arm)) for arm in arms] + list(extra)
         longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(len(handles), int(figure.get_figwidth() * 72 / (_SMALL * (0.55 * longest + 5.5)))))
+        fitting = max(1, int(figure.get_figwidth() * 72 / (_SMALL * (0.55 * longest + 5.5))))
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / fitting))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -421,39 +449,35 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Names points where there is room: beside, above or below them, or further off with a thin line."""
-    if len(points) > _MOST_NAMED:
+    if len(points) > _MOST_NAMED_POINTS:
         return
-    scale = axes.figure.dpi / 72
+    point = axes.figure.dpi / 72
     frame = axes.get_window_extent()
     centers = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in centers]
-    # From the crowded middle outwards there would be no room left for the last ones: so from the edges inwards.
-    for label, x, y in sorted(points, key=lambda point: -point[2]):
-        best = None
-        for distance, angle in itertools.product((9, 20, 34, 50, 70), np.arange(0, 360, 30)):
-            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-            align = "left" if dx > 1 else "right" if dx < -1 else "center"
-            leader = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            name = axes.annotate(
-                no_formula(label),
-                (x, y),
-                (dx, dy),
-                textcoords="offset points",
-                ha=align,
-                va="center",
-                fontsize=_SMALL,
-                arrowprops=leader if distance > 9 else None,
-            )
-            box = name.get_window_extent().padded(1.5 * scale)
-            outside = box.x0 < frame.x0 or box.x1 > frame.x1 + 8 * scale or box.y0 < frame.y0 or box.y1 > frame.y1
-            bad = sum(box.overlaps(other) for other in taken) + 2 * outside
-            if best is None or bad < best[0]:
-                if best:
-                    best[1].remove()
-                best = (bad, name, box)
-            else:
-                name.remove()
-            if bad == 0:
+    taken = [Bbox.from_bounds(x - 5 * point, y - 5 * point, 10 * point, 10 * point) for x, y in centers]
+    for bars in axes.collections:
+        segments = [axes.transData.transform(segment) for segment in bars.get_segments()]
+        taken += [Bbox([segment.min(axis=0), segment.max(axis=0)]) for segment in segments]
+    leader = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    options = {"textcoords": "offset points", "va": "center", "fontsize": _SMALL}
+    # The outermost first: they have few places. Those in the middle of a crowd can go far off.
+    middle = np.median(centers, axis=0)
+    order = sorted(range(len(points)), key=lambda i: -float(np.hypot(*(centers[i] - middle))))
+    for label, x, y in (points[i] for i in order):
+        places = []
+        for distance, angle in itertools.product((9, 18, 30, 45, 60, 80, 100), range(0, 360, 15)):
+            dx, dy = (distance * trig(math.radians(angle)) for trig in (math.cos, math.sin))
+            align = "left" if dx > 2 else "right" if dx < -2 else "center"
+            name = axes.annotate(no_formula(label), (x, y), (dx, dy), ha=align, **options)
+            box = name.get_window_extent().padded(point)
+            name.remove()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            # With the distance, so that of equally crowded places it is the nearest.
+            crowded = sum(box.overlaps(other) for other in taken) + 3 * (not inside)
+            places.append((crowded, distance, angle, (dx, dy), align, box))
+            if not crowded:
                 break
-        if best:
-            taken.append(best[2])
+        _, distance, _, offset, align, box = min(places, key=lambda place: place[:3])
+        arrow = leader if distance > 9 else None
+        axes.annotate(no_formula(label), (x, y), offset, ha=align, arrowprops=arrow, **options)
+        taken.append(box)
