@@ -118,11 +118,7 @@ def find(folders: Sequence[epath.PathLike]) -> tuple[list[Arm], list[str]]:
             same dataset.
     """
     found = [run for folder in folders for run in _runs(paths.resolve(folder, "RUNS"))]
-    order = list(methods.METHODS)
-    runs = sorted(
-        {str(run.folder): run for run in found}.values(),  # each once
-        key=lambda run: order.index(run.method) if run.method in order else len(order),
-    )
+    runs = sorted({str(run.folder): run for run in found}.values(), key=_place)  # each once
     _check_dataset(runs)
     arms = _arms(runs)
     notes = [_unfinished(run) for run in runs if not run.result]
@@ -133,6 +129,13 @@ def find(folders: Sequence[epath.PathLike]) -> tuple[list[Arm], list[str]]:
                 f"{arm.label}: its runs have {lengths[0]} to {lengths[-1]} epochs; the first {lengths[0]} are drawn."
             )
     return arms, notes
+
+
+def _place(run: Run) -> tuple[int, float]:
+    """By which runs are in order: by method, and by the weight of the distillation loss."""
+    order = list(methods.METHODS)
+    place = order.index(run.method) if run.method in order else len(order)
+    return place, run.config.get("distillation.kd_weight", 0.0)
 
 
 def _unfinished(run: Run) -> str:
@@ -216,18 +219,25 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _label(run: Run, configs: Collection[records.Record]) -> str:
     label = methods.STYLES[run.method].label if run.method in methods.STYLES else run.method
-    names = [name for name in run.config if name not in _NOT_OF_AN_ARM]
-    differing = [name for name in names if len(set(_values(configs, name))) > 1]
-    if differing and set(differing) <= set(_PLAIN_WEIGHTS):
-        return f"{label} {' : '.join(f'{run.config[name]:g}' for name in _PLAIN_WEIGHTS)}"
-    shown = [_difference(name, run.config[name], differing) for name in differing[:_MOST_DIFFERENCES]]
-    return ", ".join([label, *shown])
+    differing = [name for name in run.config if name not in _NOT_OF_AN_ARM and len(set(_values(configs, name))) > 1]
+    others = [name for name in differing if name not in _PLAIN_WEIGHTS]
+    if others != differing:
+        label = f"{label} {' : '.join(f'{run.config[name]:g}' for name in _PLAIN_WEIGHTS)}"
+    shown = [_difference(name, run.config[name], others) for name in others if not _is_usual(run, name, configs)]
+    return ", ".join([label, *shown[:_MOST_DIFFERENCES]])
+
+
+def _is_usual(run: Run, name: str, configs: Collection[records.Record]) -> bool:
+    """Whether a value is no number, and most of the others have it: then only those with another one say so."""
+    value = run.config[name]
+    (most, _), *_ = collections.Counter(_values(configs, name)).most_common(1)
+    return isinstance(value, (str, bool)) and repr(value) == most
 
 
 def _difference(name: str, value: Any, differing: Collection[str]) -> str:
+    if isinstance(value, str) and value:
+        return value
     short = name.rpartition(".")[2]
-    if short == "name":
-        return str(value)
     is_unique = [other.rpartition(".")[2] for other in differing].count(short) == 1
     return f"{short if is_unique else name} {value}"
 

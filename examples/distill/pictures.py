@@ -9,7 +9,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Affine2D, Bbox
 
 from examples.distill import methods
 from examples.distill.arms import Arm, front, logarithmic
@@ -33,7 +35,11 @@ _DPI = 192  # twice that of the screen
 _MOST_MEANS = 40  # of noisy curves: these are drawn in the place of all epochs
 _MOST_NAMED = 8  # arms that have names beside them; more have a legend alone
 _MOST_NAMED_POINTS = 12
+_LONGEST_NAMED = 28  # letters: there is no room for longer names beside the arms
 _LINE_HEIGHT = 1.2  # of names one below the other, in heights of a letter
+_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+_SIZES = {"*": 1.6, "P": 1.2, "X": 1.2, "p": 1.2, "h": 1.2}  # of marks that look smaller than they are
+_DART = Path([(-1.0, -0.4), (1.0, 0.0), (-1.0, 0.4), (-0.6, 0.0), (-1.0, -0.4)])  # to the right
 # The file is the same again: by default, an SVG has the time and random names.
 _SETTINGS = {
     "font.size": _FONT,
@@ -105,11 +111,12 @@ def plane(arms: Sequence[Arm]) -> Figure | None:
     The final students are evaluated on the whole training split. Of arms that differ in the weights of their losses
     alone, those that no other one beats in both losses are joined. None if no arm has a distillation loss.
     """
-    distilled = [arm for arm in arms if arm.has("kd_loss")]
+    distilled = [arm for arm in arms if len(_both_losses(arm))]
     if not distilled:
         return None
     ends = {arm.label: _end(arm) for arm in distilled if np.isfinite(_end(arm)[0]).all()}
-    figure, drawn = _figure(1, 2 if ends else 1, 4.2)
+    joined = [family for family in fronts(distilled) if len(family) > 1]
+    figure, drawn = _figure(1, 2 if ends else 1, 3.8)
     open_panel(drawn[0], "Paths while training, from ○ to the mark", "task loss", "distillation loss")
     for arm in distilled:
         _path(drawn[0], arm)
@@ -119,7 +126,7 @@ def plane(arms: Sequence[Arm]) -> Figure | None:
             if arm.label in ends:
                 (x, y), (x_error, y_error) = ends[arm.label]
                 _point(axes, arm, x, y, x_error, y_error)
-        for family in fronts(distilled):
+        for family in joined:
             points = np.array([ends[arm.label][0] for arm in family])
             axes.plot(*points.T, color="0.35", linewidth=4, alpha=0.35, zorder=1, solid_capstyle="round")
     for axes in drawn:
@@ -129,12 +136,13 @@ def plane(arms: Sequence[Arm]) -> Figure | None:
         axes.margins(0.14)
     for axis in (axis for axes in drawn for axis in (axes.xaxis, axes.yaxis)):
         set_log_ticks(axis)
-    names = {family[0].method for family in fronts(distilled)} if ends else set()
     extra = [
         Line2D([], [], color="0.35", linewidth=4, alpha=0.35, label=f"front over the weights of {_name(method)}")
-        for method in sorted(names)
+        for method in dict.fromkeys(family[0].method for family in joined)
     ]
     _finish(figure, distilled, extra=extra)
+    for arm in distilled:
+        _arrow(drawn[0], arm)
     for axes in drawn[1:]:
         _name_points(axes, [(arm.label, *ends[arm.label][0]) for arm in distilled if arm.label in ends])
     return figure
@@ -146,10 +154,8 @@ def fronts(arms: Sequence[Arm]) -> list[list[Arm]]:
     for arm in arms:
         if np.isfinite(_end(arm)[0]).all():
             families[arm.family].append(arm)
-    found = [
-        [family[i] for i in front([_end(arm)[0] for arm in family])] for family in families.values() if len(family) > 1
-    ]
-    return [family for family in found if len(family) > 1]
+    varied = [family for family in families.values() if len(family) > 1]
+    return [[family[i] for i in front([_end(arm)[0] for arm in family])] for family in varied]
 
 
 def gradients(arms: Sequence[Arm]) -> Figure | None:
@@ -159,7 +165,7 @@ def gradients(arms: Sequence[Arm]) -> Figure | None:
         return None
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure, drawn = _figure(rows, columns, 2.2 * rows + 0.6)
+    figure, drawn = _figure(rows, columns, 2.2 * rows)
     window = max(1, max(len(arm.epochs) for arm in arms) // _MOST_MEANS)
     groups: dict[str, list[Axes]] = collections.defaultdict(list)
     for axes, name in zip(drawn, names, strict=False):
@@ -183,7 +189,8 @@ def gradients(arms: Sequence[Arm]) -> Figure | None:
 def gradient_metrics(arms: Sequence[Arm]) -> list[str]:
     """The metrics of gradients that a log has, in the order of the panels."""
     there = {name for arm in arms for run in arm.runs for line in run.lines for name in line if _kind(name)[0]}
-    kinds = [*_OF_LOSSES[:1], *CONFLICT, *_OF_LOSSES[1:]]
+    # A row for what both losses have, and something of both beside it.
+    kinds = ["grad_norm", "grad_cosine", "share", "grad_conflict", "snr", "update_to_weight", "rate", "weight"]
     order = list(dict.fromkeys(["task", "kd", *sorted(_kind(name)[1] for name in there)]))
     found = [name for name in there if any(arm.has(name) for arm in arms)]
     return sorted(
@@ -203,10 +210,9 @@ def cost(arms: Sequence[Arm]) -> Figure | None:
         return None
     # A panel in which all cost the same says nothing.
     panels = [panel for panel in panels if len({round(x, 6) for _, x in points[panel[0]]}) > 1] or panels[:1]
-    figure, drawn = _figure(1, len(panels), 3.8, sharey=True)
-    bars = "± standard error over seeds" if all(len(arm.runs) > 1 for arm in arms) else "± standard error"
+    figure, drawn = _figure(1, len(panels), 3.4, sharey=True)
     for axes, (name, title, x_label) in zip(drawn, panels, strict=True):
-        open_panel(axes, title, x_label, f"test accuracy, {bars}" if axes is drawn[0] else "")
+        open_panel(axes, title, x_label, "test accuracy ± standard error" if axes is drawn[0] else "")
         width = 1.25 * max(x for _, x in points[name]) or 1.0
         axes.set_xlim(-0.03 * width, width)
         axes.margins(y=0.12)
@@ -294,7 +300,7 @@ def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, log: bool, window: in
         values = logarithmic(values) if log else values
         last, every = len(values) - 1, max(1, len(values) // 6)
         # Marks of different arms are at different epochs: else they hide one another. The last has one in any case.
-        marks = sorted({*range(every * i // len(having), last, every), last})
+        marks = [*range(every * i // len(having), last - every // 2, every), last]
         axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
     set_epoch_ticks(axes.xaxis)
     if log:
@@ -313,43 +319,44 @@ def _line(arm: Arm) -> dict[str, Any]:
     return {"color": arm.color, "linestyle": arm.line, "linewidth": 1.3} | _mark(arm)
 
 
-def _mark(arm: Arm) -> dict[str, Any]:
-    return {"marker": arm.marker, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+def _mark(arm: Arm, size: float = 5.5) -> dict[str, Any]:
+    return {"marker": arm.marker, "markersize": size * _SIZES.get(arm.marker, 1), **_EDGE}
 
 
 def _path(axes: Axes, arm: Arm) -> None:
-    """The path of both losses: a ring where it begins, an arrow on the way, the mark of the arm where it ends."""
-    points = np.stack([logarithmic(arm.curve(name)) for name in ("task_loss", "kd_loss")], axis=1)
-    points = points[np.isfinite(points).all(axis=1)]
-    if not len(points):
-        return
-    line = _line(arm) | {"markevery": [len(points) - 1], "markersize": 7}
+    """The path of both losses: a ring where it begins, the mark of the arm where it ends."""
+    points = _both_losses(arm)
+    line = _line(arm) | _mark(arm, 7) | {"markevery": [len(points) - 1]}
     axes.plot(*points.T, label=no_formula(arm.label), **line)
     axes.plot(*points[0], marker="o", markersize=5, markerfacecolor="white", markeredgecolor=arm.color, zorder=3)
-    # A third of the way, as the eye sees it on logarithmic axes: later, paths turn about. Its two points are apart, so
-    # that it has a direction.
-    moved = np.log(points) - np.log(points[0])
-    along = moved @ moved[-1] / max(moved[-1] @ moved[-1], 1e-12)
-    start, end = (int(np.argmax(along >= part)) for part in (0.3, 0.4))
-    if end > start:
-        arrow = {
-            "arrowstyle": "-|>",
-            "color": arm.color,
-            "linewidth": 0,
-            "mutation_scale": 16,
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        axes.annotate("", points[end], points[start], arrowprops=arrow)
+
+
+def _arrow(axes: Axes, arm: Arm) -> None:
+    """An arrow on the path of both losses, a third of the way as the eye sees it: later, paths turn about."""
+    points = _both_losses(arm)
+    on_screen = axes.transData.transform(points)
+    moved = on_screen - on_screen[:1]
+    total = float(moved[-1] @ moved[-1])
+    along = moved @ moved[-1] / total if total else np.zeros(len(points))
+    # Its direction is that between two points, far enough from one another for noise to be small.
+    at, to = (int(np.argmax(along >= part)) for part in (0.3, 0.4))
+    if to > at:
+        angle = math.atan2(*(on_screen[to] - on_screen[at])[::-1])
+        marker = MarkerStyle(_DART, transform=Affine2D().rotate(angle))
+        axes.plot(*points[at], marker=marker, markersize=11, color=arm.color, markeredgewidth=0, zorder=4)
+
+
+def _both_losses(arm: Arm) -> np.ndarray:
+    """Those of each epoch that has both: [epochs, 2]."""
+    points = np.stack([logarithmic(arm.curve(name)) for name in ("task_loss", "kd_loss")], axis=1)
+    return points[np.isfinite(points).all(axis=1)]
 
 
 def _point(axes: Axes, arm: Arm, x: float, y: float, x_error: float, y_error: float) -> None:
     errors = {name: error for name, error in (("xerr", x_error), ("yerr", y_error)) if math.isfinite(error)}
     if errors:
         axes.errorbar(x, y, **errors, color=arm.color, linewidth=1, capsize=3, linestyle="none", zorder=2)
-    axes.plot(
-        x, y, color=arm.color, linestyle="", label=no_formula(arm.label), zorder=3, **_mark(arm) | {"markersize": 8}
-    )
+    axes.plot(x, y, color=arm.color, linestyle="", label=no_formula(arm.label), zorder=3, **_mark(arm, 8))
 
 
 def _end(arm: Arm) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -381,7 +388,7 @@ def _name(method: str) -> str:
 
 def _finish(figure: Figure, arms: Sequence[Arm], *, named: bool = False, extra: Sequence[Line2D] = ()) -> None:
     """Adds names at the ends of the lines or a legend below, and fixes the layout."""
-    if named and len(arms) <= _MOST_NAMED:
+    if named and len(arms) <= _MOST_NAMED and _are_short(arm.label for arm in arms):
         placing = [(axes, _name_ends(axes)) for axes in figure.axes]
         figure.draw_without_rendering()
         for axes, names in placing:
@@ -390,10 +397,16 @@ def _finish(figure: Figure, arms: Sequence[Arm], *, named: bool = False, extra: 
         handles = [Line2D([], [], label=no_formula(arm.label), **_line(arm)) for arm in arms] + list(extra)
         longest = max(len(handle.get_label()) for handle in handles)
         fitting = max(1, int(figure.get_figwidth() * 72 / (_SMALL * (0.55 * longest + 5.5))))
-        columns = math.ceil(len(handles) / math.ceil(len(handles) / fitting))
+        rows = math.ceil(len(handles) / fitting)
+        columns = math.ceil(len(handles) / rows)
+        figure.set_figheight(figure.get_figheight() + rows * 1.5 * _SMALL / 72)
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+
+
+def _are_short(labels: Iterable[str]) -> bool:
+    return max(map(len, labels), default=0) <= _LONGEST_NAMED
 
 
 def _name_ends(axes: Axes) -> list[Any]:
@@ -405,6 +418,7 @@ def _name_ends(axes: Axes) -> list[Any]:
         if line.get_label().startswith("_") or not len(points):
             continue
         leader = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        leader["relpos"] = (0, 0.5)  # to the middle of the left edge
         names.append(
             axes.annotate(
                 line.get_label(),
@@ -431,12 +445,12 @@ def _spread(axes: Axes, names: Sequence[Any]) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """The heights nearest to those wanted, which rise, in squares, that are at least a gap apart.
+    """Heights that are at least a gap apart, from 0 to 1 if there is room: those nearest, in squares, to rising ones.
 
-    >>> spread([0.0, 0.1, 1.0], gap=0.3)
-    [-0.1, 0.2, 1.0]
+    >>> spread([0.4, 0.5, 1.0], gap=0.2)
+    [0.35, 0.55, 1.0]
     """
-    # Less the gaps below it each is free to be where it wants, as long as they do not fall: means of those that would.
+    # Each without the gaps below it is as free as the first: it only must not be lower. Of those that would be, the mean.
     groups: list[list[float]] = []
     for i, height in enumerate(wanted):
         groups.append([height - i * gap])
@@ -444,12 +458,13 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
             last = groups.pop()
             groups[-1] += last
     means = itertools.chain.from_iterable([float(np.mean(group))] * len(group) for group in groups)
-    return [round(mean + i * gap, 9) for i, mean in enumerate(means)]
+    highest = max(0.0, 1.0 - (len(wanted) - 1) * gap)
+    return [round(min(max(mean, 0.0), highest) + i * gap, 9) for i, mean in enumerate(means)]
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Names points where there is room: beside, above or below them, or further off with a thin line."""
-    if len(points) > _MOST_NAMED_POINTS:
+    if len(points) > _MOST_NAMED_POINTS or not _are_short(label for label, _, _ in points):
         return
     point = axes.figure.dpi / 72
     frame = axes.get_window_extent()
@@ -478,6 +493,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
             if not crowded:
                 break
         _, distance, _, offset, align, box = min(places, key=lambda place: place[:3])
-        arrow = leader if distance > 9 else None
+        edge = {"left": 0, "right": 1, "center": 0.5}[align]
+        arrow = {**leader, "relpos": (edge, 0.5)} if distance > 9 else None
         axes.annotate(no_formula(label), (x, y), offset, ha=align, arrowprops=arrow, **options)
         taken.append(box)

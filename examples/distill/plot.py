@@ -105,6 +105,11 @@ def _without(arms: Sequence[Arm]) -> list[str]:
     missing = [name for name in pictures.DIAGNOSTICS if not any(arm.has(name) for arm in arms)]
     if missing:
         notes.append(f"Not drawn, since no log has them: {', '.join(missing)}; --config.diagnostics=True logs them.")
+    notes += [
+        f"No front over weights: {best.label} beats the other weights in both losses."
+        for best, *others in pictures.fronts(arms)
+        if not others
+    ]
     if not any(arm.is_finished for arm in arms):
         notes.append("Not drawn: accuracy against cost, since no run is finished.")
     return notes
