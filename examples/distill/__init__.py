@@ -19,6 +19,10 @@
     models/         Flax NNX modules, used as pure functions
     identity.py     which config and which teacher a working directory belongs to
     report.py       table and picture
+    plot.py         a command of its own: pictures of finished runs
+    arms.py         runs read from their folders; arms, which are those that differ in the seed alone
+    pictures.py     what is drawn of arms
+    landscapes.py   the loss around the final weights of students
     smoke_test.py   a config tried out without its data
     import_teacher.py   a command of its own: makes a teacher of a PyTorch state dict
 

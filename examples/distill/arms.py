@@ -14,7 +14,7 @@ from examples.distill.report import positive
 from examples.trainer import loop, paths, records
 from examples.trainer.errors import UserError
 
-# Lines and markers tell arms apart without color; the colors are those of the methods. No two arms out of 24 share both.
+# Lines and markers tell arms apart without color; the colors are those of the methods. No two of 24 arms share both.
 _LINES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (9, 2, 2, 2)))
 _MARKERS = "os^DvPX*<>ph"
 _OTHER_COLOR = "#7f7f7f"  # of a method that is not registered here

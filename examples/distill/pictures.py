@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
 
@@ -251,15 +251,16 @@ def landscapes(found: Sequence[Landscape], title: str) -> Figure:
     rows = math.ceil(len(found) / columns)
     figure, drawn = _figure(rows, columns, 0.6 + (WIDTH / columns + 0.15) * rows * 0.93, sharex=True, sharey=True)
     levels = _levels(np.concatenate([each.losses.ravel() for each in found]))
+    labels: list[list[Any]] = []
     colors = matplotlib.colormaps["cividis"].resampled(len(levels) + 1)
     for axes, (arm, distances, values) in zip(drawn, found, strict=False):
         grid = (distances, distances, np.where(np.isfinite(values), values, np.inf).clip(max=levels[-1] * 1e3))
-        filled = axes.contourf(
-            *grid, levels=levels, colors=colors(np.arange(len(levels) + 1)), extend="both", alpha=0.55
-        )
-        del filled
+        axes.contourf(*grid, levels=levels, colors=colors(np.arange(len(levels) + 1)), extend="both", alpha=0.55)
         lines = axes.contour(*grid, levels=levels, colors="black", linewidths=0.7)
-        axes.clabel(lines, fmt=lambda level: f"{level:.3g}", fontsize=_SMALL)
+        names = axes.clabel(lines, fmt=lambda level: f"{level:.3g}", fontsize=_SMALL, inline=False, colors="black")
+        for name in names:
+            name.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        labels.append(list(names))
         axes.plot(0, 0, marker="+", color="black", markersize=9, markeredgewidth=1.5)
         center = values[len(distances) // 2, len(distances) // 2]
         axes.set(title=no_formula(f"{arm.label}\nat +: {center:.3g}"), aspect="equal")
@@ -269,7 +270,21 @@ def landscapes(found: Sequence[Landscape], title: str) -> Figure:
     figure.suptitle(title, fontsize=_FONT)
     figure.supxlabel("first direction, in norms of each filter", fontsize=_FONT)
     figure.supylabel("second direction", fontsize=_FONT)
+    figure.draw_without_rendering()
+    for names in labels:
+        _drop_overlapping(names)
     return figure
+
+
+def _drop_overlapping(names: Sequence[Any]) -> None:
+    """Removes names that lie over one before."""
+    kept: list[Bbox] = []
+    for name in names:
+        box = name.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            name.remove()
+        else:
+            kept.append(box)
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
@@ -338,11 +353,11 @@ def _arrow(axes: Axes, arm: Arm) -> None:
     moved = on_screen - on_screen[:1]
     total = float(moved[-1] @ moved[-1])
     along = moved @ moved[-1] / total if total else np.zeros(len(points))
-    # Its direction is that between two points, far enough from one another for noise to be small.
+    # Its direction is that from the point before to one some way after, so that noise does not turn it.
     at, to = (int(np.argmax(along >= part)) for part in (0.3, 0.4))
-    if to > at:
-        angle = math.atan2(*(on_screen[to] - on_screen[at])[::-1])
-        marker = MarkerStyle(_DART, transform=Affine2D().rotate(angle))
+    if at:
+        angle = math.atan2(*(on_screen[to] - on_screen[at - 1])[::-1])
+        marker = _DART.transformed(Affine2D().rotate(angle))
         axes.plot(*points[at], marker=marker, markersize=11, color=arm.color, markeredgewidth=0, zorder=4)
 
 
@@ -369,7 +384,7 @@ def _end(arm: Arm) -> tuple[tuple[float, float], tuple[float, float]]:
 def _cost(arm: Arm, name: str) -> float:
     """What training cost in all: that of a step, in steps of an epoch, times the epochs. NaN if it is not finished."""
     value, _ = arm.final("cost", name)
-    return value * arm.runs[0].config["epochs"] if arm.is_finished else math.nan
+    return value * len(arm.epochs)
 
 
 def _kind(name: str) -> tuple[str, str]:

@@ -17,14 +17,14 @@ of RUNS. Each picture is there as PNG and as SVG:
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 from etils import epath
 from matplotlib.figure import Figure
 
 from examples.distill import arms as reading
-from examples.distill import pictures, report
+from examples.distill import command_line, pictures, report
 from examples.distill.arms import Arm
 from examples.trainer import paths, records
 from examples.trainer.errors import UserError
@@ -37,8 +37,12 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax logs what it reads.
     try:
         options = _parse(argv)
+        data_dir = options.data_dir
+        if options.config:
+            config = command_line.parse([f"--config={options.config}"]).config  # registers what is in it
+            data_dir = data_dir or config.dataset.data_dir
         lines = plot(
-            options.runs, options.output, landscape=options.landscape, images=options.images, data_dir=options.data_dir
+            options.runs, options.output, landscape=options.landscape, images=options.images, data_dir=data_dir
         )
     except UserError as error:
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
@@ -71,20 +75,25 @@ def plot(
         UserError: see `arms.find`; if the pictures cannot be written; or if a landscape cannot be drawn.
     """
     folder = paths.resolve(output, "--output") if output else paths.resolve(runs[0], "RUNS").parent / "plots"
-    arms, notes = reading.find(runs)
-    notes += _without(arms)
+    arms, missing = reading.find(runs)
+    finished = [arm for arm in arms if arm.is_finished]
+    if landscape and not finished:
+        raise UserError("--landscape needs the final weights of a student, and none of RUNS is finished")
+    draw: dict[str, Callable[[], Figure | None]] = {
+        "losses": lambda: pictures.losses(arms),
+        "plane": lambda: pictures.plane(arms),
+        "gradients": lambda: pictures.gradients(arms),
+        "cost": lambda: pictures.cost(arms),
+    }
+    if landscape:
+        draw["landscape"] = lambda: _landscapes(finished, images, data_dir)
+    written = []
     with pictures.style():
-        figures = {
-            "losses": pictures.losses(arms),
-            "plane": pictures.plane(arms),
-            "gradients": pictures.gradients(arms),
-            "cost": pictures.cost(arms),
-            "landscape": _landscapes(arms, images, data_dir) if landscape else None,
-        }
-        drawn = {name: figure for name, figure in figures.items() if figure}
-        for name, figure in drawn.items():
-            _write(folder, name, figure)
-    return [*notes, f"Pictures, as .png and .svg: {', '.join(str(folder / name) for name in drawn)}"]
+        for name, figure in ((name, function()) for name, function in draw.items()):
+            if figure:
+                _write(folder, name, figure)
+                written.append(str(folder / name))
+    return [*missing, *notes(arms), f"Pictures, as .png and .svg: {', '.join(written)}"]
 
 
 def _write(folder: epath.Path, name: str, figure: Figure) -> None:
@@ -94,34 +103,33 @@ def _write(folder: epath.Path, name: str, figure: Figure) -> None:
         records.write_bytes(folder / f"{name}.{form}", pictures.render(figure, form))
 
 
-def _without(arms: Sequence[Arm]) -> list[str]:
-    """What cannot be drawn since no log has it, in words."""
-    notes = []
+def notes(arms: Sequence[Arm]) -> list[str]:
+    """What a reader of the pictures should know: what is not drawn since no log has it, and what names mean."""
+    lines = []
     if not any(arm.has("kd_loss") for arm in arms):
-        notes.append("Not drawn: the distillation loss and the loss plane, since no run had a teacher.")
+        lines.append("Not drawn: the distillation loss and the loss plane, since no run had a teacher.")
     missing = [name for name in pictures.LOGGED if not any(arm.has(name) for arm in arms)]
     if missing:
-        notes.append(f"Not drawn, since no log has them: {', '.join(missing)}; see --config.gradient_metrics.")
+        lines.append(f"Not drawn, since no log has them: {', '.join(missing)}; see --config.gradient_metrics.")
     missing = [name for name in pictures.DIAGNOSTICS if not any(arm.has(name) for arm in arms)]
     if missing:
-        notes.append(f"Not drawn, since no log has them: {', '.join(missing)}; --config.diagnostics=True logs them.")
-    notes += [
+        lines.append(f"Not drawn, since no log has them: {', '.join(missing)}; --config.diagnostics=True logs them.")
+    lines += [
         f"No front over weights: {best.label} beats the other weights in both losses."
         for best, *others in pictures.fronts(arms)
         if not others
     ]
     if not any(arm.is_finished for arm in arms):
-        notes.append("Not drawn: accuracy against cost, since no run is finished.")
-    return notes
+        lines.append("Not drawn: accuracy against cost, since no run is finished.")
+    if any(" : " in arm.label for arm in arms):
+        lines.append("A : B in a name are the weights of the task loss and of the distillation loss.")
+    return lines
 
 
 def _landscapes(arms: Sequence[Arm], images: int, data_dir: str) -> Figure:
     from examples.distill import landscapes  # Few need Flax, Grain and TFDS, which take long to import.
 
-    finished = [arm for arm in arms if arm.is_finished]
-    if not finished:
-        raise UserError("--landscape needs the final weights of a student, and none of RUNS is finished")
-    found = landscapes.measure(finished, images, data_dir)
+    found = landscapes.measure(arms, images, data_dir)
     return pictures.landscapes(found, f"Cross-entropy of {images} training images around the final weights")
 
 
@@ -134,7 +142,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, default=_IMAGES, help=f"training images of a landscape (default: {_IMAGES})"
     )
-    parser.add_argument("--data_dir", default="", metavar="FOLDER", help="of the data, if it is not the default one")
+    parser.add_argument("--config", default="", metavar="FILE", help="with a dataset, methods or models of your own")
+    parser.add_argument("--config.dataset.data_dir", default="", dest="data_dir", metavar="FOLDER", help="of the data")
     options = parser.parse_args(argv)
     if options.images < 1:
         raise UserError(f"bad --images={options.images}: give a whole number of at least 1")

@@ -1,0 +1,452 @@
+"""The pictures of finished runs: what is read, what is drawn of it, and how a run that cannot be drawn is refused."""
+
+import itertools
+import json
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+
+from examples.distill import arms as reading
+from examples.distill import methods, pictures, plot
+from examples.trainer.errors import UserError
+
+METHODS = ("ce", "kd", "kd_gain_matched", "dot")
+CONFIG = {
+    "dataset.name": "sklearn_digits",
+    "dataset.test": "train[1350:]",
+    "distillation.kd_weight": 0.9,
+    "distillation.task_weight": 0.1,
+    "epochs": 12,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.name": "sgd",
+    "sampling.form": "none",
+    "seed": 0,
+}
+
+
+def _write(workdir, names=METHODS, *, scale=1.0, epochs=12, finished=True, diagnostics=False, cost=1.0, **fields):
+    """A working directory of made-up runs; the losses are `scale` / epoch, and so on."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = CONFIG | {name.replace("__", "."): value for name, value in fields.items()}
+    (workdir / "config.json").write_text(json.dumps(config))
+    for number, method in enumerate(names, start=1):
+        has_kd = method != "ce"
+        lines = []
+        for epoch in range(1, epochs + 1):
+            line = {"task_loss": scale * number / epoch, "kd_loss": 5 * scale * number / epoch**2 if has_kd else None}
+            line |= {"task_grad_norm": 1 / epoch, "kd_grad_norm": 2 / epoch if has_kd else None}
+            line |= {"grad_cosine": math.cos(epoch) if has_kd else None, "seconds": 1.0 * epoch}
+            if diagnostics and has_kd:
+                line |= dict.fromkeys(("grad_conflict", "task_share", "kd_share"), 0.5)
+                line |= dict.fromkeys(("task_snr", "kd_snr", "update_to_weight", "task_rate", "kd_rate"), 0.1 * number)
+            lines.append(json.dumps(line) + "\n")
+        (workdir / method).mkdir(exist_ok=True)
+        (workdir / method / "metrics.jsonl").write_text("".join(lines))
+        if finished:
+            train = {"task_loss": 0.01 * scale * number} | ({"kd_loss": 0.05 * scale / number} if has_kd else {})
+            result = {
+                "epochs": epochs,
+                "cost": {"teacher_forwards": 1.0 if has_kd else 0.0, "relative_flops": cost},
+                "train": train,
+                "test": {"top1": 0.9 + 0.01 * number * scale, "count": 450},
+            }
+            (workdir / method / "result.json").write_text(json.dumps(result))
+    return workdir
+
+
+def _weights(folder):
+    """KD with four weights: the third of these is beaten by the second in both losses."""
+    for weight, (task, kd) in {0.5: (0.01, 0.09), 0.7: (0.02, 0.05), 0.8: (0.03, 0.06), 0.9: (0.04, 0.01)}.items():
+        weights = {"distillation__kd_weight": weight, "distillation__task_weight": round(1 - weight, 2)}
+        result = _write(folder / f"kd_{weight}", ["kd"], **weights) / "kd" / "result.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"train": {"task_loss": task, "kd_loss": kd}}))
+    return sorted(folder.glob("kd_*"))
+
+
+@pytest.fixture
+def drawn():
+    """Draws within the settings that files have."""
+    with pictures.style():
+        yield
+
+
+def _labels(*folders):
+    return [arm.label for arm in reading.find(folders)[0]]
+
+
+def test_a_working_directory_or_the_folder_of_a_method(tmp_path):
+    workdir = _write(tmp_path / "run", ["dot", "ce", "kd"])
+    (workdir / "teacher").mkdir()
+    (workdir / "teacher" / "metrics.jsonl").write_text('{"task_loss": 1.0}\n')
+    assert _labels(workdir) == _labels(workdir, workdir / "dot") == ["CE", "KD", "DOT"]
+    assert _labels(workdir / "dot", workdir / "ce") == ["CE", "DOT"]
+
+
+def test_what_tells_arms_of_a_method_apart_stands_in_their_labels(tmp_path):
+    assert _labels(*_weights(tmp_path)) == ["KD 0.5 : 0.5", "KD 0.3 : 0.7", "KD 0.2 : 0.8", "KD 0.1 : 0.9"]
+    one, other = _write(tmp_path / "a", ["kd", "dot"]), _write(tmp_path / "b", ["dot"], optimizer__learning_rate=0.05)
+    assert _labels(one, other) == ["KD", "DOT, learning_rate 0.01", "DOT, learning_rate 0.05"]
+    sampled = _write(tmp_path / "c", ["dot"], optimizer__learning_rate=0.05, sampling__form="alternating")
+    assert _labels(one, other, sampled)[1:] == [
+        "DOT, learning_rate 0.01",
+        "DOT, learning_rate 0.05",
+        "DOT, learning_rate 0.05, alternating",
+    ]
+
+
+def test_the_same_run_in_two_folders_is_told_apart_by_these(tmp_path):
+    assert _labels(_write(tmp_path / "a", ["dot"]), _write(tmp_path / "b", ["dot"])) == ["DOT (a)", "DOT (b)"]
+    twice = [_write(tmp_path / place / "run", ["dot"]) for place in ("x", "y")]
+    assert _labels(*twice) == [f"DOT (run) ({folder / 'dot'})" for folder in twice]
+
+
+def test_seeds_are_one_arm(tmp_path):
+    folders = [_write(tmp_path / str(seed), ["kd"], scale=1.0 + seed, seed=seed) for seed in range(3)]
+    [arm], _ = reading.find(folders)
+    assert arm.label == "KD (3 seeds)"
+    np.testing.assert_allclose(arm.curve("task_loss"), 2.0 / arm.epochs)
+    # Of 0.91, 0.92, 0.93 the standard deviation is 0.01.
+    np.testing.assert_allclose(arm.final("test", "top1"), (0.92, 0.01 / math.sqrt(3)))
+
+
+def test_a_single_seed_has_the_standard_error_of_the_split(tmp_path):
+    [arm], _ = reading.find([_write(tmp_path / "run", ["kd"])])
+    np.testing.assert_allclose(arm.final("test", "top1"), (0.91, math.sqrt(0.91 * 0.09 / 450)))
+    assert math.isnan(arm.final("train", "kd_loss")[1])
+
+
+def test_a_method_that_is_not_registered(tmp_path):
+    assert "mine" not in methods.METHODS
+    assert _labels(_write(tmp_path / "run", ["mine", "kd"])) == ["KD", "mine"]
+
+
+def test_runs_that_cannot_be_drawn(tmp_path):
+    def refused(*folders):
+        with pytest.raises(UserError) as error:
+            reading.find(folders)
+        return str(error.value)
+
+    run = _write(tmp_path / "run")
+    assert refused(tmp_path / "none") == (
+        f"there is no folder RUNS={tmp_path / 'none'}; give a --workdir of python -m examples.distill"
+    )
+    assert f"nothing is logged in RUNS={tmp_path}:" in refused(tmp_path)
+    (run / "empty").mkdir()
+    assert f"nothing is logged in RUNS={run / 'empty'}:" in refused(run, run / "empty")
+    (tmp_path / "lost" / "dot").mkdir(parents=True)
+    (tmp_path / "lost" / "dot" / "metrics.jsonl").write_text('{"task_loss": 1.0, "kd_loss": 1.0}\n')
+    assert "nothing is logged" in refused(tmp_path / "lost" / "dot")  # Whose run it is, nobody knows.
+    assert "no epoch is finished yet" in refused(_write(tmp_path / "begun", ["dot"], epochs=0, finished=False))
+    other = _write(tmp_path / "other", dataset__name="fashion_mnist_idx")
+    assert refused(run, other) == (
+        f"RUNS differ in --config.dataset.name: sklearn_digits in {run / 'dot'}, fashion_mnist_idx in {other / 'dot'};"
+        " draw those of one dataset at a time"
+    )
+    text = tmp_path / "text"
+    _write(text)
+    (text / "config.json").write_text('{"epochs": 3, "text.files": "*.py"}')
+    assert "is no run of python -m examples.distill" in refused(text)
+    (run / "dot" / "metrics.jsonl").write_text("{")
+    assert "is damaged" in refused(run)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: RUNS"),
+        (["run", "--images=0"], "bad --images=0: give a whole number of at least 1"),
+        (["run", "--landscapes"], "unrecognized arguments: --landscapes"),
+        (["none"], "there is no folder RUNS="),
+        (["none", "--config=none"], "there is no --config=none"),
+    ],
+)
+def test_errors_are_one_line(argv, message, capsys):
+    assert plot.main(argv) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"error: {message}") and printed.err.count("\n") == 1
+
+
+def _lines(axes):
+    return [line for line in axes.lines if not line.get_label().startswith("_")]
+
+
+def _texts(figure):
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def _names(axes):
+    """Where the names in a panel lie, without the lines that lead to them."""
+    return {text.get_text(): Text.get_window_extent(text) for text in axes.texts if text.get_text()}
+
+
+def _assert_readable(figure):
+    """No name over another one or outside, no legend over a panel, no letter below nine points at the width of a README."""
+    figure.draw_without_rendering()
+    size = figure.bbox
+    for axes in figure.axes:
+        boxes = list(_names(axes).values())
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        for box in boxes:
+            assert size.x0 <= box.x0 and box.x1 <= size.x1 and size.y0 <= box.y0 and box.y1 <= size.y1
+        for legend in figure.legends:
+            assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
+    assert figure.get_figwidth() * 96 <= 850
+    assert min(text.get_fontsize() for text in _texts(figure)) >= 9
+
+
+def _assert_told_apart(lines):
+    """By line and mark alone, which remain in gray."""
+    assert len({(str(line._unscaled_dash_pattern), line.get_marker()) for line in lines}) == len(lines)
+
+
+def test_the_losses(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run")])
+    figure = pictures.losses(arms)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Task loss while training",
+        "Distillation loss while training",
+    ]
+    task, kd = map(_lines, figure.axes)
+    assert [line.get_label() for line in task] == ["CE", "KD", "KD, gain-matched", "DOT"]
+    assert [line.get_label() for line in kd] == ["KD", "KD, gain-matched", "DOT"]
+    np.testing.assert_allclose(task[1].get_xydata(), [(epoch, 2 / epoch) for epoch in range(1, 13)])
+    np.testing.assert_allclose(kd[0].get_ydata(), [10 / epoch**2 for epoch in range(1, 13)])
+    _assert_told_apart(task)
+    assert set(_names(figure.axes[1])) == {"KD", "KD, gain-matched", "DOT"} and not figure.legends
+    _assert_readable(figure)
+
+
+def test_names_stand_where_their_lines_end(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run")])
+    axes = pictures.losses(arms).axes[0]
+    by_name = sorted(_names(axes), key=lambda name: _names(axes)[name].y0)
+    by_end = sorted(_lines(axes), key=lambda line: line.get_ydata()[-1])
+    assert by_name == [line.get_label() for line in by_end]
+
+
+def test_many_arms_have_a_legend(tmp_path, drawn):
+    folders = [_write(tmp_path / str(i), ["kd", "dot"], optimizer__learning_rate=0.01 * i) for i in range(1, 7)]
+    arms, _ = reading.find(folders)
+    assert len(arms) == 12
+    figure = pictures.losses(arms)
+    _assert_told_apart(_lines(figure.axes[0]))
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [arm.label for arm in arms]
+    _assert_readable(figure)
+
+
+def test_the_plane(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run")])
+    figure = pictures.plane(arms)
+    paths, ends = figure.axes
+    [kd, _, dot] = _lines(paths)  # Without a distillation loss, CE is at no place.
+    assert kd.get_label() == "KD" and dot.get_label() == "DOT"
+    np.testing.assert_allclose(kd.get_xydata(), [(2 / epoch, 10 / epoch**2) for epoch in range(1, 13)])
+    starts = [line.get_xydata()[0].tolist() for line in paths.lines if line.get_markerfacecolor() == "white"]
+    assert starts == [[2.0, 10.0], [3.0, 15.0], [4.0, 20.0]]
+    assert [line.get_xydata()[0].tolist() for line in _lines(ends)] == [[0.02, 0.025], [0.03, 0.05 / 3], [0.04, 0.0125]]
+    assert set(_names(ends)) == {"KD", "KD, gain-matched", "DOT"}
+    _assert_readable(figure)
+
+
+def test_arrows_point_along_the_paths(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", ["kd"])])
+    axes = pictures.plane(arms).axes[0]
+    [arrow] = [line for line in axes.lines if not isinstance(line.get_marker(), str)]
+    (x, y), path = arrow.get_xydata()[0], _lines(axes)[0].get_xydata().tolist()
+    assert path.index([x, y]) in range(1, len(path) - 1)
+    tail, tip, *_ = arrow.get_marker().vertices
+    assert tip[0] < tail[0] and tip[1] < tail[1]  # to lower losses
+
+
+def test_the_front_over_weights(tmp_path, drawn):
+    arms, _ = reading.find([*_weights(tmp_path), _write(tmp_path / "dot", ["dot"])])
+    figure = pictures.plane(arms)
+    [front] = [line for line in figure.axes[1].lines if line.get_linewidth() == 4]
+    np.testing.assert_allclose(front.get_xydata(), [(0.01, 0.09), (0.02, 0.05), (0.04, 0.01)])
+    assert "front over the weights of KD" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert not [line for line in figure.axes[0].lines if line.get_linewidth() == 4]
+    _assert_readable(figure)
+
+
+def test_no_front_where_one_student_beats_all(tmp_path, drawn):
+    folders = [
+        _write(tmp_path / str(weight), ["kd"], scale=weight, distillation__kd_weight=weight) for weight in (0.5, 0.9)
+    ]
+    arms, _ = reading.find(folders)
+    figure = pictures.plane(arms)
+    assert not [line for line in figure.axes[1].lines if line.get_linewidth() == 4]
+    assert "No front over weights: KD 0.1 : 0.5 beats the other weights in both losses." in plot.notes(arms)
+
+
+def test_points_on_no_front():
+    assert reading.front([(1.0, 1.0), (2.0, 2.0)]) == [0]
+    assert reading.front([(2.0, 1.0), (1.0, 2.0), (2.0, 3.0)]) == [1, 0]
+    assert reading.front([(1.0, 1.0), (1.0, 1.0)]) == [0]
+
+
+def test_gradients(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run")])
+    figure = pictures.gradients(arms)
+    titles = ["Norm of gradient: task", "Norm of gradient: KD", "Cosine of both gradients"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    norm = _lines(figure.axes[1])
+    assert [line.get_label() for line in norm] == ["KD", "KD, gain-matched", "DOT"]
+    np.testing.assert_allclose(norm[0].get_ydata(), 2 / np.arange(1, 13))
+    np.testing.assert_allclose(_lines(figure.axes[2])[0].get_ydata(), np.cos(np.arange(1, 13)))
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    _assert_readable(figure)
+
+
+@pytest.mark.slow
+def test_gradients_with_diagnostics(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", diagnostics=True)])
+    figure = pictures.gradients(arms)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert len(titles) == 11 and titles[3:6] == [
+        "Share of the update: task",
+        "Share of the update: KD",
+        "Steps whose gradients conflict",
+    ]
+    assert titles[-2:] == ["Effective learning rate: task", "Effective learning rate: KD"]
+    _assert_readable(figure)
+    assert plot.notes(arms) == []
+
+
+def test_noisy_curves_are_means_over_some_epochs(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", ["kd"], epochs=120)])
+    axes = pictures.gradients(arms).axes[0]
+    assert axes.get_xlabel() == "epoch (means over 3)"
+    [line] = _lines(axes)
+    assert line.get_xydata()[0].tolist() == [2.0, pytest.approx((1 + 1 / 2 + 1 / 3) / 3)]
+    assert len(line.get_xdata()) == 40
+
+
+def test_cost(tmp_path, drawn):
+    folders = [_write(tmp_path / "a", ["ce", "kd"]), _write(tmp_path / "b", ["dot"], cost=0.5)]
+    arms, _ = reading.find(folders)
+    figure = pictures.cost(arms)
+    assert [axes.get_title() for axes in figure.axes] == ["Gradient FLOPs", "Forward passes of the teacher"]
+    flops = {line.get_label(): line.get_xydata()[0] for line in _lines(figure.axes[0])}
+    np.testing.assert_allclose(flops["DOT"], (0.5 * 12, 0.91))
+    # CE and KD cost 12 epochs each, and are beside one another.
+    assert flops["CE"][0] < 12 < flops["KD"][0] < 12.5
+    error = math.sqrt(0.91 * 0.09 / 450)
+    bar = figure.axes[0].collections[-1].get_segments()[0]
+    np.testing.assert_allclose(bar[:, 1], (0.91 - error, 0.91 + error))
+    _assert_readable(figure)
+
+
+def test_a_cost_that_is_the_same_for_all_is_not_drawn(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "a", ["kd"]), _write(tmp_path / "b", ["dot"], cost=0.5)])
+    assert [axes.get_title() for axes in pictures.cost(arms).axes] == ["Gradient FLOPs"]
+
+
+@pytest.mark.slow
+def test_many_names_find_room(tmp_path, drawn):
+    """Also where all points lie close to one another."""
+    folders = [
+        _write(tmp_path / str(i), ["kd"], scale=1 + 0.001 * i, distillation__kd_weight=0.9 + 0.01 * i) for i in range(8)
+    ]
+    arms, _ = reading.find(folders)
+    for figure in (pictures.plane(arms), pictures.cost(arms)):
+        assert len(_names(figure.axes[-1])) == 8
+        _assert_readable(figure)
+
+
+def test_an_unfinished_run_is_drawn_as_far_as_it_is(tmp_path, drawn):
+    run = _write(tmp_path / "run", ["dot"], epochs=5, finished=False)
+    arms, notes = reading.find([run])
+    assert notes == [f"{run / 'dot'} is not finished: the 5 of 12 epochs that it has are drawn, and no final student."]
+    assert len(_lines(pictures.losses(arms).axes[0])[0].get_xdata()) == 5
+    assert len(pictures.plane(arms).axes) == 1
+    assert pictures.cost(arms) is None
+    assert "Not drawn: accuracy against cost, since no run is finished." in plot.notes(arms)
+    with pytest.raises(
+        UserError, match="--landscape needs the final weights of a student, and none of RUNS is finished"
+    ):
+        plot.plot([run], landscape=True)
+
+
+def test_without_a_teacher(tmp_path, drawn):
+    run = _write(tmp_path / "run", ["ce"])
+    arms, _ = reading.find([run])
+    assert len(pictures.losses(arms).axes) == 1 and pictures.plane(arms) is None
+    lines = plot.notes(arms)
+    assert "Not drawn: the distillation loss and the loss plane, since no run had a teacher." in lines
+    assert "Not drawn, since no log has them: kd_grad_norm, grad_cosine; see --config.gradient_metrics." in lines
+
+
+def test_landscapes(drawn):
+    distances = np.linspace(-1, 1, 21)
+    around = np.add.outer(distances**2, distances**2)
+    arms = [
+        reading.Arm(label, color, "-", "o", []) for label, color in (("CE", "gray"), ("KD", "blue"), ("DOT", "red"))
+    ]
+    losses = (0.01 + around, 0.02 + 4 * around, np.where(around < 1, 0.01 + around, np.nan))
+    found = [pictures.Landscape(arm, distances, values) for arm, values in zip(arms, losses, strict=True)]
+    figure = pictures.landscapes(found, "title")
+    assert [axes.get_title() for axes in figure.axes] == ["CE\nat +: 0.01", "KD\nat +: 0.02", "DOT\nat +: 0.01"]
+    levels = [contours.levels.tolist() for axes in figure.axes for contours in axes.collections]
+    assert len(levels) == 6 and all(level == levels[0] for level in levels)
+    assert all(0.01 < level < 8 for level in levels[0])
+    _assert_readable(figure)
+
+
+@pytest.mark.slow
+def test_files(tmp_path, capsys):
+    run = _write(tmp_path / "runs" / "digits")
+    names = [f"{name}.{form}" for name in ("losses", "plane", "gradients", "cost") for form in ("png", "svg")]
+    before = dict(matplotlib.rcParams)
+    assert plot.main([str(run)]) == 0
+    assert dict(matplotlib.rcParams) == before
+    folder = tmp_path / "runs" / "plots"
+    printed = capsys.readouterr().out
+    assert "--config.diagnostics=True logs them" in printed and str(folder / "gradients") in printed
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert plot.main([str(run), f"--output={tmp_path / 'again'}"]) == 0
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "plots").write_text("mine")
+    assert plot.main([str(_write(tmp_path / "run", ["ce"], epochs=1))]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_same_picture_is_the_same_file(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", ["ce"], epochs=2)])
+    for form in pictures.FORMATS:
+        one, other = (pictures.render(pictures.losses(arms), form) for _ in range(2))
+        assert one == other and one.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[form])
+        assert b"<dc:date>" not in one
+
+
+def test_the_width_is_that_of_a_readme(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", ["kd"], epochs=1)])
+    assert round(pictures.plane(arms).get_figwidth() * 96) == 850
+
+
+def test_colors_are_those_of_the_methods(tmp_path):
+    arms, _ = reading.find([_write(tmp_path / "run")])
+    assert [to_rgb(arm.color) for arm in arms] == [to_rgb(methods.STYLES[method].color) for method in METHODS]
+
+
+@pytest.mark.slow
+def test_a_real_run(finished, data_dir, tmp_path, capsys):
+    flags = ["--landscape", "--images=900", f"--config.dataset.data_dir={data_dir}", f"--output={tmp_path}"]
+    assert plot.main([str(finished), *flags]) == 0
+    assert "landscape" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 10
+    from examples.distill import landscapes
+
+    arms, _ = reading.find([finished])
+    for found in landscapes.measure(arms, 10_000, str(data_dir), points=3):
+        # The network has no BatchNorm, so the loss of its own weights is that of the evaluation, but for rounding.
+        np.testing.assert_allclose(found.losses[1, 1], found.arm.final("train", "task_loss")[0], rtol=1e-5)
+        assert (np.delete(found.losses, 4) > found.losses[1, 1]).all()
