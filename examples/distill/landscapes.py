@@ -43,12 +43,13 @@ def _measure(arm: Arm, images: int, data_dir: str, points: int) -> Landscape:
     run = arm.runs[0]
     config = _config(run, data_dir)
     dataset = data.load(config.dataset)
+    images = min(images, len(dataset.train))
     params, loss = _loss(run, config, dataset, images)
     keys = jax.random.split(jax.random.key(0))
     directions = tuple(diagnostics.filter_normalized(key, params) for key in keys)
     distances = jnp.linspace(-_DISTANCE, _DISTANCE, points)
     losses = jax.jit(functools.partial(diagnostics.landscape, loss))(params, directions, distances)
-    return Landscape(arm, np.asarray(distances), np.asarray(losses).T)
+    return Landscape(arm, np.asarray(distances), np.asarray(losses).T, images)
 
 
 def _loss(run: Run, config: ConfigDict, dataset: data.Dataset, images: int) -> tuple[Any, Any]:
@@ -70,10 +71,9 @@ def _loss(run: Run, config: ConfigDict, dataset: data.Dataset, images: int) -> t
         params, rest = checkpoint.load_fitting(run.folder, (like[0], like[1]))
     except ValueError as error:
         raise UserError(f"the student in {run.folder} is not that of its config.json: {error}") from error
-    count = min(images, len(dataset.train))
-    batch = next(data.eval_batches(dataset, dataset.train[:count], count))
-    mean, std = (jnp.float32(values) for values in (config.dataset.mean, config.dataset.std))
-    inputs = (batch["image"].astype(jnp.float32) - mean) / std
+    batch = next(data.eval_batches(dataset, dataset.train[:images], images))
+    mean, std = (np.float32(values) for values in (config.dataset.mean, config.dataset.std))
+    inputs = jnp.asarray((np.asarray(batch["image"], np.float32) - mean) / std)
 
     def loss(params: Any) -> jax.Array:
         logits, _ = models.apply(graphdef, params, rest, inputs, train=True)

@@ -243,9 +243,10 @@ class Landscape(NamedTuple):
     arm: Arm
     distances: np.ndarray  # from the weights, along both directions: [points]
     losses: np.ndarray  # [points along the second direction, points along the first]
+    images: int  # whose mean cross-entropy the loss is
 
 
-def landscapes(found: Sequence[Landscape], title: str) -> Figure:
+def landscapes(found: Sequence[Landscape]) -> Figure:
     """Contours of all landscapes side by side, at the same levels."""
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
@@ -253,7 +254,7 @@ def landscapes(found: Sequence[Landscape], title: str) -> Figure:
     levels = _levels(np.concatenate([each.losses.ravel() for each in found]))
     labels: list[list[Any]] = []
     colors = matplotlib.colormaps["cividis"].resampled(len(levels) + 1)
-    for axes, (arm, distances, values) in zip(drawn, found, strict=False):
+    for axes, (arm, distances, values, _) in zip(drawn, found, strict=False):
         grid = (distances, distances, np.where(np.isfinite(values), values, np.inf).clip(max=levels[-1] * 1e3))
         axes.contourf(*grid, levels=levels, colors=colors(np.arange(len(levels) + 1)), extend="both", alpha=0.55)
         lines = axes.contour(*grid, levels=levels, colors="black", linewidths=0.7)
@@ -267,7 +268,8 @@ def landscapes(found: Sequence[Landscape], title: str) -> Figure:
         axes.set(xticks=np.linspace(distances[0], distances[-1], 3), yticks=np.linspace(distances[0], distances[-1], 3))
     for axes in drawn[len(found) :]:
         axes.remove()
-    figure.suptitle(title, fontsize=_FONT)
+    images = " or ".join(map(str, sorted({each.images for each in found})))
+    figure.suptitle(f"Cross-entropy of {images} training images around the final weights", fontsize=_FONT)
     figure.supxlabel("first direction, in norms of each filter", fontsize=_FONT)
     figure.supylabel("second direction", fontsize=_FONT)
     figure.draw_without_rendering()

@@ -129,8 +129,7 @@ def notes(arms: Sequence[Arm]) -> list[str]:
 def _landscapes(arms: Sequence[Arm], images: int, data_dir: str) -> Figure:
     from examples.distill import landscapes  # Few need Flax, Grain and TFDS, which take long to import.
 
-    found = landscapes.measure(arms, images, data_dir)
-    return pictures.landscapes(found, f"Cross-entropy of {images} training images around the final weights")
+    return pictures.landscapes(landscapes.measure(arms, images, data_dir))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -388,9 +388,10 @@ def test_landscapes(drawn):
         reading.Arm(label, color, "-", "o", []) for label, color in (("CE", "gray"), ("KD", "blue"), ("DOT", "red"))
     ]
     losses = (0.01 + around, 0.02 + 4 * around, np.where(around < 1, 0.01 + around, np.nan))
-    found = [pictures.Landscape(arm, distances, values) for arm, values in zip(arms, losses, strict=True)]
-    figure = pictures.landscapes(found, "title")
+    found = [pictures.Landscape(arm, distances, values, 512) for arm, values in zip(arms, losses, strict=True)]
+    figure = pictures.landscapes(found)
     assert [axes.get_title() for axes in figure.axes] == ["CE\nat +: 0.01", "KD\nat +: 0.02", "DOT\nat +: 0.01"]
+    assert figure.get_suptitle() == "Cross-entropy of 512 training images around the final weights"
     levels = [contours.levels.tolist() for axes in figure.axes for contours in axes.collections]
     assert len(levels) == 6 and all(level == levels[0] for level in levels)
     assert all(0.01 < level < 8 for level in levels[0])
