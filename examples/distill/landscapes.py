@@ -68,7 +68,7 @@ def _loss(run: Run, config: ConfigDict, dataset: data.Dataset, images: int) -> t
 
     graphdef, *like = nnx.eval_shape(network)
     try:
-        params, rest = checkpoint.load_fitting(run.folder, (like[0], like[1]))
+        params, rest = jax.tree.map(jnp.asarray, checkpoint.load_fitting(run.folder, (like[0], like[1])))
     except ValueError as error:
         raise UserError(f"the student in {run.folder} is not that of its config.json: {error}") from error
     batch = next(data.eval_batches(dataset, dataset.train[:images], images))
@@ -79,7 +79,7 @@ def _loss(run: Run, config: ConfigDict, dataset: data.Dataset, images: int) -> t
         logits, _ = models.apply(graphdef, params, rest, inputs, train=True)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    return jax.tree.map(jnp.asarray, params), loss
+    return params, loss
 
 
 def _config(run: Run, data_dir: str) -> ConfigDict:

@@ -1,17 +1,23 @@
 """The pictures of finished runs: what is read, what is drawn of it, and how a run that cannot be drawn is refused."""
 
+import functools
 import itertools
 import json
 import math
 
+import jax
 import matplotlib
 import numpy as np
 import pytest
+from etils import epath
+from flax import nnx
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from examples.distill import arms as reading
 from examples.distill import methods, pictures, plot
+from examples.distill.configs.digits import get_config
+from examples.trainer import settings
 from examples.trainer.errors import UserError
 
 METHODS = ("ce", "kd", "kd_gain_matched", "dot")
@@ -451,3 +457,43 @@ def test_a_real_run(finished, data_dir, tmp_path, capsys):
         # The network has no BatchNorm, so the loss of its own weights is that of the evaluation, but for rounding.
         np.testing.assert_allclose(found.losses[1, 1], found.arm.final("train", "task_loss")[0], rtol=1e-5)
         assert (np.delete(found.losses, 4) > found.losses[1, 1]).all()
+
+
+@pytest.mark.slow
+def test_batch_norm_has_the_statistics_of_the_images(data_dir, tmp_path):
+    """Those that a student has kept, which belong to its own weights, make no difference."""
+    from examples.distill import landscapes, models
+    from examples.trainer import checkpoint
+
+    network = {"name": "fashion_cnn", "widths": (2, 3)}
+    model = models.build(**network, num_classes=10, input_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    _, params, rest = models.split(model)
+    fields = {f"student.model.{name}": value for name, value in network.items()}
+    fields |= {f"dataset.{name}": value for name, value in settings.fields(get_config().dataset).items()}
+    found = []
+    for shift in (0.0, 1.0):
+        run = _write(
+            tmp_path / str(shift), ["kd"], dtype="float32", **{n.replace(".", "__"): v for n, v in fields.items()}
+        )
+        checkpoint.save_variables(
+            epath.Path(run / "kd"), params, jax.tree.map(functools.partial(np.add, np.float32(shift)), rest)
+        )
+        found += landscapes.measure(reading.find([run])[0], 50, str(data_dir), points=3)
+    one, other = found
+    np.testing.assert_array_equal(one.losses, other.losses)
+    assert len(np.unique(one.losses)) == 9
+
+
+@pytest.mark.slow
+def test_methods_of_a_file_of_ones_own(tmp_path, monkeypatch):
+    for name in ("METHODS", "STYLES", "TRAITS"):
+        monkeypatch.setattr(methods, name, getattr(methods, name).copy())
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from examples.distill import methods\n"
+        "from examples.distill.configs.digits import get_config\n"
+        "methods.register('mine_too', label='My method')(lambda recipe: None)\n"
+    )
+    run = _write(tmp_path / "run", ["mine_too"], epochs=1)
+    assert plot.main([str(run), f"--config={file}"]) == 0
+    assert _labels(run) == ["My method"]
