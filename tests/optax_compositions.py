@@ -1,8 +1,8 @@
-"""What DOT is composed with in Optax, beside the same thing in NumPy; the README's table is made of it.
+"""What DOT is composed with in Optax, beside the same thing in NumPy; a page's table is made of it.
 
     python -m tests.optax_compositions
 
-prints the table.  A line of the table is a Python expression, which `test_optax_compositions.py` evaluates and runs
+prints the table of `examples/optax/README.md`.  A line of the table is a Python expression, which `test_optax_compositions.py` evaluates and runs
 against its `reference`: a function that makes a NumPy step `(theta, task, kd, **extra) -> update` over dicts of arrays.
 `instead_of` is what one might have written first: it raises, in Optax or here, and the error names `PerLoss`.
 """

@@ -1,4 +1,4 @@
-"""Every row of the README's table of compositions, run against the same thing in NumPy."""
+"""Every row of the table of compositions of `examples/optax/README.md`, run against the same thing in NumPy."""
 
 import pathlib
 import re
@@ -13,7 +13,7 @@ from dot_optax import PerLoss
 from tests import optax_compositions
 from tests.reference import numpy_optimizers
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent / "examples" / "optax" / "README.md").read_text()
 PARAMS = {"w": np.array([[0.5, -1.0, 2.0], [0.1, 0.3, -0.7]]), "b": np.array([1.0, -0.2, 0.4])}
 STEPS = 8
 
@@ -88,12 +88,12 @@ def test_what_one_might_write_first_raises(row, pack):
         assert "PerLoss" in str(error.value) or "static_args" in str(error.value)
 
 
-def test_the_error_that_the_readme_shows():
+def test_the_error_that_the_page_shows():
     dot, params = optax_compositions.NAMESPACE["dot"], {"w": jnp.ones(2)}
     tx = optax.MultiSteps(dot(0.1), every_k_schedule=2)
     with pytest.raises(ValueError) as error:
         tx.update(PerLoss(params, params), tx.init(params), params)
-    shown = re.search(r"```text\nValueError: (.*?)```", README, flags=re.DOTALL).group(1)
+    shown = re.search(r"```text\nValueError: (.*?)```", PAGE, flags=re.DOTALL).group(1)
     raised = " ".join(str(error.value).split())
     for line in shown.splitlines():
         assert line in raised
@@ -119,5 +119,6 @@ def test_tree_get_and_set():
     assert optax.tree.get(state, "beta_kd") == 0.5
 
 
-def test_the_readme_has_the_table():
-    assert optax_compositions.table() in README, "python -m tests.optax_compositions prints the table for the README"
+def test_the_page_has_the_table():
+    assert optax_compositions.table() in PAGE, "python -m tests.optax_compositions prints the table for the page"
+    assert len(optax_compositions.SNIPPETS) == 16, "the page says sixteen"
