@@ -40,3 +40,5 @@ from dot_optax._reach import reached as reached
 from dot_optax._sampling import sampled_difference as sampled_difference
 from dot_optax._sampling import sampled_examples as sampled_examples
 from dot_optax._sampling import sampled_losses as sampled_losses
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
