@@ -173,6 +173,11 @@ FEW = (
     *("CE", "KD 0.5", "KD 0.9", "KD 0.984", "KD 0.9, momentum 0.8", "KD 0.9, momentum 0.95", "KD, gain-matched"),
     *("DOT 0.05", "DOT 0.075", "DOT -0.075", "DOT, warm-up", "DOT, normalised", "DOT, normalised, reversed"),
 )
+MOST = (
+    *FEW,
+    *("KD 0.9, momentum 0.975", "DOT 0.025", "DeepKD", "DKD", "DKD + DOT", "KD, min-norm"),
+    *("KD, alternating", "DOT, alternating"),
+)
 
 
 # The problems.
@@ -267,17 +272,16 @@ class Setting(NamedTuple):
 
 PROBLEMS = {
     "digits, MLP, 300": Setting(_digits_mlp(300, epochs=240)),
-    "digits, MLP, 1,400": Setting(_digits_mlp(1400, epochs=60)),
+    "digits, MLP, 1,400": Setting(_digits_mlp(1400, epochs=60), FEW),
     "digits, CNN, 300": Setting(_digits_cnn(300, epochs=240)),
-    "digits, CNN, 1,400": Setting(_digits_cnn(1400, epochs=60)),
+    "digits, CNN, 1,400": Setting(_digits_cnn(1400, epochs=60), FEW),
+    "digits, CNN, 300, batches of 8": Setting(_digits_cnn(300, epochs=40, batch=8), FEW),
     "Fashion, CNN, 10,000": Setting(_fashion_cnn(10_000, epochs=8)),
-    "Fashion, ViT, 10,000": Setting(_fashion_vit(10_000, epochs=6)),
-    "text, decoder": Setting(language_model(32), FEW),
     "Fashion, CNN, larger teacher": Setting(_fashion_cnn(10_000, 8, (64, 128, 128), teacher_epochs=15), FEW),
     "Fashion, CNN, 20% wrong labels": Setting(_fashion_cnn(10_000, epochs=8, wrong_labels=0.2), FEW),
     "Fashion, CNN, 60,000": Setting(_fashion_cnn(57_500, epochs=2), FEW),
-    "Fashion, ViT, 60,000": Setting(_fashion_vit(57_500, epochs=1), FEW),
-    "digits, CNN, 300, batches of 8": Setting(_digits_cnn(300, epochs=40, batch=8), FEW),
+    "Fashion, ViT, 10,000": Setting(_fashion_vit(10_000, epochs=6), MOST),
+    "text, decoder": Setting(language_model(32), FEW),
     "digits, CNN, 300, long": Setting(_digits_cnn(300, epochs=1200), FEW),
 }
 
