@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
 
 from examples.distill import methods
@@ -100,7 +100,7 @@ def losses(arms: Sequence[Arm]) -> Figure:
     figure, drawn = _figure(1, len(panels), 3.6)
     for axes, (name, title, y_label) in zip(drawn, panels, strict=True):
         open_panel(axes, title, "epoch", y_label, yscale="log")
-        _curves(axes, arms, name, log=True)
+        _curves(axes, arms, name)
     _finish(figure, arms, named=True)
     return figure
 
@@ -171,15 +171,16 @@ def gradients(arms: Sequence[Arm]) -> Figure | None:
     for axes, name in zip(drawn, names, strict=False):
         kind, loss = _kind(name)
         title = _TITLES[kind].format(_LOSSES.get(loss, loss.replace("_", " ")))
-        log = kind not in _LINEAR
+        scale = "linear" if kind in _LINEAR else "symlog" if kind == "snr" else "log"
         x_label = "epoch" if window == 1 else f"epoch (means over {window})"
-        open_panel(axes, title, x_label, "", yscale="log" if log else "linear")
+        open_panel(axes, title, x_label, "", yscale=scale)
+        axes.sharex(drawn[0])
         if kind == "grad_cosine":
             axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
         if loss and groups[kind]:
             axes.sharey(groups[kind][0])
         groups[kind].append(axes)
-        _curves(axes, arms, name, log=log, window=window)
+        _curves(axes, arms, name, window=window)
     for axes in drawn[len(names) :]:
         axes.remove()
     _finish(figure, [arm for arm in arms if any(arm.has(name) for name in names)])
@@ -309,19 +310,23 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, log: bool, window: int = 1) -> None:
+def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, window: int = 1) -> None:
     """A metric over the epochs, with a line for each arm that has it, and a mark now and then."""
     having = [arm for arm in arms if arm.has(name)]
     for i, arm in enumerate(having):
         epochs, values = (_means(values, window) for values in (arm.epochs, arm.curve(name)))
-        values = logarithmic(values) if log else values
+        values = logarithmic(values) if axes.get_yscale() == "log" else values
         last, every = len(values) - 1, max(1, len(values) // 6)
         # Marks of different arms are at different epochs: else they hide one another. The last has one in any case.
         marks = [*range(every * i // len(having), last - every // 2, every), last]
         axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
     set_epoch_ticks(axes.xaxis)
-    if log:
+    if axes.get_yscale() == "log":
         set_log_ticks(axes.yaxis)
+    elif axes.get_yscale() == "symlog":  # what may be 0: logarithmic above a thousandth
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.yaxis.set_major_locator(FixedLocator([0, 1e-3, 1e-2, 1e-1, 1, 1e1, 1e2]))
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
 

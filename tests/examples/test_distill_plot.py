@@ -323,6 +323,16 @@ def test_gradients_with_diagnostics(tmp_path, drawn):
     assert plot.notes(arms) == []
 
 
+def test_a_ratio_of_signal_to_noise_may_be_zero(tmp_path, drawn):
+    run = _write(tmp_path / "run", ["kd"])
+    log = run / "kd" / "metrics.jsonl"
+    lines = [json.loads(line) | {"kd_snr": 0.0} for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = pictures.gradients(reading.find([run])[0]).axes[-1]
+    assert axes.get_title() == "Signal to noise: KD"
+    np.testing.assert_array_equal(_lines(axes)[0].get_ydata(), np.zeros(12))
+
+
 def test_noisy_curves_are_means_over_some_epochs(tmp_path, drawn):
     arms, _ = reading.find([_write(tmp_path / "run", ["kd"], epochs=120)])
     axes = pictures.gradients(arms).axes[0]
