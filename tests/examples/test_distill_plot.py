@@ -234,6 +234,13 @@ def test_names_stand_where_their_lines_end(tmp_path, drawn):
     assert by_name == [line.get_label() for line in by_end]
 
 
+def test_names_are_apart_and_near_their_lines():
+    assert pictures.spread([0.4, 0.5, 1.0], gap=0.2) == [0.35, 0.55, 1.0]
+    assert pictures.spread([0.0, 0.0, 0.9], gap=0.2) == [0.0, 0.2, 0.9]  # none below the panel
+    assert pictures.spread([1.0, 1.0], gap=0.2) == [0.8, 1.0]
+    assert pictures.spread([], gap=0.2) == []
+
+
 def test_many_arms_have_a_legend(tmp_path, drawn):
     folders = [_write(tmp_path / str(i), ["kd", "dot"], optimizer__learning_rate=0.01 * i) for i in range(1, 7)]
     arms, _ = reading.find(folders)
