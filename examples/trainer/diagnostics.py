@@ -8,6 +8,9 @@
 
 All are means over the steps of an epoch that know them. The running moments are in the state of the optimizer, in front of
 its own, and so in checkpoints: they take the memory of one more tree of parameters for each loss.
+
+With `--config.parallel=shard_map` the gradients and momenta of each device are looked at, and the metrics averaged. With
+`--config.sampling`, `NAME_snr` is that of the gradients which the optimizer is given, with the noise of the sampling.
 """
 
 from collections.abc import Callable, Sequence
