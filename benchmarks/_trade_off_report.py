@@ -92,6 +92,32 @@ def winner_table(results, one, two, left_out):
     return best
 
 
+def tied(results, left_out):
+    """For each arm the problems on which it was run, and those on which it is best or not significantly worse than the best.
+
+    The best is the arm with the lowest validation loss.
+    """
+    found = {}
+    for name, arms in results.items():
+        arms = {arm: result for arm, result in arms.items() if arm not in left_out}
+        best = best_of(arms, ("",))
+        worse = sampled.holm({arm: difference(arms[arm], arms[best]) for arm in arms if arm != best})
+        for arm in arms:
+            ran, kept_up = found.setdefault(arm, ([], []))
+            ran.append(name)
+            if arm == best or worse[arm][0] <= 0 or worse[arm][2] >= SIGNIFICANT:
+                kept_up.append(name)
+    return found
+
+
+def tied_table(results, left_out):
+    title("Best, or not significantly worse than the best")
+    found = tied(results, left_out)
+    header("arm", "problems", "of")
+    for arm, (ran, kept_up) in sorted(found.items(), key=lambda item: -len(item[1][1]) / len(item[1][0])):
+        sampled.row([arm, str(len(kept_up)), str(len(ran))])
+
+
 def pair_table(heading, results, pairs):
     """Differences of the test loss of pairs of arms, on the problems that have both."""
     title(heading)

@@ -150,6 +150,7 @@ ARMS = {
     "KD 0.984, momentum 0.95": one_momentum(weights_of(0.984), momentum=0.95),
     "KD 0.984, momentum 0.975": one_momentum(weights_of(0.984), momentum=0.975),
     "KD, gain-matched": of_method("kd_gain_matched"),
+    "KD, gain-matched, -0.075": of_method("kd_gain_matched", delta=-0.075),
     **{f"DOT {delta}": of_method("dot", delta=delta) for delta in DELTAS},
     "DOT -0.075": of_method("dot", delta=-0.075),  # the momenta exchanged: the task remembers longer
     "DOT, warm-up": of_method("dot", delta_warmup_epochs=lambda steps: steps // 4),
@@ -172,6 +173,7 @@ SAMPLED = ("KD, alternating", "DOT, alternating", "KD 0.9, every 4th", "KD, gain
 FEW = (
     *("CE", "KD 0.5", "KD 0.9", "KD 0.984", "KD 0.9, momentum 0.8", "KD 0.9, momentum 0.95", "KD, gain-matched"),
     *("DOT 0.05", "DOT 0.075", "DOT -0.075", "DOT, warm-up", "DOT, normalised", "DOT, normalised, reversed"),
+    "KD, gain-matched, -0.075",
 )
 MOST = (
     *FEW,
@@ -345,14 +347,18 @@ def tables(results, cause, limits):
     if cause:
         report.cause_table(cause)
     report.winner_table(results, ONE, TWO, SAMPLED)
+    report.tied_table(results, SAMPLED)
     normalised = (("DOT 0.075", "KD 0.9"), ("DOT, normalised", "KD 0.9"), ("DOT, normalised", "DOT 0.075"))
     report.pair_table("Which normalisation?", results, normalised)
-    memory = (("DOT, normalised", "DOT, normalised, reversed"), ("DOT, normalised, reversed", "KD 0.9"))
+    memory = (
+        *(("DOT, normalised", "DOT, normalised, reversed"), ("DOT, normalised, reversed", "KD 0.9")),
+        *(("DOT -0.075", "KD 0.9"), ("DOT -0.075", "KD 0.5"), ("DOT -0.075", "KD, gain-matched, -0.075")),
+    )
     report.pair_table("Which loss should remember longer?", results, memory)
     warm = (("DOT, warm-up", "DOT 0.075"), ("DOT, warm-up", "KD 0.9"), ("DOT 0.025", "KD 0.9"))
     report.pair_table("A warm-up of delta, and a small delta", results, warm)
-    larger = (("KD 0.9, momentum 0.95", "KD 0.9"), ("KD 0.9, momentum 0.975", "KD 0.9"))
-    report.pair_table("A larger momentum for both losses", results, larger)
+    others = [(f"KD 0.9, momentum {momentum}", "KD 0.9") for momentum in (0.8, 0.95, 0.975)]
+    report.pair_table("Another momentum for both losses", results, others)
     others = (("DKD", "KD 0.9"), ("DKD + DOT", "DKD"), ("DeepKD", "KD 0.9"), ("KD, min-norm", "KD 0.9"))
     report.pair_table("Relatives", results, others)
     rare = (

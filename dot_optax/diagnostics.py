@@ -60,7 +60,8 @@ class RecordState(NamedTuple):
         signal_to_noise: `[K, N]`, see `record`; NaN before the second update.
         memory: the sum of the weights of all updates in a running mean, where the last one has a weight of 1.
         variances: `[K, N]`, the running variances of the gradients, not corrected.
-        means: a container with one tree like the parameters per loss: the running means of the gradients.
+        means: the running means of the gradients, a tuple of one tree like the parameters for each loss. It has no names, so
+            that `optax.tree.get(state, 'kd')` still finds the momentum of `dot` behind it.
     """
 
     norms: Any
@@ -144,12 +145,12 @@ def record(
         leaves, n = jax.tree.leaves(params), len(names.names)
         dtype, (_, k) = jnp.finfo(_widest(*leaves)).dtype, _grouped(group_of, params, [True] * len(leaves))
         shapes = ([k, n], [k, n, n], [k, n], [k, n, n], [k, n], [], [k, n])
-        means = names.pack([_init_buffers(params, [True] * len(leaves), None) for _ in names.names])
+        means = tuple(_init_buffers(params, [True] * len(leaves), None) for _ in names.names)
         return RecordState(*(jnp.zeros(shape, dtype) for shape in shapes), means=means)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, RecordState]:
         trees, _ = names.gradients(updates, params)
-        means, dtype = names.entries(state.means, "state").values(), state.norms.dtype
+        means, dtype = state.means, state.norms.dtype
         gram, memory = _grams_of(trees, group_of).astype(dtype), 1 + decay * state.memory
         alpha = 1 / memory
         deltas = [optax.tree.sub(optax.tree.cast_like(g, m), m) for m, g in zip(means, trees, strict=True)]
@@ -162,7 +163,7 @@ def record(
         signal = jnp.maximum(0, squared - (alpha - (1 - decay) / 2) * spread)
         ratio = jnp.where(memory > 1, signal / noise, jnp.nan)
         conflicts = state.conflicts + alpha * ((gram < 0).astype(dtype) - state.conflicts)
-        found = conflicts, ratio, memory, (1 - alpha) * spread, names.pack(moved)
+        found = conflicts, ratio, memory, (1 - alpha) * spread, tuple(moved)
         return updates, RecordState(*_comparison(gram), *found)
 
     return optax.GradientTransformationExtraArgs(init, update)

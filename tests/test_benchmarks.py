@@ -544,6 +544,18 @@ def test_the_best_arm_of_a_kind_is_chosen_by_its_validation_loss():
     assert _trade_off_report.best_of(results, trade_off.TWO) == "DOT 0.05"
 
 
+def test_arms_that_keep_up_with_the_best():
+    noise = np.random.default_rng(0).normal(size=(3, 8))
+    one = {
+        "KD 0.9": _arm(1, 1, 0.2, noise[0]),
+        "DOT 0.05": _arm(1, 1, 0.3, noise[0] + 0.01 * noise[1]),  # as good, with noise
+        "DOT 0.075": _arm(1, 1, 0.4, noise[0] + 1 + 0.01 * noise[2]),  # worse at each seed
+        "CE": _arm(1, 1, 0.1, noise[0] - 5),
+    }
+    found = _trade_off_report.tied({"digits": one}, left_out=("CE",))
+    assert {arm: len(kept_up) for arm, (_, kept_up) in found.items()} == {"KD 0.9": 1, "DOT 0.05": 1, "DOT 0.075": 0}
+
+
 def test_the_total_gains_of_the_trade_off():
     gain = _trade_off_report.total_gain
     assert gain("KD 0.9") == pytest.approx(1) and gain("KD 0.9, momentum 0.95") == pytest.approx(2)

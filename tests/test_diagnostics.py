@@ -225,6 +225,13 @@ def test_dtypes_and_complex_numbers():
         assert after.norms.dtype == jnp.float64
 
 
+def test_the_names_of_the_losses_lead_to_the_momenta_behind_it():
+    tx = optax.chain(diagnostics.record(), dot_optax.dot(0.1))
+    params = {"w": jnp.ones(2)}
+    _, state = tx.update((params, optax.tree.scale(3.0, params)), tx.init(params), params)
+    np.testing.assert_array_equal(optax.tree.get(state, "kd").trace["w"], 3.0)
+
+
 @pytest.mark.slow
 def test_sharded_parameters_keep_their_shardings():
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
@@ -236,7 +243,7 @@ def test_sharded_parameters_keep_their_shardings():
     placed = jax.device_put((grads, params), (PerLoss(shardings, shardings), shardings))
     state = tx.init(placed[1])
     chex.assert_trees_all_equal(
-        *(jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state.means.kd, placed[1]))
+        *(jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state.means[1], placed[1]))
     )
     compiled = jax.jit(tx.update).lower(placed[0], state, placed[1]).compile()
     _, found = jax.block_until_ready(compiled(placed[0], state, placed[1]))
