@@ -1,8 +1,8 @@
-"""What DOT is composed with in Optax, beside the same thing in NumPy; a page's table is made of it.
+"""What DOT is composed with in Optax, beside the same thing in NumPy; the tables of a page are made of it.
 
     python -m tests.optax_compositions
 
-prints the table of `examples/optax/README.md`.  A line of the table is a Python expression, which `test_optax_compositions.py` evaluates and runs
+prints the tables of `examples/optax/README.md`.  A line of the first is a Python expression, which `test_optax_compositions.py` evaluates and runs
 against its `reference`: a function that makes a NumPy step `(theta, task, kd, **extra) -> update` over dicts of arrays.
 `instead_of` is what one might have written first: it raises, in Optax or here, and the error names `PerLoss`.
 """
@@ -61,14 +61,14 @@ COMPOSITIONS = [
         ),
     ),
     Composition(
-        "coupled L2 (the paper's) of some parameters",
+        "coupled L2 of some parameters, as in the paper",
         "dot(lr, weight_decay=0.01, mask=mask)",
         numpy_optimizers.before(
             lambda task, kd, theta: ({k: x + 0.01 * numpy_optimizers.MASK[k] * theta[k] for k, x in task.items()}, kd)
         ),
     ),
     Composition(
-        "L2 on one loss by hand",
+        "L2 on one loss only",
         "optax.chain(per_loss(optax.identity(), optax.add_decayed_weights(0.01)), dot(lr))",
         numpy_optimizers.before(
             lambda task, kd, theta: (task, numpy_optimizers.each(lambda x, p: x + 0.01 * p, kd, theta))
@@ -160,7 +160,9 @@ COMPOSITIONS = [
     ),
     Composition("a moving average of the updates", "optax.chain(dot(lr), optax.ema(0.9))", numpy_optimizers.with_ema),
     Composition(
-        "apply every second update", "optax.chain(dot(lr), optax.apply_every(2))", numpy_optimizers.with_apply_every
+        "add up two updates, then apply them",
+        "optax.chain(dot(lr), optax.apply_every(2))",
+        numpy_optimizers.with_apply_every,
     ),
     Composition(
         "record the update's norm",
@@ -209,7 +211,8 @@ COMPOSITIONS = [
         tolerance=FLOAT32,
     ),
     Composition(
-        "only some parameters (the others' updates are their summed gradients, uphill: for what follows in a chain)",
+        "DOT for some parameters only (the others get their summed gradient as the update, not negated: "
+        "put a transformation for them after this one)",
         "wrap(lambda tx: optax.masked(tx, mask), dot(lr))",
         numpy_optimizers.only_w(lambda: lambda g: g),
         instead_of="optax.masked(dot(lr), mask)",
@@ -242,7 +245,7 @@ COMPOSITIONS = [
         nan=True,
     ),
     Composition(
-        "skip steps with a NaN (around `wrap(MultiSteps, ...)`, not inside it, where the NaN stays in the accumulator)",
+        "skip steps with a NaN (put this around `wrap(MultiSteps, ...)`: inside it, the NaN would stay in the accumulator)",
         "wrap(lambda tx: optax.apply_if_finite(tx, 5), dot(lr))",
         numpy_optimizers.skipping,
         instead_of="optax.apply_if_finite(dot(lr), 5)",
@@ -285,7 +288,7 @@ COMPOSITIONS = [
         instead_of="optax.contrib.mechanize(dot(lr))",
     ),
     Composition(
-        "lookahead (its parameters are a pair: fast and slow)",
+        "lookahead (the parameters are then a pair: fast and slow)",
         "optax.lookahead(dot(lr), sync_period=2, slow_step_size=0.5)",
         numpy_optimizers.with_lookahead,
         init=optax.LookaheadParams.init_synced,
@@ -309,19 +312,19 @@ COMPOSITIONS = [
         numpy_optimizers.momenta_of_losses(0.825, 0.95, 0.975, which=(0, 0, 1)),
     ),
     Composition(
-        "... the same, of a transformation for each",
+        "... the same, with a transformation for each loss",
         "optax.chain(per_loss({'ce': optax.trace(0.825), 'hint': optax.trace(0.95), 'kd': optax.trace(0.975)}), "
         "sum_losses(), optax.scale_by_learning_rate(lr))",
         numpy_optimizers.momenta_of_losses(0.825, 0.95, 0.975, which=(0, 0, 1)),
     ),
     Composition("DeepKD", "deepkd(lr)", numpy_optimizers.momenta_of_losses(0.975, 0.825, 0.975, which=(0, 0, 1))),
     Composition(
-        "... as its released code has it",
+        "... as in its released code",
         "deepkd(lr, variant='code')",
         numpy_optimizers.momenta_of_losses(0.825, 0.825, 0.95, which=(0, 0, 1)),
     ),
     Composition(
-        "AdamW (**not** `per_loss(adam, adam)` or `joint(adam)`: they run, but the weights of the losses cancel in them)",
+        "AdamW (**not** `per_loss(adam, adam)` or `joint(adam)`: these run, but cancel the weights of the losses)",
         "dot_adamw(lr, b2=0.99, weight_decay=0.01, mask=mask)",
         numpy_optimizers.adam_of_losses(0.825, 0.975, decay=0.01),
         tolerance=FLOAT32,
@@ -341,19 +344,19 @@ COMPOSITIONS = [
         instead_of="optax.MultiSteps(dot_adamw(lr), every_k_schedule=2)",
     ),
     Composition(
-        "Muon: DOT's momenta, orthogonalized (what is no matrix: divided by its root mean square)",
+        "Muon on DOT's summed momentum (parameters that are not matrices are divided by their root mean square instead)",
         "optax.chain(scale_by_dot(), optax.contrib.muon(lr, beta=0.0, nesterov=False, adam_b1=0.0))",
         numpy_optimizers.with_muon,
         tolerance=FLOAT32,
     ),
     Composition(
-        "Lion: the sign of DOT's momenta",
+        "Lion: the sign of DOT's summed momentum",
         "optax.chain(scale_by_dot(nesterov=True), optax.scale_by_sign(), optax.add_decayed_weights(0.01), "
         "optax.scale_by_learning_rate(lr))",
         numpy_optimizers.with_sign,
     ),
     Composition(
-        "RMSProp: DOT's momenta, divided by their root mean square",
+        "RMSProp: DOT's summed momentum, divided by its root mean square",
         "optax.chain(scale_by_dot(), optax.scale_by_rms(0.9), optax.scale_by_learning_rate(lr))",
         numpy_optimizers.with_rms,
     ),
@@ -369,9 +372,13 @@ COMPOSITIONS = [
         "optax.chain(sum_losses(), optax.sgd(lr))",
         lambda: lambda theta, task, kd: numpy_optimizers.down(numpy_optimizers.each(np.add, task, kd)),
     ),
-    Composition("... with DOT's gains, as a baseline", "gain_matched_sgd(lr)", lambda: numpy_optimizers.gain_matched()),
     Composition(
-        "... and with the L2 of some parameters",
+        "... with DOT's gains: gain-matched KD, the baseline",
+        "gain_matched_sgd(lr)",
+        lambda: numpy_optimizers.gain_matched(),
+    ),
+    Composition(
+        "... and with L2 of some parameters",
         "gain_matched_sgd(lr, weight_decay=0.01, mask=mask)",
         numpy_optimizers.gain_matched_with_l2,
     ),
@@ -379,7 +386,7 @@ COMPOSITIONS = [
 
 
 class Snippet(NamedTuple):
-    """A row that is no single optimizer: the line to write, and the test that runs it."""
+    """A row of the second table, of other uses: the line to write, and the test that runs it."""
 
     what: str
     line: str
@@ -414,7 +421,7 @@ SNIPPETS = [
         "test_nnx.test_two_calls_against_gradients_by_hand",
     ),
     Snippet(
-        "Equinox: what can be trained",
+        "Equinox: the parameters to train",
         "params, static = eqx.partition(model, eqx.is_inexact_array)",
         "examples.test_recipes.test_equinox",
     ),
@@ -424,12 +431,12 @@ SNIPPETS = [
         "test_flax.test_linen_train_state",
     ),
     Snippet(
-        "a projector that one loss alone reaches",
+        "a projector that only one loss reaches",
         "scale_by_momenta(betas, reached=reached(loss_fn, params, batch))",
         "test_reach.test_reached_agrees_with_the_gradients_and_serves_dot",
     ),
     Snippet(
-        "many seeds or learning rates at once",
+        "train with many seeds or learning rates at once",
         "jax.vmap(lambda rate: train(dot(rate)))(rates)",
         "test_acceptance.test_vmap_over_seeds_and_over_learning_rates",
     ),
@@ -460,13 +467,14 @@ SNIPPETS = [
 ]
 
 
-def table() -> str:
-    rows = ["| to have | write | instead of, which raises |", "| --- | --- | --- |"]
+def tables() -> list[str]:
+    """That of the optimizers, and that of other uses."""
+    optimizers = ["| what | write this | not this (raises an error) |", "| --- | --- | --- |"]
     for row in COMPOSITIONS:
-        rows.append(f"| {row.what} | `{row.line}` | {f'`{row.instead_of}`' if row.instead_of else ''} |")
-    rows += [f"| {row.what} | `{row.line}` | |" for row in SNIPPETS]
-    return "\n".join(rows)
+        optimizers.append(f"| {row.what} | `{row.line}` | {f'`{row.instead_of}`' if row.instead_of else ''} |")
+    others = ["| what | write this |", "| --- | --- |", *(f"| {row.what} | `{row.line}` |" for row in SNIPPETS)]
+    return ["\n".join(optimizers), "\n".join(others)]
 
 
 if __name__ == "__main__":
-    print(table())
+    print("\n\n".join(tables()))
