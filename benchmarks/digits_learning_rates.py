@@ -4,7 +4,7 @@
 
 The 1,797 digits of scikit-learn, 900 to train on, 397 to choose a learning rate by, 500 to test; an MLP with 32 hidden
 units distilled from one with 2 x 256; T 4, weights 0.1 and 0.9, L2 5e-4, mu 0.9, delta 0.075, batches of 64.  Four
-methods: CE alone, KD (one momentum for the sum), KD with DOT's gains (each loss, and the L2 penalty, scaled by how much
+methods: CE alone, KD (one momentum for the sum), gain-matched KD (each loss, and the L2 penalty, scaled by how much
 more or less DOT's momentum amplifies a steady gradient; still one momentum), and DOT.
 
 It takes a minute on two CPU cores and prints (JAX 0.10.2)
@@ -17,7 +17,7 @@ Shared learning rate, 240 epochs
 | --- | --- | --- | --- | --- | --- |
 | CE | 0.01 | 0.0349 ± 0.0006 | 0.5949 ± 0.0085 | 0.0874 ± 0.0016 | 0.9758 ± 0.0011 |
 | KD | 0.01 | 0.0215 ± 0.0007 | 0.0929 ± 0.0045 | 0.0715 ± 0.0013 | 0.9760 ± 0.0009 |
-| KD, DOT's gains | 0.01 | 0.0124 ± 0.0005 | 0.0536 ± 0.0039 | 0.0623 ± 0.0011 | 0.9810 ± 0.0014 |
+| KD, gain-matched | 0.01 | 0.0124 ± 0.0005 | 0.0536 ± 0.0039 | 0.0623 ± 0.0011 | 0.9810 ± 0.0014 |
 | DOT | 0.01 | 0.0137 ± 0.0007 | 0.0595 ± 0.0042 | 0.0642 ± 0.0018 | 0.9805 ± 0.0016 |
 
 Learning rate tuned for each method, 120 epochs
@@ -26,10 +26,10 @@ Learning rate tuned for each method, 120 epochs
 | --- | --- | --- | --- | --- | --- |
 | CE | 0.32 | 0.0133 ± 0.0017 | 0.6476 ± 0.0467 | 0.0660 ± 0.0040 | 0.9805 ± 0.0015 |
 | KD | 0.08 | 0.0138 ± 0.0005 | 0.0564 ± 0.0040 | 0.0660 ± 0.0014 | 0.9790 ± 0.0007 |
-| KD, DOT's gains | 0.02 | 0.0122 ± 0.0005 | 0.0530 ± 0.0039 | 0.0639 ± 0.0012 | 0.9790 ± 0.0007 |
+| KD, gain-matched | 0.02 | 0.0122 ± 0.0005 | 0.0530 ± 0.0039 | 0.0639 ± 0.0012 | 0.9790 ± 0.0007 |
 | DOT | 0.02 | 0.0151 ± 0.0013 | 0.0701 ± 0.0072 | 0.0651 ± 0.0024 | 0.9785 ± 0.0015 |
 
-So DOT wins clearly where all share the learning rate of 0.01, and so does plain KD with DOT's gains; with a learning
+So DOT wins clearly where all share the learning rate of 0.01, and so does gain-matched KD; with a learning
 rate tuned for each method the four test losses lie within two standard errors of each other.  On this problem DOT's win
 is an effective learning rate.
 
@@ -66,7 +66,7 @@ def kd(learning_rate):
 METHODS = {
     "CE": (kd, (1.0, 0.0)),
     "KD": (kd, (TASK_WEIGHT, KD_WEIGHT)),
-    "KD, DOT's gains": (
+    "KD, gain-matched": (
         lambda lr: dot_optax.gain_matched_sgd(lr, *BETAS, weight_decay=WEIGHT_DECAY),
         (TASK_WEIGHT, KD_WEIGHT),
     ),
