@@ -389,12 +389,23 @@ class Cells:
 
     def steps(self, cost=1.0):
         """The steps that plain KD's FLOPs pay for."""
-        self._load()
-        return round(self._problem.epochs * (len(self._data["train y"]) // self._problem.batch) / cost)
+        return round(self._problem.epochs * (self._examples() // self._problem.batch) / cost)
+
+    def _examples(self):
+        """How many there are to train on. A file has it, so that nothing is loaded where all cells are there."""
+        path = self._folder() / "examples.txt"
+        if not path.exists():
+            self._load()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{len(self._data['train y'])}\n")
+        return int(path.read_text())
+
+    def _folder(self):
+        return self._directory / self.name.translate(str.maketrans(" ,", "__"))
 
     def _path(self, method, form, learning_rate, steps):
         name = f"{method} {form} lr {learning_rate:g} steps {steps}".translate(str.maketrans(" /,=", "____"))
-        return self._directory / self.name.translate(str.maketrans(" ,", "__")) / f"{name}.json"
+        return self._folder() / f"{name}.json"
 
     def _load(self):
         if self._data is None:

@@ -175,6 +175,10 @@ FEW = (
     *("DOT 0.05", "DOT 0.075", "DOT -0.075", "DOT, warm-up", "DOT, normalised", "DOT, normalised, reversed"),
     "KD, gain-matched, -0.075",
 )
+FEWEST = (
+    *("CE", "KD 0.5", "KD 0.9", "KD 0.9, momentum 0.8", "KD, gain-matched", "KD, gain-matched, -0.075"),
+    *("DOT 0.05", "DOT 0.075", "DOT -0.075"),
+)
 MOST = (
     *FEW,
     *("KD 0.9, momentum 0.975", "DOT 0.025", "DeepKD", "DKD", "DKD + DOT", "KD, min-norm"),
@@ -210,9 +214,9 @@ def _digits_cnn(examples, epochs, **fields):
     return sampled.cnn_problem((8, 16), 8, learning_rate=0.04, epochs=epochs, seeds=20, load=load)._replace(**fields)
 
 
-def _fashion_cnn(examples, epochs, teacher_widths=(16, 32), **fields):
+def _fashion_cnn(examples, epochs, teacher_widths=(16, 32), learning_rate=0.04, **fields):
     load = functools.partial(sampled.fashion, 14, teacher_widths, examples, **fields)
-    return sampled.cnn_problem((8, 16), 14, learning_rate=0.04, epochs=epochs, seeds=5, load=load)
+    return sampled.cnn_problem((8, 16), 14, learning_rate=learning_rate, epochs=epochs, seeds=5, load=load)
 
 
 def _fashion_vit(examples, epochs):
@@ -279,12 +283,11 @@ PROBLEMS = {
     "digits, CNN, 1,400": Setting(_digits_cnn(1400, epochs=60), FEW),
     "digits, CNN, 300, batches of 8": Setting(_digits_cnn(300, epochs=40, batch=8), FEW),
     "Fashion, CNN, 10,000": Setting(_fashion_cnn(10_000, epochs=8)),
-    "Fashion, CNN, larger teacher": Setting(_fashion_cnn(10_000, 8, (64, 128, 128), teacher_epochs=15), FEW),
+    "Fashion, CNN, larger teacher": Setting(_fashion_cnn(10_000, 8, (64, 128, 128), 0.16, teacher_epochs=15), FEWEST),
     "Fashion, CNN, 20% wrong labels": Setting(_fashion_cnn(10_000, epochs=8, wrong_labels=0.2), FEW),
-    "Fashion, CNN, 60,000": Setting(_fashion_cnn(57_500, epochs=2), FEW),
+    "Fashion, CNN, 60,000": Setting(_fashion_cnn(57_500, epochs=2, learning_rate=0.16), FEWEST),
     "Fashion, ViT, 10,000": Setting(_fashion_vit(10_000, epochs=6), MOST),
     "text, decoder": Setting(language_model(32), FEW),
-    "digits, CNN, 300, long": Setting(_digits_cnn(300, epochs=1200), FEW),
 }
 
 
