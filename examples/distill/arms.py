@@ -10,13 +10,10 @@ import numpy as np
 from etils import epath
 
 from examples.distill import methods
-from examples.distill.report import positive
+from examples.distill.report import look, positive
 from examples.trainer import loop, paths, records
 from examples.trainer.errors import UserError
 
-# Lines and markers tell arms apart without color; the colors are those of the methods. No two of 24 arms share both.
-_LINES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (9, 2, 2, 2)))
-_MARKERS = "os^DvPX*<>ph"
 _OTHER_COLOR = "#7f7f7f"  # of a method that is not registered here
 
 _WEIGHTS = frozenset(
@@ -198,8 +195,7 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
         Arm(
             f"{label} ({len(group)} seeds)" if len(group) > 1 else label,
             methods.STYLES[group[0].method].color if group[0].method in methods.STYLES else _OTHER_COLOR,
-            _LINES[i % len(_LINES)],
-            _MARKERS[i % len(_MARKERS)],
+            *look(i),
             group,
         )
         for i, (label, group) in enumerate(zip(labels, groups.values(), strict=True))

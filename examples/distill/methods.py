@@ -7,7 +7,6 @@ Every method is fed the gradients of the *unweighted* losses of its objective (o
 all methods, and the losses that it reports mean the same in all of them. `register` adds a method of your own.
 """
 
-import itertools
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -34,7 +33,6 @@ from examples.trainer.sampling import EXACT, Sampling
 
 # Okabe and Ito's colors, which the color-blind can tell apart; without the yellow, which is faint on white.
 _COLORS = ("#7f7f7f", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_LINES = ("-", "--", ":", "-.")  # for the methods after the eighth
 
 
 class Style(NamedTuple):
@@ -42,7 +40,6 @@ class Style(NamedTuple):
 
     label: str
     color: str
-    line: str = "-"
 
 
 class Traits(NamedTuple):
@@ -67,7 +64,6 @@ def register(
     *,
     label: str | None = None,
     color: str | None = None,
-    line: str | None = None,
     objective: str = "kd",
     linear: bool = False,
     compares: bool = False,
@@ -91,9 +87,8 @@ def register(
     Args:
         name: letters, digits and underscores; the student is kept in `WORKDIR/name`.
         label: what table and picture call it; default: the name.
-        color: of its lines, as Matplotlib names colors; default: of eight that the color-blind can tell apart the next
-            that is free, with the next line style once all eight are taken.
-        line: the style of its lines, as Matplotlib has it, such as "--".
+        color: of its lines, as Matplotlib names colors; default: of eight that the color-blind can tell apart, the one
+            that the fewest methods have. Line styles and marks are given out in each picture, see `report.look`.
         objective: what it trains on, a name in `objectives.OBJECTIVES`; its gradients come in the objective's container.
         linear: whether the updates are linear in the gradients, as those of momenta are and those of Adam or clipping
             are not. Only then does `--config.parallel=shard_map`, which averages updates, compute the same.
@@ -125,21 +120,20 @@ def register(
         raise UserError(
             f"bad objective {objective!r} of method {name!r}: give one of {', '.join(objectives.OBJECTIVES)}"
         )
-    free_color, free_line = _free_style(name)
+    color = _free_color(name) if color is None else color
 
     def add(make: Make) -> Make:
-        METHODS[name], STYLES[name] = make, Style(label, color or free_color, line or ("-" if color else free_line))
+        METHODS[name], STYLES[name] = make, Style(label, color)
         TRAITS[name] = Traits(objective, linear, compares, weighted, momenta)
         return make
 
     return add
 
 
-def _free_style(name: str) -> tuple[str, str]:
-    """The next color and line style that no other method has."""
-    styles = [(color, line) for line, color in itertools.product(_LINES, _COLORS)]
-    taken = {(style.color, style.line) for other, style in STYLES.items() if other != name}
-    return next((style for style in styles if style not in taken), styles[len(STYLES) % len(styles)])
+def _free_color(name: str) -> str:
+    """The first of the colors that the fewest other methods have."""
+    taken = [style.color for other, style in STYLES.items() if other != name]
+    return min(_COLORS, key=taken.count)
 
 
 @register("ce", label="CE", linear=True, momenta=optimizers.one_momentum)
@@ -308,15 +302,14 @@ for (_name, _aggregation), _color in zip(_AGGREGATIONS.items(), _COLORS[1:], str
     _behind, _before = _momentum_behind(_aggregation), _momenta_before(_name, _aggregation)
     _label = _name.replace("_", "-")
     _traits = {"color": _color, "compares": True, "weighted": _aggregation.weighted}
-    register(f"kd_{_name}", label=f"KD, {_label}", line="--", momenta=optimizers.one_momentum, **_traits)(_behind)
-    register(f"dot_{_name}", label=f"DOT, {_label}", line=":", momenta=optimizers.scheduled_betas, **_traits)(_before)
+    register(f"kd_{_name}", label=f"KD, {_label}", momenta=optimizers.one_momentum, **_traits)(_behind)
+    register(f"dot_{_name}", label=f"DOT, {_label}", momenta=optimizers.scheduled_betas, **_traits)(_before)
 
 
 @register(
     "dto_kd",
     label="DTO-KD",
     color=_COLORS[7],
-    line="--",
     compares=True,
     weighted=False,
     momenta=optimizers.one_momentum,

@@ -25,7 +25,15 @@ from matplotlib.transforms import Affine2D, Bbox
 
 from examples.distill import methods
 from examples.distill.arms import Arm, front, logarithmic
-from examples.distill.report import no_formula, open_panel, set_epoch_ticks, set_log_ticks
+from examples.distill.report import (
+    line_and_mark,
+    mark,
+    marked_points,
+    no_formula,
+    open_panel,
+    set_epoch_ticks,
+    set_log_ticks,
+)
 from examples.trainer.errors import UserError
 
 FORMATS = ("png", "svg")
@@ -37,8 +45,6 @@ _MOST_NAMED = 8  # arms that have names beside them; more have a legend alone
 _MOST_NAMED_POINTS = 12
 _LONGEST_NAMED = 28  # letters: there is no room for longer names beside the arms
 _LINE_HEIGHT = 1.2  # of names one below the other, in heights of a letter
-_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
-_SIZES = {"*": 1.6, "P": 1.2, "X": 1.2, "p": 1.2, "h": 1.2}  # of marks that look smaller than they are
 _DART = Path([(-1.0, -0.4), (1.0, 0.0), (-1.0, 0.4), (-0.6, 0.0), (-1.0, -0.4)])  # to the right
 # The file is the same again: by default, an SVG has the time and random names.
 _SETTINGS = {
@@ -316,9 +322,7 @@ def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, window: int = 1) -> N
     for i, arm in enumerate(having):
         epochs, values = (_means(values, window) for values in (arm.epochs, arm.curve(name)))
         values = logarithmic(values) if axes.get_yscale() == "log" else values
-        last, every = len(values) - 1, max(1, len(values) // 6)
-        # Marks of different arms are at different epochs: else they hide one another. The last has one in any case.
-        marks = [*range(every * i // len(having), last - every // 2, every), last]
+        marks = marked_points(len(values), i, len(having))
         axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
     set_epoch_ticks(axes.xaxis)
     if axes.get_yscale() == "log":
@@ -338,17 +342,13 @@ def _means(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _line(arm: Arm) -> dict[str, Any]:
-    return {"color": arm.color, "linestyle": arm.line, "linewidth": 1.3} | _mark(arm)
-
-
-def _mark(arm: Arm, size: float = 5.5) -> dict[str, Any]:
-    return {"marker": arm.marker, "markersize": size * _SIZES.get(arm.marker, 1), **_EDGE}
+    return line_and_mark(arm.color, arm.line, arm.marker)
 
 
 def _path(axes: Axes, arm: Arm) -> None:
     """The path of both losses: a ring where it begins, the mark of the arm where it ends."""
     points = _both_losses(arm)
-    line = _line(arm) | _mark(arm, 7) | {"markevery": [len(points) - 1]}
+    line = _line(arm) | mark(arm.marker, 7) | {"markevery": [len(points) - 1]}
     axes.plot(*points.T, label=no_formula(arm.label), **line)
     axes.plot(*points[0], marker="o", markersize=5, markerfacecolor="white", markeredgecolor=arm.color, zorder=3)
 
@@ -378,7 +378,7 @@ def _point(axes: Axes, arm: Arm, x: float, y: float, x_error: float, y_error: fl
     errors = {name: error for name, error in (("xerr", x_error), ("yerr", y_error)) if math.isfinite(error)}
     if errors:
         axes.errorbar(x, y, **errors, color=arm.color, linewidth=1, capsize=3, linestyle="none", zorder=2)
-    axes.plot(x, y, color=arm.color, linestyle="", label=no_formula(arm.label), zorder=3, **_mark(arm, 8))
+    axes.plot(x, y, color=arm.color, linestyle="", label=no_formula(arm.label), zorder=3, **mark(arm.marker, 8))
 
 
 def _end(arm: Arm) -> tuple[tuple[float, float], tuple[float, float]]:

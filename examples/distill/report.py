@@ -29,9 +29,10 @@ _PANELS = (
 )  # title, and what the axes show
 _MOST_TICKS = 6
 _MOST_COLUMNS = 5  # of the table: then a line has some 120 characters
-_EVALUATED = {"marker": "D", "markersize": 7, "markeredgecolor": "black", "linestyle": "", "zorder": 4}
-_LAST_EPOCH = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 3}
-_HALVES = {"--": "left", ":": "bottom", "-.": "right"}  # of a marker that are colored, where the line is not solid
+# Lines and marks tell apart without color what a picture shows; the colors are those of the methods.
+_LINES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (9, 2, 2, 2)))
+_MARKERS = "os^DvPX*<>ph"
+_SIZES = {"*": 1.6, "P": 1.2, "X": 1.2, "p": 1.2, "h": 1.2}  # of marks that look smaller than they are
 
 Results = dict[str, dict[str, Any]]
 Curves = dict[str, list[dict[str, Any]]]
@@ -180,9 +181,9 @@ def picture(
 ) -> bytes:
     """Draws both losses over the epochs, and the loss plane with a path for each method; returns a PNG.
 
-    The lines are what a student had while it trained: means over the batches of an epoch, normalized, where there is
-    BatchNorm, by the statistics of each batch. The diamonds are the losses of the table: the final student, evaluated
-    on a whole split, with running statistics. The two can rank methods differently.
+    The lines and the filled marks on them are what a student had while it trained: means over the batches of an epoch,
+    normalized, where there is BatchNorm, by the statistics of each batch. The hollow marks are the losses of the table:
+    the final student, evaluated on a whole split, with running statistics. The two can rank methods differently.
 
     Args:
         curves: of each method, a record for each epoch.
@@ -194,25 +195,26 @@ def picture(
     # Those that had a teacher; of a sampled loss, not every epoch need have a value.
     distilled = [method for method, lines in curves.items() if any(line["kd_loss"] is not None for line in lines)]
     columns = 5 if distilled else 1
-    rows = math.ceil((len(curves) + 2) / columns)  # of the legend
+    rows = math.ceil((len(curves) + 1) / columns)  # of the legend
     height = 4.3 + (0.2 * max(rows - 2, 0) if distilled else 0)
     figure = Figure(figsize=(12 if distilled else 5, height), layout="constrained")
     FigureCanvasAgg(figure)
     drawn = figure.subplots(1, 3 if distilled else 1, squeeze=False)[0]
     for axes, panel in zip(drawn, panels, strict=False):
         open_panel(axes, *panel, yscale="log")
-    for method, lines in curves.items():
-        label, color, dashes = methods.STYLES[method]
+    for i, (method, lines) in enumerate(curves.items()):
+        label, color = methods.STYLES[method]
+        dashes, marker = look(i)
         epochs = range(1, len(lines) + 1)
         task, kd = ([positive(line[key]) for line in lines] for key in ("task_loss", "kd_loss"))
         final_task, final_kd = (positive(results[method][split].get(key)) for key in ("task_loss", "kd_loss"))
         paths = [(epochs, task, epochs[-1], final_task)]
         if method in distilled:
             paths += [(epochs, kd, epochs[-1], final_kd), (task, kd, final_task, final_kd)]
-        for axes, (x, y, final_x, final_y) in zip(drawn, paths, strict=False):
-            axes.plot(x, y, color=color, linestyle=dashes, linewidth=1.2, label=no_formula(label))
-            axes.plot(x[-1], y[-1], **_LAST_EPOCH | _colored(color, dashes))
-            axes.plot(final_x, final_y, **_EVALUATED | _colored(color, dashes))
+        for panel, (axes, (x, y, final_x, final_y)) in enumerate(zip(drawn, paths, strict=False)):
+            marked = marked_points(len(lines), i, len(curves)) if panel < 2 else [len(lines) - 1]
+            axes.plot(x, y, label=no_formula(label), markevery=marked, **line_and_mark(color, dashes, marker))
+            axes.plot(final_x, final_y, color=color, linestyle="", zorder=4, **mark(marker, 9) | hollow(color))
     for axes in drawn[:2]:
         set_epoch_ticks(axes.xaxis)
     for axes in drawn[2:]:
@@ -222,25 +224,44 @@ def picture(
         set_log_ticks(axes.yaxis)
     handles = [
         *drawn[0].get_legend_handles_labels()[0],
-        Line2D([], [], color="gray", label="last epoch, while training", **_LAST_EPOCH),
-        Line2D([], [], color="gray", label=note, **_EVALUATED),
+        Line2D([], [], linestyle="", label=f"hollow: {note}", **mark("o", 9) | hollow("gray")),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False)
+    ncols = min(len(handles), columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3.5)
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
     return png.getvalue()
 
 
-def _colored(color: str, dashes: str) -> dict[str, Any]:
-    """How a marker is colored. Colors come again with another line style, and then a marker must be known by itself."""
-    if dashes not in _HALVES:
-        return {"color": color}
-    return {
-        "color": color,
-        "fillstyle": _HALVES[dashes],
-        "markerfacecoloralt": "white",
-        "markeredgecolor": color,
-    }
+def look(i: int) -> tuple[Any, str]:
+    """The line style and the mark of the i-th line of a picture. No two of the first 96 have both in common."""
+    shift = i // math.lcm(len(_LINES), len(_MARKERS))  # All pairs of this round are used up, so the marks move on.
+    return _LINES[i % len(_LINES)], _MARKERS[(i + shift) % len(_MARKERS)]
+
+
+def line_and_mark(color: str, line: Any, marker: str) -> dict[str, Any]:
+    """How Matplotlib draws a curve and the marks on it."""
+    return {"color": color, "linestyle": line, "linewidth": 1.3} | mark(marker)
+
+
+def mark(marker: str, size: float = 5.5) -> dict[str, Any]:
+    """How Matplotlib draws a mark, so that all look equally large."""
+    size *= _SIZES.get(marker, 1)
+    return {"marker": marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+
+def hollow(color: str) -> dict[str, Any]:
+    """What makes a mark hollow, so that others below it are seen."""
+    return {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.3}
+
+
+def marked_points(length: int, i: int, lines: int) -> list[int]:
+    """Which points of the i-th of so many lines have marks: some six of them, and the last.
+
+    Marks of different lines are at different points. Else they would hide one another.
+    """
+    last, every = length - 1, max(1, length // 6)
+    return [*range(every * i // lines, last - every // 2, every), last]
 
 
 def open_panel(axes: Axes, title: str, x_label: str, y_label: str, **scales: str) -> None:
@@ -271,7 +292,7 @@ def set_log_ticks(axis: Axis) -> None:
 def log_ticks(low: float, high: float) -> list[float]:
     """At most six ticks: powers of ten; else multiples of these; else, within a small range, evenly spaced ones."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5)):
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
