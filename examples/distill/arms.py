@@ -1,4 +1,8 @@
-"""Runs as they lie in their folders, and arms: runs that differ in nothing but the seed. Pictures are of these."""
+"""Runs as they lie in their folders, and arms: runs that differ in nothing but the seed. Pictures are of these.
+
+A run that trains its own teacher trains another one for each seed. If runs had other teachers for another reason, they
+are different arms.
+"""
 
 import collections
 import itertools
@@ -27,7 +31,8 @@ _WEIGHTS = frozenset(
     for name in names
 )
 _PLAIN_WEIGHTS = ("distillation.task_weight", "distillation.kd_weight")
-_NOT_OF_AN_ARM = ("seed", "teacher.checksum")
+_TEACHER = "teacher.checksum"
+_NOT_OF_AN_ARM = ("seed", _TEACHER)
 _MOST_DIFFERENCES = 3  # that a label names
 
 
@@ -39,6 +44,7 @@ class Run(NamedTuple):
     config: records.Record  # the fields of its config, by their names on the command line
     lines: list[records.Record]  # of `metrics.jsonl`, one for each epoch
     result: records.Record  # of `result.json`; empty if the run is not finished
+    trained_teacher: bool  # whether the run has trained its teacher itself
 
 
 class Arm(NamedTuple):
@@ -90,7 +96,12 @@ class Arm(NamedTuple):
     def family(self) -> tuple[Any, ...]:
         """What arms have in common that differ in the weights of their losses alone."""
         config = self.runs[0].config
-        return (self.method, *_frozen({name: config[name] for name in config.keys() - _WEIGHTS}))
+        return (self.method, _teachers(self.runs), *_frozen({name: config[name] for name in config.keys() - _WEIGHTS}))
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """Those of its losses."""
+        return tuple(self.runs[0].config.get(name) for name in sorted(_WEIGHTS))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -112,7 +123,7 @@ def find(folders: Sequence[epath.PathLike]) -> tuple[list[Arm], list[str]]:
 
     Raises:
         UserError: if a folder is not there or no such folder, if nothing is logged in it, or if the runs have not all the
-            same dataset.
+            same dataset and splits.
     """
     found = [run for folder in folders for run in _runs(paths.resolve(folder, "RUNS"))]
     runs = sorted({str(run.folder): run for run in found}.values(), key=_place)  # each once
@@ -171,11 +182,12 @@ def _read(folder: epath.Path, config: records.Record) -> Run:
     log = folder / "metrics.jsonl"
     lines = records.read_lines(log, records.count_lines(log), ("task_loss", "kd_loss"))
     result = records.read_json(folder / "result.json", ("test.top1",)) if loop.is_finished(folder) else {}
-    return Run(folder, folder.name, config, lines, result)
+    trained_teacher = (folder.parent / "teacher" / "metrics.jsonl").exists()
+    return Run(folder, folder.name, config, lines, result, trained_teacher)
 
 
 def _check_dataset(runs: Sequence[Run]) -> None:
-    for field in ("dataset.name", "dataset.test"):
+    for field in ("dataset.name", "dataset.train", "dataset.test"):
         values = {run.config.get(field): run.folder for run in runs}
         if len(values) > 1:
             listed = ", ".join(f"{value} in {folder}" for value, folder in values.items())
@@ -183,13 +195,18 @@ def _check_dataset(runs: Sequence[Run]) -> None:
 
 
 def _arms(runs: Sequence[Run]) -> list[Arm]:
+    similar: dict[Any, list[Run]] = collections.defaultdict(list)
+    for run in runs:
+        similar[_but_for_teacher(run)].append(run)
     groups: dict[Any, list[Run]] = collections.defaultdict(list)
     for run in runs:
-        config = {name: value for name, value in run.config.items() if name not in _NOT_OF_AN_ARM}
-        same = groups[run.method, *_frozen(config)]
-        # The same seed again is another run for a reason that its config does not say, such as another teacher.
+        # All have one teacher, or each one that its seed has made; else those with the same teacher belong together.
+        others = similar[_but_for_teacher(run)]
+        is_of_seed = all(other.trained_teacher for other in others)
+        same = groups[_but_for_teacher(run), None if is_of_seed else run.config.get(_TEACHER)]
+        # The same seed again is another run for a reason that its config does not say.
         is_again = run.config.get("seed") in {other.config.get("seed") for other in same}
-        (groups[run.method, run.folder] if is_again else same).append(run)
+        (groups[run.folder, None] if is_again else same).append(run)
     labels = _labels([group[0] for group in groups.values()])
     return [
         Arm(
@@ -205,6 +222,13 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
 def _labels(runs: Sequence[Run]) -> list[str]:
     """A label for each run, all different: that of the method, and what of the config tells it from others of that method."""
     labels = [_label(run, [other.config for other in runs if other.method == run.method]) for run in runs]
+    teachers: dict[str, list[Any]] = collections.defaultdict(list)
+    for label, run in zip(labels, runs, strict=True):
+        teachers[label].append(run.config.get(_TEACHER))
+    labels = [
+        f"{label}, teacher {run.config.get(_TEACHER)}" if len(set(teachers[label])) > 1 else label
+        for label, run in zip(labels, runs, strict=True)
+    ]
     for name in (lambda run: run.folder.parent.name, lambda run: str(run.folder)):
         counts = collections.Counter(labels)
         labels = [
@@ -236,6 +260,15 @@ def _difference(name: str, value: Any, differing: Collection[str]) -> str:
     short = name.rpartition(".")[2]
     is_unique = [other.rpartition(".")[2] for other in differing].count(short) == 1
     return f"{short if is_unique else name} {value}"
+
+
+def _but_for_teacher(run: Run) -> tuple[Any, ...]:
+    """What runs have in common that differ in the seed alone, or in the teacher."""
+    return (run.method, *_frozen(run.config))
+
+
+def _teachers(runs: Sequence[Run]) -> frozenset[Any]:
+    return frozenset(run.config.get(_TEACHER) for run in runs)
 
 
 def _values(configs: Collection[records.Record], name: str) -> list[str]:

@@ -160,7 +160,7 @@ def fronts(arms: Sequence[Arm]) -> list[list[Arm]]:
     for arm in arms:
         if np.isfinite(_end(arm)[0]).all():
             families[arm.family].append(arm)
-    varied = [family for family in families.values() if len(family) > 1]
+    varied = [family for family in families.values() if len({arm.weights for arm in family}) > 1]
     return [[family[i] for i in front([_end(arm)[0] for arm in family])] for family in varied]
 
 

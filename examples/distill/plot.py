@@ -114,6 +114,14 @@ def notes(arms: Sequence[Arm]) -> list[str]:
     missing = [name for name in pictures.DIAGNOSTICS if not any(arm.has(name) for arm in arms)]
     if missing:
         lines.append(f"Not drawn, since no log has them: {', '.join(missing)}; --config.diagnostics=True logs them.")
+    temperatures = sorted(
+        {arm.runs[0].config.get("distillation.temperature", 1.0) for arm in arms if arm.has("kd_loss")}
+    )
+    if len(temperatures) > 1:
+        lines.append(
+            "Do not compare the distillation losses of runs with different --config.distillation.temperature:"
+            f" {', '.join(f'{temperature:g}' for temperature in temperatures)}. Each run has that of its own temperature."
+        )
     lines += [
         f"No front over weights: {best.label} beats the other weights in both losses."
         for best, *others in pictures.fronts(arms)

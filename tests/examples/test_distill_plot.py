@@ -23,6 +23,7 @@ METHODS = ("ce", "kd", "kd_gain_matched", "dot")
 CONFIG = {
     "dataset.name": "sklearn_digits",
     "dataset.test": "train[1350:]",
+    "dataset.train": "train[:900]",
     "distillation.kd_weight": 0.9,
     "distillation.task_weight": 0.1,
     "epochs": 12,
@@ -118,6 +119,24 @@ def test_seeds_are_one_arm(tmp_path):
     np.testing.assert_allclose(arm.final("test", "top1"), (0.92, 0.01 / math.sqrt(3)))
 
 
+def _with_teachers(folder, checksums, trained):
+    """A run of KD for each teacher; those that are in `trained` trained it."""
+    for seed, checksum in enumerate(checksums):
+        run = _write(folder / str(seed), ["kd"], seed=seed, teacher__checksum=checksum)
+        (run / "teacher").mkdir()
+        if seed in trained:
+            (run / "teacher" / "metrics.jsonl").write_text('{"task_loss": 1.0}\n')
+    return sorted(folder.iterdir())
+
+
+def test_teachers_that_differ(tmp_path):
+    assert _labels(*_with_teachers(tmp_path / "each", [7, 8, 9], {0, 1, 2})) == ["KD (3 seeds)"]
+    assert _labels(*_with_teachers(tmp_path / "one", [7, 7, 7], {0})) == ["KD (3 seeds)"]
+    # Seed 1 got the teacher from elsewhere, so it is not known what else made that teacher another one.
+    apart = _labels(*_with_teachers(tmp_path / "given", [7, 8, 7], {0}))
+    assert apart == ["KD, teacher 7 (2 seeds)", "KD, teacher 8"]
+
+
 def test_a_single_seed_has_the_standard_error_of_the_split(tmp_path):
     [arm], _ = reading.find([_write(tmp_path / "run", ["kd"])])
     np.testing.assert_allclose(arm.final("test", "top1"), (0.91, math.sqrt(0.91 * 0.09 / 450)))
@@ -151,6 +170,11 @@ def test_runs_that_cannot_be_drawn(tmp_path):
         f"RUNS differ in --config.dataset.name: sklearn_digits in {run / 'dot'}, fashion_mnist_idx in {other / 'dot'};"
         " draw those of one dataset at a time"
     )
+    fewer = _write(tmp_path / "fewer", ["dot"], dataset__train="train[:100]")
+    assert refused(run / "dot", fewer) == (
+        f"RUNS differ in --config.dataset.train: train[:900] in {run / 'dot'}, train[:100] in {fewer / 'dot'};"
+        " draw those of one dataset at a time"
+    )
     text = tmp_path / "text"
     _write(text)
     (text / "config.json").write_text('{"epochs": 3, "text.files": "*.py"}')
@@ -173,6 +197,13 @@ def test_errors_are_one_line(argv, message, capsys):
     assert plot.main(argv) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(f"error: {message}") and printed.err.count("\n") == 1
+
+
+def test_temperatures_that_differ(tmp_path):
+    folders = [_write(tmp_path / str(t), ["kd"], distillation__temperature=t) for t in (2.0, 4.0)]
+    [note] = [line for line in plot.notes(reading.find(folders)[0]) if "temperature" in line]
+    assert note.startswith("Do not compare the distillation losses") and "2, 4" in note
+    assert not [line for line in plot.notes(reading.find(folders[:1])[0]) if "temperature" in line]
 
 
 def _lines(axes):
@@ -326,6 +357,11 @@ def test_gradients_with_diagnostics(tmp_path, drawn):
     ]
     assert titles[-2:] == ["Effective learning rate: task", "Effective learning rate: KD"]
     _assert_readable(figure)
+def test_one_weight_has_no_front(tmp_path):
+    arms, _ = reading.find([_write(tmp_path / name, ["kd"]) for name in "ab"])
+    assert len(arms) == 2 and pictures.fronts(arms) == []
+
+
     assert plot.notes(arms) == []
 
 
