@@ -26,7 +26,9 @@ from matplotlib.transforms import Affine2D, Bbox
 from examples.distill import methods
 from examples.distill.arms import Arm, front, logarithmic
 from examples.distill.report import (
+    hollow,
     line_and_mark,
+    log_ticks,
     mark,
     marked_points,
     no_formula,
@@ -43,6 +45,9 @@ _DPI = 192  # twice that of the screen
 _MOST_MEANS = 40  # of noisy curves: these are drawn in the place of all epochs
 _MOST_NAMED = 8  # arms that have names beside them; more have a legend alone
 _MOST_NAMED_POINTS = 12
+_BESIDE = 9  # points from a mark to a name without a line to it
+_APART = 15  # points at least from such a name to any other mark
+_CROWDED = 10  # points between marks that lie over one another
 _LONGEST_NAMED = 28  # letters: there is no room for longer names beside the arms
 _LINE_HEIGHT = 1.2  # of names one below the other, in heights of a letter
 _DART = Path([(-1.0, -0.4), (1.0, 0.0), (-1.0, 0.4), (-0.6, 0.0), (-1.0, -0.4)])  # to the right
@@ -79,6 +84,7 @@ _TITLES = {
     "weight": "Weight: {}",
 }
 _LINEAR = ("grad_cosine", "grad_conflict", "share", "weight")
+_LINEAR_BELOW = 1e-3  # of an axis that has a 0 and is logarithmic
 _LOSSES = {"kd": "KD", "dkd": "DKD", "crd": "CRD"}
 
 
@@ -150,6 +156,7 @@ def plane(arms: Sequence[Arm]) -> Figure | None:
     for arm in distilled:
         _arrow(drawn[0], arm)
     for axes in drawn[1:]:
+        _hollow_crowded(axes)
         _name_points(axes, [(arm.label, *ends[arm.label][0]) for arm in distilled if arm.label in ends])
     return figure
 
@@ -174,15 +181,21 @@ def gradients(arms: Sequence[Arm]) -> Figure | None:
     figure, drawn = _figure(rows, columns, 2.2 * rows)
     window = max(1, max(len(arm.epochs) for arm in arms) // _MOST_MEANS)
     groups: dict[str, list[Axes]] = collections.defaultdict(list)
+    zero = {
+        kind for kind, name in ((_kind(name)[0], name) for name in names) if kind == "snr" and _has_zero(arms, name)
+    }
     for axes, name in zip(drawn, names, strict=False):
         kind, loss = _kind(name)
         title = _TITLES[kind].format(_LOSSES.get(loss, loss.replace("_", " ")))
-        scale = "linear" if kind in _LINEAR else "symlog" if kind == "snr" else "log"
+        # A ratio of signal to noise may be 0. Both panels have one axis, so both have the same scale.
+        scale = "linear" if kind in _LINEAR else "symlog" if kind in zero else "log"
         x_label = "epoch" if window == 1 else f"epoch (means over {window})"
         open_panel(axes, title, x_label, "", yscale=scale)
         axes.sharex(drawn[0])
         if kind == "grad_cosine":
             axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
+        if kind == "grad_conflict":  # a rate
+            axes.set_ylim(-0.02, 1.02)
         if loss and groups[kind]:
             axes.sharey(groups[kind][0])
         groups[kind].append(axes)
@@ -234,6 +247,7 @@ def cost(arms: Sequence[Arm]) -> Figure | None:
             _point(axes, arm, x, y, math.nan, error)
     _finish(figure, [arm for arm in arms if arm.is_finished])
     for axes, (name, *_) in zip(drawn, panels, strict=True):
+        _hollow_crowded(axes)
         _name_points(axes, [(arm.label, x, arm.final("test", "top1")[0]) for arm, x in points[name]])
     return figure
 
@@ -328,11 +342,16 @@ def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, window: int = 1) -> N
     if axes.get_yscale() == "log":
         set_log_ticks(axes.yaxis)
     elif axes.get_yscale() == "symlog":  # what may be 0: logarithmic above a thousandth
-        axes.set_yscale("symlog", linthresh=1e-3)
-        axes.yaxis.set_major_locator(FixedLocator([0, 1e-3, 1e-2, 1e-1, 1, 1e1, 1e2]))
+        axes.set_yscale("symlog", linthresh=_LINEAR_BELOW)
+        high = axes.yaxis.get_view_interval()[1]
+        axes.yaxis.set_major_locator(FixedLocator([0, *log_ticks(_LINEAR_BELOW, max(high, 10 * _LINEAR_BELOW))]))
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _has_zero(arms: Sequence[Arm], name: str) -> bool:
+    return any((arm.curve(name) <= 0).any() for arm in arms)
 
 
 def _means(values: np.ndarray, window: int) -> np.ndarray:
@@ -354,7 +373,7 @@ def _path(axes: Axes, arm: Arm) -> None:
 
 
 def _arrow(axes: Axes, arm: Arm) -> None:
-    """An arrow on the path of both losses, a third of the way as the eye sees it: later, paths turn about."""
+    """An arrow on the path of both losses, three tenths of the way as the eye sees it: later, paths turn about."""
     points = _both_losses(arm)
     on_screen = axes.transData.transform(points)
     moved = on_screen - on_screen[:1]
@@ -365,7 +384,17 @@ def _arrow(axes: Axes, arm: Arm) -> None:
     if at:
         angle = math.atan2(*(on_screen[to] - on_screen[at - 1])[::-1])
         marker = _DART.transformed(Affine2D().rotate(angle))
-        axes.plot(*points[at], marker=marker, markersize=11, color=arm.color, markeredgewidth=0, zorder=4)
+        # Between two points: if there are few epochs, the next point may be the last one, which has a mark.
+        part = (0.3 - along[at - 1]) / (along[at] - along[at - 1])
+        place = on_screen[at - 1] + part * (on_screen[at] - on_screen[at - 1])
+        axes.plot(
+            *axes.transData.inverted().transform(place),
+            marker=marker,
+            markersize=11,
+            color=arm.color,
+            markeredgewidth=0,
+            zorder=4,
+        )
 
 
 def _both_losses(arm: Arm) -> np.ndarray:
@@ -495,14 +524,16 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
     for bars in axes.collections:
         segments = [axes.transData.transform(segment) for segment in bars.get_segments()]
         taken += [Bbox([segment.min(axis=0), segment.max(axis=0)]) for segment in segments]
-    leader = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    leader = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1}
     options = {"textcoords": "offset points", "va": "center", "fontsize": _SMALL}
     # The outermost first: they have few places. Those in the middle of a crowd can go far off.
     middle = np.median(centers, axis=0)
     order = sorted(range(len(points)), key=lambda i: -float(np.hypot(*(centers[i] - middle))))
-    for label, x, y in (points[i] for i in order):
+    for i in order:
+        label, x, y = points[i]
+        others = [center for j, center in enumerate(centers) if j != i]
         places = []
-        for distance, angle in itertools.product((9, 18, 30, 45, 60, 80, 100), range(0, 360, 15)):
+        for distance, angle in itertools.product((_BESIDE, 18, 30, 45, 60, 80, 100), range(0, 360, 15)):
             dx, dy = (distance * trig(math.radians(angle)) for trig in (math.cos, math.sin))
             align = "left" if dx > 2 else "right" if dx < -2 else "center"
             name = axes.annotate(no_formula(label), (x, y), (dx, dy), ha=align, **options)
@@ -511,11 +542,30 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             # With the distance, so that of equally crowded places it is the nearest.
             crowded = sum(box.overlaps(other) for other in taken) + 3 * (not inside)
+            # A name right beside its mark has no line, so it must not be beside another mark as well.
+            if distance == _BESIDE and any(_distance(box, other) < _APART * point for other in others):
+                continue
             places.append((crowded, distance, angle, (dx, dy), align, box))
             if not crowded:
                 break
         _, distance, _, offset, align, box = min(places, key=lambda place: place[:3])
         edge = {"left": 0, "right": 1, "center": 0.5}[align]
-        arrow = {**leader, "relpos": (edge, 0.5)} if distance > 9 else None
+        side = 0.5 if abs(offset[1]) < 0.5 * distance else 0 if offset[1] > 0 else 1
+        arrow = {**leader, "relpos": (edge, side)} if distance > _BESIDE else None
         axes.annotate(no_formula(label), (x, y), offset, ha=align, arrowprops=arrow, **options)
         taken.append(box)
+
+
+def _distance(box: Bbox, point: np.ndarray) -> float:
+    """That of a point from a box; 0 within it."""
+    return float(np.hypot(*(point - np.clip(point, box.min, box.max))))
+
+
+def _hollow_crowded(axes: Axes) -> None:
+    """Makes marks hollow that lie over one another."""
+    marks = [line for line in axes.lines if not line.get_label().startswith("_")]
+    centers = axes.transData.transform([line.get_xydata()[-1] for line in marks])
+    for i, line in enumerate(marks):
+        distances = np.hypot(*(np.delete(centers, i, axis=0) - centers[i]).T)
+        if (distances < _CROWDED * axes.figure.dpi / 72).any():
+            line.set(**hollow(line.get_color()))

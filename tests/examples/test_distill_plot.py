@@ -301,9 +301,40 @@ def test_arrows_point_along_the_paths(tmp_path, drawn):
     axes = pictures.plane(arms).axes[0]
     [arrow] = [line for line in axes.lines if not isinstance(line.get_marker(), str)]
     (x, y), path = arrow.get_xydata()[0], _lines(axes)[0].get_xydata().tolist()
-    assert path.index([x, y]) in range(1, len(path) - 1)
+    assert path[0] != [x, y] != path[-1]
     tail, tip, *_ = arrow.get_marker().vertices
     assert tip[0] < tail[0] and tip[1] < tail[1]  # to lower losses
+
+
+def test_an_arrow_is_not_at_the_end_of_a_short_path(tmp_path, drawn):
+    arms, _ = reading.find([_write(tmp_path / "run", ["kd"], epochs=2)])
+    axes = pictures.plane(arms).axes[0]
+    [arrow] = [line for line in axes.lines if not isinstance(line.get_marker(), str)]
+    start, end = _lines(axes)[0].get_xydata()
+    [place] = arrow.get_xydata()
+    # The axes are logarithmic.
+    np.testing.assert_allclose(np.log(place / start) / np.log(end / start), 0.3, rtol=1e-6)  # pixels are floats
+
+
+def test_a_name_without_a_line_is_nearest_to_its_own_mark(tmp_path, drawn):
+    near = {1.0: (0.010, 0.010), 2.0: (0.0102, 0.0101), 3.0: (0.011, 0.0095), 4.0: (0.03, 0.03), 5.0: (0.012, 0.012)}
+    folders = []
+    for weight, (task, kd) in near.items():
+        folders.append(_write(tmp_path / str(weight), ["kd"], distillation__kd_weight=weight))
+        result = folders[-1] / "kd" / "result.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"train": {"task_loss": task, "kd_loss": kd}}))
+    figure = pictures.plane(reading.find(folders)[0])
+    figure.draw_without_rendering()  # which places the names
+    axes = figure.axes[1]
+    marks = {line.get_label(): axes.transData.transform(line.get_xydata()[0]) for line in _lines(axes)}
+    bare = [text for text in axes.texts if text.arrow_patch is None]
+    assert "KD 0.1 : 4" in [text.get_text() for text in bare] and len(bare) < len(axes.texts) == len(near)
+    for text in bare:
+        box = Text.get_window_extent(text)
+        gaps = {name: np.hypot(*(mark - np.clip(mark, box.min, box.max))) for name, mark in marks.items()}
+        assert min(gaps, key=gaps.get) == text.get_text()
+    hollow = [line.get_label() for line in _lines(axes) if line.get_markerfacecolor() == "none"]
+    assert {"KD 0.1 : 1", "KD 0.1 : 2"} <= set(hollow) and "KD 0.1 : 4" not in hollow
 
 
 def test_the_front_over_weights(tmp_path, drawn):
@@ -324,6 +355,11 @@ def test_no_front_where_one_student_beats_all(tmp_path, drawn):
     figure = pictures.plane(arms)
     assert not [line for line in figure.axes[1].lines if line.get_linewidth() == 4]
     assert "No front over weights: KD 0.1 : 0.5 beats the other weights in both losses." in plot.notes(arms)
+
+
+def test_one_weight_has_no_front(tmp_path):
+    arms, _ = reading.find([_write(tmp_path / name, ["kd"]) for name in "ab"])
+    assert len(arms) == 2 and pictures.fronts(arms) == []
 
 
 def test_points_on_no_front():
@@ -357,11 +393,6 @@ def test_gradients_with_diagnostics(tmp_path, drawn):
     ]
     assert titles[-2:] == ["Effective learning rate: task", "Effective learning rate: KD"]
     _assert_readable(figure)
-def test_one_weight_has_no_front(tmp_path):
-    arms, _ = reading.find([_write(tmp_path / name, ["kd"]) for name in "ab"])
-    assert len(arms) == 2 and pictures.fronts(arms) == []
-
-
     assert plot.notes(arms) == []
 
 
@@ -373,6 +404,21 @@ def test_a_ratio_of_signal_to_noise_may_be_zero(tmp_path, drawn):
     axes = pictures.gradients(reading.find([run])[0]).axes[-1]
     assert axes.get_title() == "Signal to noise: KD"
     np.testing.assert_array_equal(_lines(axes)[0].get_ydata(), np.zeros(12))
+    assert len(_ticks(axes.yaxis)) >= 3
+
+
+def _ticks(axis):
+    low, high = axis.get_view_interval()
+    return [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+
+
+def test_axes_of_ratios_and_rates(tmp_path, drawn):
+    figure = pictures.gradients(reading.find([_write(tmp_path / "run", ["kd", "dot"], diagnostics=True)])[0])
+    axes = {axes.get_title(): axes for axes in figure.axes}
+    for loss in ("task", "KD"):
+        ratio = axes[f"Signal to noise: {loss}"]
+        assert ratio.get_yscale() == "log" and len(_ticks(ratio.yaxis)) >= 3
+    assert axes["Steps whose gradients conflict"].get_ylim() == (-0.02, 1.02)
 
 
 def test_noisy_curves_are_means_over_some_epochs(tmp_path, drawn):
