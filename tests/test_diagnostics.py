@@ -389,8 +389,36 @@ def test_sharpness_of_a_quadratic_loss(sign):
 
     params = {"a": jnp.ones(2), "b": jnp.zeros(4)}
     found = jax.jit(functools.partial(diagnostics.sharpness, loss, num_iters=500))(params, jax.random.key(0))
-    # Iterations end at a residual of 1e-3, whose square over the gap between the eigenvalues is the error of the largest.
+    # The square of the residual, relative to the gap between the eigenvalues, is the error of the largest.
     np.testing.assert_allclose(found, np.linalg.eigvalsh(hessian)[-1], rtol=1e-4)
+
+
+NEARLY_OPPOSITE = [(6.0, -6.0), (6.0, -5.9), (10.0, -9.8, 1.0, 0.0), (5.9, -6.0)]
+
+
+@jax.jit
+def sharpness_of_diagonal(eigenvalues, num_iters):  # traced, so that one compilation does for all
+    """What is found with each of 20 keys."""
+
+    def loss(w):
+        return 0.5 * jnp.sum(eigenvalues * w**2)
+
+    def found(key):
+        return diagnostics.sharpness(loss, jnp.ones_like(eigenvalues), key, num_iters=num_iters)
+
+    return jax.vmap(found)(jax.random.split(jax.random.key(0), 20))
+
+
+@pytest.mark.parametrize("eigenvalues", slow_but(NEARLY_OPPOSITE, NEARLY_OPPOSITE[2]))
+def test_sharpness_where_eigenvalues_have_nearly_opposite_signs(eigenvalues):
+    found = sharpness_of_diagonal(jnp.array(eigenvalues), 100)  # the default of `sharpness`
+    # A residual of 1e-4 of an eigenvalue of up to 2.1 x 10 + 1: its square over the gap, and some roundings.
+    np.testing.assert_allclose(found, eigenvalues[0], rtol=1e-5)
+
+
+def test_sharpness_is_unknown_after_too_few_iterations_and_without_curvature():
+    assert np.isnan(sharpness_of_diagonal(jnp.array([10.0, -9.8, 1.0, 0.0]), 1)).all()
+    assert np.isnan(sharpness_of_diagonal(jnp.zeros(4), 100)).all()
 
 
 @pytest.mark.slow
