@@ -91,16 +91,16 @@ class LossNames:
         per_loss = "PerLoss(task=..., kd=...), " if self.names == PerLoss._fields else ""
         raise _mismatch(what, per_loss + by_name + in_order, container, _hint(container, params))
 
-    def gradients(self, updates: Any, params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    def gradients(self, updates: Any, params: Any, name: str = "updates") -> tuple[list[Any], Callable[..., Any]]:
         """The checked gradients of a user's container, and the function that puts new ones in a container like it."""
-        entries = self.entries(updates, params=params)
+        entries = self.entries(updates, name, params)
         if isinstance(updates, Mapping) and not all(_same_structure(entry, params) for entry in entries.values()):
             # Flax's mappings keep plain dicts inside and only give them their type when one asks for them by key.
             entries = {key: updates[key] for key in entries}
         reference, what = (next(iter(entries.values())), "the first loss") if params is None else (params, "params")
         for key, entry in entries.items():
-            name = f"updates.{key}" if hasattr(updates, "_fields") else f"updates[{key!r}]"
-            _check_like(entry, reference, name, what, _hint(updates, params))
+            path = f"{name}.{key}" if hasattr(updates, "_fields") else f"{name}[{key!r}]"
+            _check_like(entry, reference, path, what, _hint(updates, params))
         rebuild = _entries_by_key(updates)[1]
         return list(entries.values()), lambda new: rebuild(dict(zip(entries, new, strict=True)))
 

@@ -17,6 +17,7 @@ path of a parameter, such as `('body', 0, 'kernel')`, to what names its group. S
 or in float64 where a parameter is. Each parameter may be sharded in its own way.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from dot_optax._aggregate import Groups, _grams, _group_function, _grouped, _wide
-from dot_optax._checks import _check_scalar, _check_trainable
+from dot_optax._checks import _check_like, _check_scalar, _check_trainable, _describe
 from dot_optax._containers import LossNames, PerLoss
 from dot_optax._momenta import Betas, _init_buffers, _widest
 from dot_optax.weightings import _norms_and_cosines
@@ -98,10 +99,11 @@ def record(
     their mean stays. A mean that moves within :math:`1 / (1 - \beta)` updates counts as noise. Where the noise is spread
     evenly over d numbers, the standard error of the ratio is about :math:`\sqrt{(2 q^2 + 4 \rho q + 2 \rho^2 q) / d}`.
 
-    It reads the gradients and their running means a few times more, and keeps one tree like the parameters per loss.
+    It keeps one tree like the parameters per loss.
 
     Args:
-        decay: :math:`\beta` of the running means, in [0, 1).
+        decay: :math:`\beta` of the running means, in [0, 1). At 0 the last gradient alone counts: `conflicts` are its
+            own, and `signal_to_noise` is NaN, as one gradient has no variance.
         losses: the names of the losses in order, or their number for an unnamed tuple of losses.
         groups: which parameters are taken together, as for all of `dot_optax.diagnostics`.
 
@@ -187,7 +189,7 @@ def compare(grads: Any, *, groups: Groups = "all") -> Comparison:
         A `Comparison` with one row for each group. For complex gradients the real part of the inner product counts.
 
     Raises:
-        TypeError: if `grads` is not a container.
+        TypeError: if `grads` is not a container, or one of its leaves is not of floating point or complex numbers.
         ValueError: if its entries differ in structure, shape or kind of number, or `groups` is none of these.
 
     Example:
@@ -208,7 +210,9 @@ def compare(grads: Any, *, groups: Groups = "all") -> Comparison:
         Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_, 2020, who call an angle
         of more than 90 degrees a conflict.
     """
-    trees, _ = LossNames.of(grads, "grads").gradients(grads, None)
+    names = LossNames.of(grads, "grads")
+    _check_trainable(grads, "grads")
+    trees, _ = names.gradients(grads, None, "grads")
     return _comparison(_grams_of(trees, _group_function(groups, "compare")))
 
 
@@ -289,7 +293,7 @@ def gains_over_time(betas: Betas, steps: int) -> Any:
         A container like `betas` of arrays `[steps]`.
 
     Raises:
-        TypeError, ValueError: as `effective_learning_rate`.
+        TypeError, ValueError: as `effective_learning_rate`; ValueError also if `steps` is not a whole number of 0 or more.
 
     Example:
         A warm-up of delta: the gain of the momentum of the distillation loss, 40 in the end, comes later.
@@ -304,6 +308,7 @@ def gains_over_time(betas: Betas, steps: int) -> Any:
         Zhao et al., `DOT: A Distillation-Oriented Trainer <https://arxiv.org/abs/2307.08436>`_, 2023.
     """
     names = LossNames.of(betas, "betas")
+    _check_count("steps", steps, 0)
 
     def amplify(gains: Any, step: Any) -> tuple[Any, Any]:
         gains = [1 + beta * gain for beta, gain in zip(_momenta_at(names, betas, step), gains, strict=True)]
@@ -326,7 +331,7 @@ def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> ja
         r = |u| / |\theta|
 
     In front of a normalization, which hides the length of the weights, it is the angle of a step in radians, as long as
-    it is small. Around 1e-3 is usual; where it differs much between layers one learning rate does not suit all.
+    it is small. Where it differs much between layers, one learning rate does not suit all.
 
     Args:
         updates: what the optimizer returns.
@@ -337,7 +342,7 @@ def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> ja
         An array `[K]`. Where the parameters are zero it is infinite, or NaN if the updates are zero as well.
 
     Raises:
-        ValueError: if the trees have not equally many leaves, or `groups` is none of these.
+        ValueError: if the trees differ in structure, shape or kind of number, or `groups` is none of these.
 
     Example:
         >>> import jax.numpy as jnp, dot_optax
@@ -350,6 +355,7 @@ def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> ja
         You et al., `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_, 2017, who look
         at its inverse by layer.
     """
+    _check_like(updates, params, "updates", "params", "")
     gram = _grams_of([updates, params], _group_function(groups, "update_to_weight"))
     return jnp.sqrt(gram[:, 0, 0] / gram[:, 1, 1])
 
@@ -375,6 +381,7 @@ def scale_invariant_rate(learning_rate: jax.typing.ArrayLike, params: Any, *, gr
         An array `[K]`, infinite where the weights are zero.
 
     Raises:
+        TypeError: if `learning_rate` is not a number, but a schedule for example: give its value at the step in question.
         ValueError: if `groups` is none of these.
 
     Example:
@@ -391,6 +398,7 @@ def scale_invariant_rate(learning_rate: jax.typing.ArrayLike, params: Any, *, gr
         <https://arxiv.org/abs/1803.01814>`_, 2018. Li and Arora, `An Exponential Learning Rate Schedule for Deep Learning
         <https://arxiv.org/abs/1910.07454>`_, 2020.
     """
+    _check_scalar("learning_rate", learning_rate)
     return learning_rate / _grams_of([params], _group_function(groups, "scale_invariant_rate"))[:, 0, 0]
 
 
@@ -449,14 +457,15 @@ def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[A
         params: :math:`\theta`.
         directions: a list of one tree like `params` or of two (or more), such as `filter_normalized` makes; or the way
             to other parameters, `optax.tree.sub(others, params)`, with 0 and 1 among the distances.
-        distances: the x, an array `[n]`, along every direction. Choose them odd in number to have 0 among them.
+        distances: the x, an array `[n]` or a list, along every direction. Choose them odd in number to have 0 among them.
 
     Returns:
         What `loss_fn` returns, with an array `[n]` in the place of each loss, or `[n, n]` for two directions, whose first
         axis is that of the first direction. Parameters of 16 bits are rounded behind the sum.
 
     Raises:
-        ValueError: from JAX, if a direction has not the structure of `params`.
+        TypeError: if `directions` is not a list or tuple with one tree or more.
+        ValueError: if a direction differs from `params` in structure, shape or kind of number.
 
     Example:
         A network of Flax with BatchNorm. The copy's new statistics are dropped:
@@ -480,7 +489,11 @@ def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[A
         et al., `Qualitatively characterizing neural network optimization problems <https://arxiv.org/abs/1412.6544>`_,
         2015, for the way between two networks.
     """
-    grid = jnp.stack(jnp.meshgrid(*[distances] * len(directions), indexing="ij"), -1)
+    if not isinstance(directions, (list, tuple)) or not directions:
+        raise TypeError(f"directions must be a list of one tree like params or of more, got {_describe(directions)}")
+    for i, direction in enumerate(directions):
+        _check_like(direction, params, f"directions[{i}]", "params", "")
+    grid = jnp.stack(jnp.meshgrid(*[jnp.asarray(distances)] * len(directions), indexing="ij"), -1)
 
     def at(point: Any) -> Any:
         moved = params
@@ -517,6 +530,9 @@ def sharpness(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *, num
         first vector is random. NaN comes from too few iterations, and where H is 0 or :math:`\lambda_{max}` is nearly 0
         in comparison with the magnitude of the others.
 
+    Raises:
+        TypeError: if `params` has no leaf, or one that is not of real floating point numbers.
+
     Example:
         >>> import jax, jax.numpy as jnp, dot_optax
         >>> def loss_fn(w):
@@ -531,7 +547,7 @@ def sharpness(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *, num
         `optax.power_iteration` does the work; for more than the largest eigenvalue `matfree
         <https://pnkraemer.github.io/matfree/>`_ has Lanczos' method.
     """
-    product, params = _hessian(loss_fn, params)
+    product, params = _hessian(loss_fn, params, "sharpness")
 
     def search(start: Any, shift: Any, tolerance: float) -> tuple[Any, Any]:
         """Where power iteration for `H + shift` ends: the vector, and the product of H and it."""
@@ -568,6 +584,10 @@ def hessian_trace(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *,
         `(trace, standard_error)`: the mean over the z, and its standard error. The variance of one sample is twice the sum of the
         squares beside the diagonal; so a diagonal Hessian is exact with any z.
 
+    Raises:
+        TypeError: if `params` has no leaf, or one that is not of real floating point numbers.
+        ValueError: if there are less than two z, which have no standard error.
+
     Example:
         >>> import jax, jax.numpy as jnp, dot_optax
         >>> def loss_fn(w):
@@ -580,7 +600,8 @@ def hessian_trace(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *,
         Hutchinson, `A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines
         <https://doi.org/10.1080/03610918908812806>`_, 1989.
     """
-    product, params = _hessian(loss_fn, params)
+    _check_count("num_samples", num_samples, 2)
+    product, params = _hessian(loss_fn, params, "hessian_trace")
 
     def sample(key: Any) -> Any:
         z = optax.tree.random_like(key, params, jax.random.rademacher)
@@ -590,7 +611,15 @@ def hessian_trace(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *,
     return values.mean(), values.std(ddof=1) / num_samples**0.5
 
 
-def _hessian(loss_fn: Callable[[Any], Any], params: Any) -> tuple[Callable[[Any], Any], Any]:
+def _hessian(loss_fn: Callable[[Any], Any], params: Any, where: str) -> tuple[Callable[[Any], Any], Any]:
     """The product of the Hessian and a tree, forward over reverse, and the parameters in 32 bits or more."""
+    _check_trainable(params, f"{where}: params")
+    if not jax.tree.leaves(params) or any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+        raise TypeError(f"{where}: params must have real numbers and no complex ones, got {_describe(params)}")
     params = jax.tree.map(lambda p: jnp.asarray(p, _widest(p)), params)
     return lambda v: jax.jvp(jax.grad(loss_fn), (params,), (v,))[1], params
+
+
+def _check_count(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < low:
+        raise ValueError(f"{name} must be a whole number of {low} or more, got {_describe(value)}")

@@ -344,7 +344,7 @@ def test_landscape():
         return PerLoss(task=w[0] * w[1] ** 2, kd=w[0])
 
     x = np.linspace(-1.0, 1.0, 3)
-    line = diagnostics.landscape(losses, params, directions[:1], x)
+    line = diagnostics.landscape(losses, params, directions[:1], list(x))
     np.testing.assert_allclose(line.task, 4 * (1 + x))
     plane = diagnostics.landscape(losses, params, directions, x)
     np.testing.assert_allclose(plane.task, np.outer(1 + x, (2 + x) ** 2))
@@ -459,3 +459,40 @@ def test_errors():
         diagnostics.record(1)
     with pytest.raises(ValueError, match=r"beta_kd must be in \[0, 1\), got 1.5"):
         diagnostics.effective_learning_rate(0.1, (0.5, 1.5))
+    for steps in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"steps must be a whole number of 0 or more, got {steps}"):
+            diagnostics.gains_over_time((0.5, 0.9), steps)
+    with pytest.raises(TypeError, match="learning_rate must be a number or a scalar array, got <function"):
+        diagnostics.scale_invariant_rate(optax.constant_schedule(0.1), jnp.ones(2))
+
+
+def test_errors_about_trees_say_where():
+    one, two = {"w": jnp.ones(1)}, {"w": jnp.ones(2)}
+    for grads, name in ((PerLoss(one, two), r"grads\.kd\['w'\]"), ({"ce": one, "kd": two}, r"grads\['kd'\]\['w'\]")):
+        with pytest.raises(ValueError, match=f"^{name}: expected what the first loss has there, .*; got an array"):
+            diagnostics.compare(grads)
+    whole = {"w": jnp.arange(2)}
+    with pytest.raises(TypeError, match=r"^grads\[0\]\['w'\] must be floating point or complex, got an array"):
+        diagnostics.compare((whole, whole))
+    for updates in (one, {"v": jnp.ones(2)}):
+        with pytest.raises(ValueError, match=r"^updates\['.'\]: expected what params has there"):
+            diagnostics.update_to_weight(updates, two)
+        with pytest.raises(ValueError, match=r"^directions\[1\]\['.'\]: expected what params has there"):
+            diagnostics.landscape(optax.tree.norm, two, [two, updates], [0.0, 1.0])
+    for directions in ([], two):
+        with pytest.raises(TypeError, match="directions must be a list of one tree like params or of more, got"):
+            diagnostics.landscape(optax.tree.norm, two, directions, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("function", [diagnostics.sharpness, diagnostics.hessian_trace])
+def test_errors_about_parameters_without_a_hessian(function):
+    for params in ({}, {"w": jnp.ones(2, jnp.complex64)}):
+        with pytest.raises(TypeError, match=f"{function.__name__}: params must have real numbers and no complex ones"):
+            function(optax.tree.norm, params, jax.random.key(0))
+    with pytest.raises(TypeError, match=f"{function.__name__}: params\\['w'\\] must be floating point or complex"):
+        function(optax.tree.norm, {"w": jnp.arange(2)}, jax.random.key(0))
+
+
+def test_one_sample_has_no_standard_error():
+    with pytest.raises(ValueError, match="num_samples must be a whole number of 2 or more, got 1"):
+        diagnostics.hessian_trace(jnp.sum, jnp.ones(2), jax.random.key(0), num_samples=1)
