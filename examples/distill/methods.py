@@ -432,6 +432,11 @@ def _is_of_aggregate(path: Any, value: Any) -> bool:
     return getattr(path[-1], "tuple_name", None) == "AggregateState"
 
 
+def _at(step: Any, value: Any) -> Any:
+    """A number, or what a schedule has at this step."""
+    return value(step) if callable(value) else value
+
+
 def diagnostics(
     method: str, config: ConfigDict, objective: Objective, steps_per_epoch: int, epochs: int
 ) -> Diagnostics:
@@ -446,12 +451,12 @@ def diagnostics(
         weights = objective.container(*[1.0] * len(objective.names))
 
     def rates(step: Any) -> Any:
-        found = effective_learning_rate(learning_rate, betas, step)
-        if config.name == "sgd":
-            return found
+        found, now = effective_learning_rate(learning_rate, betas, step), [_at(step, beta) for beta in betas]
         # The gains of Adam's momenta are relative, and so are those in front of Muon.
-        now = [beta(step) if callable(beta) else beta for beta in betas]
-        return jax.tree.map(lambda rate: rate * (1 - sum(now) / len(now)), found)
+        factor = 1.0 if config.name == "sgd" else 1 - sum(now) / len(now)
+        # A loss of weight 0 is not trained on, and has no rate.
+        trained = [jnp.where(jnp.asarray(_at(step, weight)) == 0, jnp.nan, factor) for weight in weights]
+        return objective.container(*(rate * scale for rate, scale in zip(found, trained, strict=True)))
 
     def scales(opt_state: Any) -> Any:
         return list(read_state(method, opt_state).values()) or None

@@ -4,7 +4,7 @@
     NAME_share         what each loss contributes to the update: see `shares`; they add up to 1
     NAME_snr           the signal-to-noise ratio of each gradient, from running moments: see `dot_optax.diagnostics.record`
     update_to_weight   the length of the update over that of the parameters
-    NAME_rate          the effective learning rate of each loss: learning rate x gain
+    NAME_rate          the effective learning rate of each loss: learning rate x gain; null if its weight is 0
 
 All are means over the steps of an epoch that know them. The running moments are in the state of the optimizer, in front of
 its own, and so in checkpoints: they take the memory of one more tree of parameters for each loss.
@@ -45,9 +45,8 @@ class Diagnostics(NamedTuple):
     weights: Any = None  # with which the optimizer begins: numbers or schedules, in the container
     # (step) -> the effective learning rate of each loss, in the container; None where nobody knows
     rates: Callable[[Any], Any] | None = None
-    scales: Callable[[Any], Any] = lambda opt_state: (
-        None
-    )  # further weights that the optimizer found; None: there are none
+    # (opt_state) -> further weights that the optimizer found; None: there are none
+    scales: Callable[[Any], Any] = lambda opt_state: None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -104,14 +103,15 @@ def momenta(opt_state: Any, container: Any, params: Any) -> list[Any] | None:
     def is_kept(state: Any) -> bool:
         return of_losses(getattr(state, "mu", state)) is not None
 
-    kept = [state for state in jax.tree.leaves(opt_state, is_leaf=is_kept) if is_kept(state)]
-    if not kept:
+    for state in jax.tree.leaves(opt_state, is_leaf=is_kept):
+        buffers = of_losses(getattr(state, "mu", state))
+        if buffers is not None:
+            break
+    else:
         return None
-    buffers = of_losses(getattr(kept[0], "mu", kept[0]))
-    assert buffers
     # Without its bias correction and epsilon, which are nearly the same for all losses.
     tiny = jnp.finfo(jnp.float32).tiny
-    scale = jax.tree.map(lambda nu: jax.lax.rsqrt(nu + tiny), kept[0].nu) if hasattr(kept[0], "mu") else None
+    scale = jax.tree.map(lambda nu: jax.lax.rsqrt(nu + tiny), state.nu) if hasattr(state, "mu") else None
 
     def like_params(buffer: Any) -> Any:
         whole = jax.tree.map(lambda v, p: jnp.zeros_like(p) if _is_masked(v) else v, buffer, params, is_leaf=_is_masked)

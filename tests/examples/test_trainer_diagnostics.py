@@ -24,7 +24,7 @@ _ONE_DEVICE = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel
 _WEIGHTS = dot_optax.PerLoss(task=0.1, kd=0.9)
 _METHODS = ("ce", "kd", "kd_gain_matched", "dot", "kd_projected", "dot_min_norm", "dto_kd")
 _RATES = {  # of a learning rate of 1: gains of SGD with momentum 0.9, and of DOT with delta 0.075
-    "ce": (10.0, 10.0),
+    "ce": (10.0, np.nan),  # whose weight of KD is 0
     "kd": (10.0, 10.0),
     "kd_projected": (10.0, 10.0),
     "dto_kd": (10.0, 10.0),
