@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 import dot_optax
 from benchmarks import sampled_gradients as sampled
+from examples.distill import report as drawing
 
 KD, DOT, MATCHED = "KD 0.9", "DOT 0.075", "KD, gain-matched"
 SIGNIFICANT = 0.05
@@ -33,6 +34,26 @@ def shown(found):
         return ""
     value, error, p = found
     return f"{value:+.4f} ± {error:.4f}{' *' if p < SIGNIFICANT else ''}"
+
+
+def summary_table(results):
+    """The arms that matter most; marked where the difference from KD is significant, corrected within a problem."""
+    title(f"Mean test losses; * where the difference from {KD} is significant")
+    arms = ("CE", "KD 0.5", KD, MATCHED, "DOT 0.05", DOT, "DOT -0.075")
+    header("arm", *results)
+    compared = {
+        name: sampled.holm({arm: difference(of[arm], of[KD]) for arm in arms if arm in of and arm != KD})
+        for name, of in results.items()
+    }
+
+    def cell(name, arm):
+        if arm not in results[name]:
+            return ""
+        is_other = arm != KD and compared[name][arm][2] < SIGNIFICANT
+        return f"{mean(results[name][arm], 'test loss'):.4f}{' *' if is_other else ''}"
+
+    for arm in arms:
+        sampled.row([arm, *(cell(name, arm) for name in results)])
 
 
 def problem_table(name, results):
@@ -170,14 +191,14 @@ def picture(results, path):
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     kinds = {
         "KD, over weights": (lambda arm: arm.startswith("KD 0") and "," not in arm, "-o", "#0072b2"),
-        "KD, larger momentum": (lambda arm: arm.startswith("KD 0") and "momentum" in arm, "v", "#56b4e9"),
+        "KD, other momentum": (lambda arm: arm.startswith("KD 0") and "momentum" in arm, "v", "#56b4e9"),
         "KD, gain-matched": (lambda arm: arm == MATCHED, "P", "#009e73"),
         "DOT, over delta": (lambda arm: arm.startswith("DOT 0"), "--D", "#d55e00"),
         "DOT, normalised or warmed up": (lambda arm: arm in ("DOT, warm-up", "DOT, normalised"), "s", "#e69f00"),
-        "reversed momenta": (lambda arm: arm.endswith("reversed") or arm == "DOT -0.075", "^", "#000000"),
+        "momenta exchanged": (lambda arm: arm.endswith("reversed") or arm == "DOT -0.075", "^", "#000000"),
     }
     for axes, (name, found) in zip(grid, results.items(), strict=False):
         axes.set(xlabel="train task loss", ylabel="train KD loss", title=name, xscale="log", yscale="log")
@@ -187,7 +208,9 @@ def picture(results, path):
             arms = [result for arm, result in found.items() if belongs(arm)]
             x, y = ([mean(result, measure) for result in arms] for measure in ("train task", "train KD"))
             axes.plot(x, y, style, color=color, label=label, markersize=6, linewidth=1.2, fillstyle="none")
-    for axes in list(grid)[len(results) :]:
+        for axis in (axes.xaxis, axes.yaxis):
+            drawing.set_log_ticks(axis)
+    for axes in grid[len(results) :]:
         axes.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
