@@ -415,6 +415,7 @@ def batches(steps, batch=8):
     return jax.random.split(jax.random.key(6), steps), starts % 24
 
 
+@pytest.mark.slow
 def test_dot_with_crd_by_reach():
     """The head is the task's, both projectors are CRD's, and each has one buffer, with the mean momentum."""
     params, memory, data, reached = training()

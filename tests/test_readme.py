@@ -24,7 +24,7 @@ def test_its_code_trains():
     namespace = {"model": lambda params, x: x @ params["w"], "params": {"w": 0.1 * jax.random.normal(key, (4, 3))}}
     namespace |= {"x": jax.random.normal(key, (8, 4)), "y": jnp.arange(8) % 3}
     namespace["teacher_logits"] = 4.0 * jax.nn.one_hot(namespace["y"], 3)
-    definitions, step = BLOCKS[0].split("# and in the train step")
+    definitions, step = BLOCKS[0].split("# In the train step")
     exec(definitions, namespace)
     namespace["opt_state"] = namespace["optimizer"].init(namespace["params"])
     history = []

@@ -12,6 +12,8 @@ import pytest
 from examples.distill.command_line import main
 from examples.trainer import checkpoint, loop, preemption
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(finished, tmp_path):

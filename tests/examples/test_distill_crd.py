@@ -125,6 +125,7 @@ def _momenta(method, path):
     return {"crd": (0.9, 0.9), "crd_dot": (0.825, 0.975)}[method]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["crd", "crd_dot"])
 def test_three_steps_are_what_they_are_by_hand(method):
     config = _config()
@@ -200,6 +201,7 @@ def test_a_step_that_is_not_finite_leaves_the_memory_alone():
             jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_params", [False, True])
 def test_four_devices_have_one_memory(shard_params):
     config = _config()
@@ -286,6 +288,7 @@ def _optimizer(job):
         return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_memory_and_its_student_is_a_teacher(distill, finished, tmp_path):
     """Parameters, momenta, projectors, memory and log have the bits of a run that was never interrupted."""
 

@@ -159,6 +159,7 @@ def test_hosts_share_each_batch_and_its_augmentations(noisy):
         assert sorted(_identities([batch])) == sorted(_identities(shares))
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(noisy):
     whole = _train(noisy, batch_size=60)
     workers = noisy._replace(workers=2)

@@ -19,7 +19,6 @@ from examples.distill.configs.digits import get_config
 from examples.trainer import checkpoint, identity, process, records, workdir
 from examples.trainer.errors import UserError
 from examples.trainer.settings import fields
-from tests.tiers import slow_but
 
 CONFIGS = [
     "cifar100_r32x4_r8x4",
@@ -322,7 +321,8 @@ def test_a_network_without_a_checkpoint(tmp_path):
         checkpoint.load_variables(tmp_path / "kd")
 
 
-@pytest.mark.parametrize("damage", slow_but(["variables", "variables/d"], "variables/d"))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["variables", "variables/d"])
 def test_a_damaged_teacher(damage, finished, data_dir, tmp_path):
     shutil.copytree(finished / "teacher", tmp_path / "teacher")
     [*_, latest] = sorted((tmp_path / "teacher" / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -338,6 +338,7 @@ def test_a_damaged_teacher(damage, finished, data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_intact(finished, data_dir, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "dot" / "result.json").unlink()

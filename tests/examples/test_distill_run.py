@@ -104,6 +104,7 @@ def test_the_student_can_be_loaded_and_gives_the_reported_accuracy(finished, dat
     assert accuracy == pytest.approx(records.read_json(finished / "dot" / "result.json")["test"]["top1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epoch", "next_run"),
     [
@@ -190,6 +191,7 @@ def test_a_run_interrupted_before_its_result_only_evaluates(finished, distill, t
     assert records.read_json(result) == expected
 
 
+@pytest.mark.slow
 def test_a_method_can_be_added_and_the_teacher_is_reused(distill, tmp_path, capsys):
     assert distill(tmp_path / "run", "--config.method=ce", "--config.epochs=1") == 0
     teacher = (tmp_path / "run" / "teacher" / "result.json").stat().st_mtime_ns
@@ -199,6 +201,7 @@ def test_a_method_can_be_added_and_the_teacher_is_reused(distill, tmp_path, caps
     assert (tmp_path / "run" / "teacher" / "result.json").stat().st_mtime_ns == teacher
 
 
+@pytest.mark.slow
 def test_the_latest_checkpoints_and_the_best_are_kept(distill, tmp_path):
     flags = ("--config.method=ce", "--config.checkpoint_every_steps=5", "--config.keep_checkpoints=3")
     spoil = ("--config.optimizer.drop_epochs=(3,)", "--config.optimizer.drop_factor=300")  # a learning rate of 3
@@ -241,6 +244,7 @@ def test_a_loss_that_stays_infinite_stops_the_run_and_keeps_the_checkpoint(finis
     assert _epochs(workdir / "kd") == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_first_checkpoint_does_not_hold_the_folder(distill, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert distill(workdir, "--config.method=kd", "--config.optimizer.learning_rate=1e30") == 1

@@ -20,7 +20,6 @@ from PIL import Image
 from examples.distill import data, images, sources
 from examples.distill.configs.digits import get_config
 from examples.trainer.errors import UserError
-from tests.tiers import slow_but
 
 _PIXELS = np.random.default_rng(0).integers(256, size=(40, 8, 8, 1), dtype=np.uint8)
 _LABELS = np.arange(40) % 3
@@ -260,6 +259,7 @@ def _trained(dataset):
         return [np.asarray(batch["image"]) for batch in batches]
 
 
+@pytest.mark.slow
 def test_worker_processes_need_not_import_the_file_of_the_user(tmp_path, config):
     for _ in range(2):  # The same file may be run again.
         _run(tmp_path)
@@ -597,7 +597,8 @@ with data.train_batches(dataset, 20, 0, 1) as batches:
 """
 
 
-@pytest.mark.parametrize("count", slow_but([1, 3], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
 def test_runs_prepare_the_dataset_of_a_users_builder_at_once(count, tmp_path):
     (tmp_path / "user.py").write_text(textwrap.dedent(_BUILDER_FILE))
     command = [sys.executable, "-c", _LOAD, str(tmp_path / "user.py"), str(tmp_path / "data")]

@@ -106,6 +106,7 @@ def _train(problem, layout, optimizer, count=3, **options):
     return jax.device_get(state.params), found, state
 
 
+@pytest.mark.slow
 def test_a_step_is_dot_on_both_losses():
     (graphdef, params), (teacher_graphdef, teacher) = _network(0), _network(1)
 
@@ -131,6 +132,7 @@ def test_a_step_is_dot_on_both_losses():
         np.testing.assert_allclose([step["task_loss"], step["kd_loss"]], [2 * values.task, 2 * values.kd], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices_of_model", slow_but([(2, 1), (4, 2), (4, 4)], (4, 2)))
 def test_devices_give_the_student_of_one(devices_of_model):
     devices, of_model = devices_of_model
@@ -146,6 +148,7 @@ def test_devices_give_the_student_of_one(devices_of_model):
         assert leaf.sharding.shard_shape(q.shape) == (2, 8 * of_model // devices, heads, 4)
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_what_is_valid():
     valid = np.arange(_LENGTH)[None] < np.array([6, 6, 2, 0])[:, None]
     params, teacher = _network(0)[1], _network(1)[1]

@@ -55,6 +55,7 @@ def save(checkpoints, step, wait=True):
     checkpoints.save(state(step), _Batches(), checkpoint.Progress(seed=0), wait=wait)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_was_not(bucket, finished, distill, capsys, monkeypatch):
     append_line = records.append_line
 

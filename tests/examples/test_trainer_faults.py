@@ -3,7 +3,6 @@
 import pytest
 
 from tests.faults import FAULTS
-from tests.tiers import slow_but
 
 CASES = {
     f"{program.module.removeprefix('examples.')}: {name}": (program, fault)
@@ -13,7 +12,8 @@ CASES = {
 
 
 # Steps whose loss is NaN are skipped in the first tier too: see test_distill_steps.py and test_distill_run.py.
-@pytest.mark.parametrize("case", slow_but(CASES, "distill: SIGTERM"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_survives(case, workspaces):
     program, fault = CASES[case]
     assert fault(workspaces(program))

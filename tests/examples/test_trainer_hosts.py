@@ -11,7 +11,6 @@ import pytest
 from jax.experimental import multihost_utils
 
 from examples.trainer import checkpoint, hosts
-from tests.tiers import slow_but
 
 
 def _run_on_two_hosts(workspace, workdir, *flags, **options):
@@ -26,7 +25,8 @@ def _assert_same_student(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), student, expected)
 
 
-@pytest.mark.parametrize("form", slow_but(["jit", "jit --config.shard_params=True", "pmap", "shard_map"], "jit"))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jit", "jit --config.shard_params=True", "pmap", "shard_map"])
 def test_two_hosts_train_and_evaluate_like_one(form, workspace):
     flags = f"--config.parallel={form}".split()
     alone, run = workspace.short, workspace.folder / f"hosts {form}"
@@ -57,6 +57,7 @@ def test_two_hosts_go_on_from_an_earlier_checkpoint_with_the_same_bits(workspace
     _assert_same_student(again, run, atol=0)
 
 
+@pytest.mark.slow
 def test_hosts_that_were_started_differently(workspace, tmp_path):
     for code, _, errors in _run_on_two_hosts(
         workspace, tmp_path / "run", each=(["--config.seed=1"], ["--config.seed=2"])

@@ -103,7 +103,8 @@ def _assert_close(form, actual, expected, bound):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=bound * (1 + np.abs(y).max())), a, b)
 
 
-@pytest.mark.parametrize("student", slow_but(["one stage", "resnet8x4"], "one stage"))
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["one stage", "resnet8x4"])
 @pytest.mark.parametrize("form", slow_but(FORMS, "jit", "shard_map"))
 def test_with_batch_norm_in_float64(form, student):
     """In float32 the larger network amplifies a rounding error by 1e5 in 50 steps, so that nothing could be compared."""
@@ -119,7 +120,8 @@ def test_a_multilayer_perceptron_in_float32(form):
     _assert_close(form, four, _on_one_device("mlp", jnp.float32), bound=40 * 2 * 2**-24)
 
 
-@pytest.mark.parametrize("form", slow_but(["jit", "jit_sharded", "pmap"], "pmap"))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jit", "jit_sharded", "pmap"])
 def test_aggregation_sees_the_losses_and_gradients_of_the_whole_batch(form):
     """Its weights follow from them. The bound: as above, through quotients of inner products, and 100 times that."""
     one = _train(MULTILAYER, parallel.jit_layout(_mesh(1)), "dto_kd")
@@ -169,6 +171,7 @@ def _moved_bytes(form, method, student):
     return moved["all-reduce"]
 
 
+@pytest.mark.slow
 def test_shard_map_moves_no_more_than_plain_distillation():
     student = ("mlp", {"input_shape": (8, 8, 3), "hidden": (512,)})
     parameters = 4 * ((192 + 1) * 512 + (512 + 1) * 10)
@@ -208,7 +211,8 @@ def test_a_run_goes_on_on_another_number_of_devices_and_in_another_form(
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("form", slow_but(["pmap", "shard_map"], "shard_map"))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pmap", "shard_map"])
 def test_an_interrupted_run_on_several_devices_ends_with_the_same_bits(form, finished, distill, tmp_path, monkeypatch):
     flags = ("--config.method=dot", f"--config.parallel={form}", "--config.devices=2", "--config.epochs=3")
     append_line = records.append_line

@@ -220,6 +220,7 @@ def _exact_of(name, params, rest, batch, step):
     return values, grads, plain, new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     slow_but(
@@ -414,7 +415,8 @@ def test_with_pmap_devices_exchange_no_gradient_that_is_not_due():
     assert collectives(text)["all-reduce"] >= 2 * gradient
 
 
-@pytest.mark.parametrize("form", slow_but(["losses", "alternating", "difference", "examples"], "losses"))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["losses", "alternating", "difference", "examples"])
 def test_a_run_that_was_interrupted_goes_on_in_its_phase(form, finished, distill, tmp_path, monkeypatch, capsys):
     """The log and the report are those of a whole run."""
     period = {"alternating": 2, "examples": 4}.get(form, 3)
