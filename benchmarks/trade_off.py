@@ -325,7 +325,7 @@ BREAKING_ARMS = (
 
 
 def breaking(name, setting, directory):
-    """The smallest learning rate, in steps of 2, at which one of 5 students knows less than nothing after 1/4 of the epochs."""
+    """The smallest learning rate, in steps of 2, at which the task loss of one of 5 students ends above log 10, after 1/4 of the epochs."""
     problem = setting.problem._replace(seeds=5, epochs=max(1, setting.problem.epochs // 4))
     cells = sampled.Cells(f"{name}, breaking", problem, directory, ARMS)
 
