@@ -282,8 +282,7 @@ def _accumulated(wrapper: Any, tx: Any, container: LossNames, losses: Any) -> op
     to_container = _to_container(tx, container)
     multi_steps = wrapper(to_container)
     if multi_steps.inner_opt is not to_container:
-        remedy = "nest, wrap(MultiSteps, wrap(other, tx))"
-        raise ValueError(f"wrap: optax.MultiSteps must hold the optimizer alone: {remedy}")
+        raise ValueError("wrap: optax.MultiSteps must hold the optimizer alone: nest, wrap(MultiSteps, wrap(..., tx))")
     steps = joint(optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update), losses=losses)
 
     def update(updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any) -> tuple[Any, Any]:

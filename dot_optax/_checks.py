@@ -48,6 +48,11 @@ def _check_scalar(name: str, value: Any, low: float = -np.inf, high: float = np.
         raise TypeError(f"{name} must be a number or a scalar array, got {_describe(value)}")
 
 
+def _check_count(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a whole number of {low} or more, got {_describe(value)}")
+
+
 def _is_number(value: Any) -> TypeGuard[float]:
     """A number that is known before tracing, and so can be range-checked."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
@@ -69,12 +74,12 @@ def _check_trainable(tree: Any, what: str) -> None:
 
 def _check_like(tree: Any, reference: Any, name: str, what: str, hint: str) -> None:
     """Raises where `tree` differs from `reference` in structure, shape or kind of number; dtypes may differ in size."""
+    _check_trainable(reference, name if tree is reference else what)
     found, wanted = ({keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, reference))
     for path in wanted | found:
         leaf, like = (_describe(leaves[path]) if path in leaves else "no leaf" for leaves in (found, wanted))
-        if (path in found) != (path in wanted) or _form(found[path]) != _form(wanted[path]) or not _form(found[path]):
-            remedy = f"; {SPLIT_OFF}" if path in wanted and not _form(wanted[path]) else hint
-            raise ValueError(f"{name}{path}: expected what {what} has there, {like}; got {leaf}{remedy}")
+        if (path in found) != (path in wanted) or _form(found[path]) != _form(wanted[path]):
+            raise ValueError(f"{name}{path}: expected what {what} has there, {like}; got {leaf}{hint}")
     if jax.tree.structure(tree) != jax.tree.structure(reference):
         raise ValueError(f"{name}: its containers differ from those of {what}: {jax.tree.structure(tree)!s:.200}{hint}")
 

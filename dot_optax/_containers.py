@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dot_optax._checks import LOOKS_SINGLE, _check_like, _describe, _listed
 
@@ -65,13 +66,14 @@ class LossNames:
 
     @classmethod
     def named(cls, losses: int | Sequence[str], where: str) -> "LossNames":
-        """From the `losses` argument of `joint` and `wrap`."""
-        names = tuple(range(losses)) if isinstance(losses, int) else tuple(losses)
-        if isinstance(losses, str) or len(set(names)) < max(len(names), 1):
-            raise ValueError(f"{where}: `losses` must be distinct names in order, or their number; got {losses!r}")
+        """From the `losses` argument of a transformation: names, or how many there are."""
+        counted = isinstance(losses, (int, np.integer)) and not isinstance(losses, bool)
+        names = tuple(range(losses) if counted else losses if isinstance(losses, (list, tuple)) else ())
+        if not all(isinstance(name, (str, int)) for name in names) or len(set(names)) < max(len(names), 1):
+            raise ValueError(f"{where}: `losses` must be a tuple of distinct names, or their number; got {losses!r}")
         if names == PerLoss._fields:
             return cls(PerLoss(None, None))
-        return cls(names) if isinstance(losses, int) else cls(dict.fromkeys(names), ordered=True)
+        return cls(names) if counted else cls(dict.fromkeys(names), ordered=True)
 
     def pack(self, entries: Sequence[Any]) -> Any:
         """The container of `entries`, which come in the order of `names`."""

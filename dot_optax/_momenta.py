@@ -233,8 +233,7 @@ def _wide_adam(
             _check_trainable(params, "params")
             *mu, nu = _kept(plan_for(params), len(now))
             first_moments = losses.pack([_init_buffers(params, keeps, mu_dtype) for keeps in mu])
-            count = jnp.zeros([], jnp.int32)
-            return ScaleByAdamMomentaState(count, first_moments, _init_buffers(params, nu, None))
+            return ScaleByAdamMomentaState(jnp.zeros([], jnp.int32), first_moments, _init_buffers(params, nu, None))
 
         def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
             count = optax.safe_increment(state.count)

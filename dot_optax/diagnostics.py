@@ -14,19 +14,20 @@ All of them can be compiled, and none draws. A function with the argument `group
 parameters, in the order in which the groups come in the tree. `groups` is "all", for one group; "layer", where those with
 the same parent are a group, such as a kernel and its bias; "leaf", where each parameter is one; or a function from the
 path of a parameter, such as `('body', 0, 'kernel')`, to what names its group. Sums over parameters are taken in float32,
-or in float64 where a parameter is. Each parameter may be sharded in its own way.
+or in float64 where a parameter is. In float32 the square of a norm above 1e19 is infinite, and that of one below 1e-22 is
+zero. Each parameter may be sharded in its own way.
 """
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dot_optax._aggregate import Groups, _grams, _group_function, _grouped, _wide
-from dot_optax._checks import _check_like, _check_scalar, _check_trainable, _describe
+from dot_optax._checks import _check_count, _check_like, _check_scalar, _check_trainable, _describe, _kind
 from dot_optax._containers import LossNames, PerLoss
 from dot_optax._momenta import Betas, _init_buffers, _widest
 from dot_optax.weightings import _norms_and_cosines
@@ -42,7 +43,8 @@ class Comparison(NamedTuple):
         norms: `[K, N]`, the norms of the gradients.
         cosines: `[K, N, N]`, the cosines of the angles between them; below 0 two losses are in conflict. A gradient that
             is zero has a cosine of 0 with every other.
-        shares: `[K, N]`, what each contributes to the sum. They add up to 1, and are NaN where the sum is zero.
+        shares: `[K, N]`, what each contributes to the sum. They add up to 1, and are NaN where the sum is zero. Where
+            gradients nearly cancel, rounding shows: in float32 by some percent, if the sum is a thousandth of them in length.
     """
 
     norms: Any
@@ -58,7 +60,8 @@ class RecordState(NamedTuple):
         cosines: `[K, N, N]`, the cosines of the angles between the last gradients.
         shares: `[K, N]`, what each of the last gradients contributes to their sum.
         conflicts: `[K, N, N]`, the conflict rate: how often the angle was above 90 degrees, a running mean.
-        signal_to_noise: `[K, N]`, see `record`; NaN before the second update.
+        signal_to_noise: `[K, N]`, see `record`; NaN before the second update, and for a gradient that was always zero;
+            infinite for another that was always the same.
         memory: the sum of the weights of all updates in a running mean, where the last one has a weight of 1.
         variances: `[K, N]`, the running variances of the gradients, not corrected.
         means: the running means of the gradients, a tuple of one tree like the parameters for each loss. It has no names, so
@@ -112,13 +115,15 @@ def record(
         reads it. In front of the momenta it is about gradients. Behind `per_loss(trace, trace)` it is about momenta, and
         `shares` say what each loss contributes to the update; `signal_to_noise` has no meaning there, where each value
         remembers those before it. In `jax.shard_map` put it behind `average_over`, or it is about each device's part of
-        the batch. A gradient that is not finite stays in the running means: skip such steps with
-        `optax.apply_if_finite` in `wrap`.
+        the batch. A gradient that is not finite, or whose square is not, stays in the running means: skip such steps
+        with `optax.apply_if_finite` in `wrap`, or scale the losses. Together with `aggregate`, whose state has `cosines`
+        too, read `optax.tree.get(state, 'RecordState').cosines`.
 
     Raises:
         TypeError: from `init` if a leaf of the parameters cannot be trained; from `update` if the updates are not a
             container.
-        ValueError: if `decay` is out of range, or `losses` or `groups` is none of these; from `update` as `per_loss`.
+        ValueError: if `decay` is out of range, or `losses` or `groups` is none of these; from `update` as `per_loss`, or
+            if the gradients differ from the parameters that `init` was given.
 
     Example:
         >>> import jax.numpy as jnp, optax, dot_optax
@@ -151,22 +156,22 @@ def record(
         return RecordState(*(jnp.zeros(shape, dtype) for shape in shapes), means=means)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, RecordState]:
-        trees, _ = names.gradients(updates, params)
-        means, dtype = state.means, state.norms.dtype
-        gram, memory = _grams_of(trees, group_of).astype(dtype), 1 + decay * state.memory
+        trees, _ = names.gradients(updates, state.means[0])
+        means, dtype, beta = state.means, state.norms.dtype, jnp.asarray(decay, state.norms.dtype)
+        gram, memory = _grams_of(trees, group_of).astype(dtype), 1 + beta * state.memory
         alpha = 1 / memory
         deltas = [optax.tree.sub(optax.tree.cast_like(g, m), m) for m, g in zip(means, trees, strict=True)]
         moved = [_add_scaled(m, alpha, delta) for m, delta in zip(means, deltas, strict=True)]
         lengths = jnp.stack([_grams_of([tree], group_of)[:, 0, 0] for tree in moved + deltas], 1).astype(dtype)
         squared, of_deltas = jnp.split(lengths, 2, 1)
         spread = state.variances + alpha * of_deltas
-        # s: in v / (1 - q) with 1 - q = 2 (1 - alpha) / (1 + decay), a factor 1 - alpha cancels, which is 0 at first.
-        noise = (1 + decay) / 2 * spread
-        signal = jnp.maximum(0, squared - (alpha - (1 - decay) / 2) * spread)
+        # s: in v / (1 - q) with 1 - q = 2 (1 - alpha) / (1 + beta), a factor 1 - alpha cancels, which is 0 at first.
+        noise = (1 + beta) / 2 * spread
+        signal = jnp.maximum(0, squared - (alpha - (1 - beta) / 2) * spread)
         ratio = jnp.where(memory > 1, signal / noise, jnp.nan)
-        conflicts = state.conflicts + alpha * ((gram < 0).astype(dtype) - state.conflicts)
-        found = conflicts, ratio, memory, (1 - alpha) * spread, tuple(moved)
-        return updates, RecordState(*_comparison(gram), *found)
+        conflicting = jnp.where(jnp.isfinite(gram), gram < 0, jnp.nan).astype(dtype)
+        conflicts = state.conflicts + alpha * (conflicting - state.conflicts)
+        return updates, RecordState(*_comparison(gram), conflicts, ratio, memory, (1 - alpha) * spread, tuple(moved))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -190,7 +195,9 @@ def compare(grads: Any, *, groups: Groups = "all") -> Comparison:
 
     Raises:
         TypeError: if `grads` is not a container, or one of its leaves is not of floating point or complex numbers.
-        ValueError: if its entries differ in structure, shape or kind of number, or `groups` is none of these.
+        ValueError: if its entries differ in structure, shape or kind of number, or `groups` is none of these. The momenta
+            of `dot(reached=...)` differ in structure: they are `optax.MaskedNode` where a loss does not reach. Put zeros
+            there.
 
     Example:
         What each loss contributes to the updates of `dot`, read from its state:
@@ -242,7 +249,8 @@ def effective_learning_rate(learning_rate: optax.ScalarOrSchedule, betas: Betas,
         \eta_i(t) = \frac{\eta(t)}{1 - \beta_i(t)}
 
     Two optimizers with equal :math:`\eta_i` take the same steps under gradients that stay, so compare these, not
-    :math:`\eta`. For `dot_adamw`, whose gains are relative, multiply by :math:`1 - \beta_0`, the mean of the momenta.
+    :math:`\eta`. If the weights of the losses differ as well, compare each weight times :math:`\eta_i`. For `dot_adamw`,
+    whose gains are relative, multiply by :math:`1 - \beta_0`, the mean of the momenta.
 
     Args:
         learning_rate: :math:`\eta`, a number, or a schedule from the number of updates so far.
@@ -254,7 +262,8 @@ def effective_learning_rate(learning_rate: optax.ScalarOrSchedule, betas: Betas,
         they are at step t for some :math:`1 / (1 - \beta_i)` steps; see `gains_over_time` for the way there.
 
     Raises:
-        TypeError: if `betas` is not a container of numbers, scalar arrays or schedules.
+        TypeError: if `betas` is not a container of numbers, scalar arrays or schedules, or `learning_rate` is none of
+            these.
         ValueError: if a momentum given as a Python number is outside [0, 1).
 
     Example:
@@ -272,6 +281,7 @@ def effective_learning_rate(learning_rate: optax.ScalarOrSchedule, betas: Betas,
         these gains.
     """
     names = LossNames.of(betas, "betas")
+    _check_scalar("learning_rate", 0.0 if callable(learning_rate) else learning_rate)
     rate = learning_rate(step) if callable(learning_rate) else learning_rate
     return names.pack([rate / (1 - beta) for beta in _momenta_at(names, betas, step)])
 
@@ -283,7 +293,8 @@ def gains_over_time(betas: Betas, steps: int) -> Any:
         G_i(t) = 1 + \beta_i(t) \, G_i(t - 1), \qquad G_i(-1) = 0
 
     With a momentum that stays this is :math:`(1 - \beta^{t + 1}) / (1 - \beta)`. It takes some :math:`1 / (1 - \beta)`
-    steps to follow a momentum that moves. Times the learning rate it is the effective learning rate, start included.
+    steps to follow a momentum that moves. Times the learning rate it is the effective learning rate of SGD, start included.
+    It does not hold for Adam, whose correction of the bias gives a steady gradient its whole gain at the first step.
 
     Args:
         betas: as for `effective_learning_rate`.
@@ -330,8 +341,10 @@ def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> ja
     .. math::
         r = |u| / |\theta|
 
-    In front of a normalization, which hides the length of the weights, it is the angle of a step in radians, as long as
-    it is small. Where it differs much between layers, one learning rate does not suit all.
+    In front of a normalization, which hides the length of the weights, a small ratio is the angle of a step in radians if
+    the update is orthogonal to the weights, as a gradient is there. Momentum and weight decay also have a part along the
+    weights, so with them the angle is smaller. Where the ratio differs much between layers, one learning rate does not
+    suit all.
 
     Args:
         updates: what the optimizer returns.
@@ -342,6 +355,7 @@ def update_to_weight(updates: Any, params: Any, *, groups: Groups = "all") -> ja
         An array `[K]`. Where the parameters are zero it is infinite, or NaN if the updates are zero as well.
 
     Raises:
+        TypeError: if a parameter cannot be trained.
         ValueError: if the trees differ in structure, shape or kind of number, or `groups` is none of these.
 
     Example:
@@ -381,7 +395,8 @@ def scale_invariant_rate(learning_rate: jax.typing.ArrayLike, params: Any, *, gr
         An array `[K]`, infinite where the weights are zero.
 
     Raises:
-        TypeError: if `learning_rate` is not a number, but a schedule for example: give its value at the step in question.
+        TypeError: if `learning_rate` is not a number, but a schedule for example: give its value at the step in question;
+            or if a parameter cannot be trained.
         ValueError: if `groups` is none of these.
 
     Example:
@@ -399,6 +414,7 @@ def scale_invariant_rate(learning_rate: jax.typing.ArrayLike, params: Any, *, gr
         <https://arxiv.org/abs/1910.07454>`_, 2020.
     """
     _check_scalar("learning_rate", learning_rate)
+    _check_trainable(params, "params")
     return learning_rate / _grams_of([params], _group_function(groups, "scale_invariant_rate"))[:, 0, 0]
 
 
@@ -408,9 +424,11 @@ def filter_normalized(key: jax.Array, params: Any) -> Any:
     .. math::
         d_f \leftarrow \frac{|\theta_f|}{|d_f|} \, d_f, \qquad d \sim \mathcal{N}(0, 1)
 
-    A filter f is what makes one output: all but the last axis of a kernel of Flax. So the landscapes of networks whose
-    weights differ in length can be compared, as those of networks with BatchNorm or ReLU do without differing as
-    functions. What has no or one axis (biases, and the scales of normalizations) does not move: there the direction is 0.
+    A filter f is what makes one output: all but the last axis of a kernel of `Linear`, `Dense` or `Conv` of Flax. So the
+    landscapes of networks whose weights differ in length can be compared, as those of networks with BatchNorm or ReLU do
+    without differing as functions. What has no or one axis (biases, and the scales of normalizations) does not move: there
+    the direction is 0. For other layouts it is only a convention: a kernel of attention `(in, heads, features)` has one
+    filter for each feature of all heads, an embedding one for each feature of all words.
 
     Args:
         key: a random key.
@@ -418,6 +436,9 @@ def filter_normalized(key: jax.Array, params: Any) -> Any:
 
     Returns:
         A tree like `params`, of 32 bits or more.
+
+    Raises:
+        TypeError: if a parameter cannot be trained.
 
     Example:
         >>> import jax, jax.numpy as jnp, dot_optax
@@ -429,6 +450,7 @@ def filter_normalized(key: jax.Array, params: Any) -> Any:
     References:
         Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018.
     """
+    _check_trainable(params, "params")
 
     def normalize(d: Any, p: Any) -> Any:
         d, p = _wide([d, p], (True, True))
@@ -437,7 +459,7 @@ def filter_normalized(key: jax.Array, params: Any) -> Any:
         of_d, of_p = (jnp.sqrt(jnp.sum(jnp.abs(x) ** 2, range(d.ndim - 1), keepdims=True)) for x in (d, p))
         return d * (of_p / of_d)
 
-    return jax.tree.map(normalize, optax.tree.random_like(key, params), params)
+    return jax.tree.map(normalize, optax.tree.random_like(key, jax.tree.map(jnp.asarray, params)), params)
 
 
 def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[Any], distances: Any) -> Any:
@@ -464,8 +486,9 @@ def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[A
         axis is that of the first direction. Parameters of 16 bits are rounded behind the sum.
 
     Raises:
-        TypeError: if `directions` is not a list or tuple with one tree or more.
-        ValueError: if a direction differs from `params` in structure, shape or kind of number.
+        TypeError: if `directions` is not a list or tuple with one tree or more, or if a parameter cannot be trained.
+        ValueError: if a direction differs from `params` in structure, shape or kind of number, or if `distances` is not of
+            one axis of real numbers.
 
     Example:
         A network of Flax with BatchNorm. The copy's new statistics are dropped:
@@ -493,12 +516,14 @@ def landscape(loss_fn: Callable[[Any], Any], params: Any, directions: Sequence[A
         raise TypeError(f"directions must be a list of one tree like params or of more, got {_describe(directions)}")
     for i, direction in enumerate(directions):
         _check_like(direction, params, f"directions[{i}]", "params", "")
-    grid = jnp.stack(jnp.meshgrid(*[jnp.asarray(distances)] * len(directions), indexing="ij"), -1)
+    if np.ndim(distances) != 1 or jnp.iscomplexobj(axis := jnp.asarray(distances)):
+        raise ValueError(f"distances must be an array [n] or a list of numbers, got {_describe(distances)}")
+    grid = jnp.stack(jnp.meshgrid(*[axis] * len(directions), indexing="ij"), -1)
 
     def at(point: Any) -> Any:
-        moved = params
+        moved = jax.tree.map(lambda p: jnp.asarray(p, _widest(p)), params)
         for x, direction in zip(point, directions, strict=True):
-            moved = optax.tree.add_scale(moved, x, direction)
+            moved = _add_scaled(moved, x, optax.tree.cast_like(direction, moved))
         return loss_fn(optax.tree.cast_like(moved, params))
 
     losses = jax.lax.map(at, grid.reshape(-1, len(directions)))
@@ -531,7 +556,9 @@ def sharpness(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *, num
         in comparison with the magnitude of the others.
 
     Raises:
-        TypeError: if `params` has no leaf, or one that is not of real floating point numbers.
+        TypeError: if `params` has no leaf, or one that is not of real floating point numbers, or if `loss_fn` returns
+            anything but one real number.
+        ValueError: if `num_iters` is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, dot_optax
@@ -547,6 +574,7 @@ def sharpness(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *, num
         `optax.power_iteration` does the work; for more than the largest eigenvalue `matfree
         <https://pnkraemer.github.io/matfree/>`_ has Lanczos' method.
     """
+    _check_scalar("num_iters", num_iters, 1)
     product, params = _hessian(loss_fn, params, "sharpness")
 
     def search(start: Any, shift: Any, tolerance: float) -> tuple[Any, Any]:
@@ -581,11 +609,12 @@ def hessian_trace(loss_fn: Callable[[Any], Any], params: Any, key: jax.Array, *,
         num_samples: how many z, two or more.
 
     Returns:
-        `(trace, standard_error)`: the mean over the z, and its standard error. The variance of one sample is twice the sum of the
-        squares beside the diagonal; so a diagonal Hessian is exact with any z.
+        `(trace, standard_error)`: the mean over the z, and its standard error. The variance of one sample is twice the sum
+        of the squares beside the diagonal; so a diagonal Hessian is exact with any z.
 
     Raises:
-        TypeError: if `params` has no leaf, or one that is not of real floating point numbers.
+        TypeError: if `params` has no leaf, or one that is not of real floating point numbers, or if `loss_fn` returns
+            anything but one real number.
         ValueError: if there are less than two z, which have no standard error.
 
     Example:
@@ -617,9 +646,7 @@ def _hessian(loss_fn: Callable[[Any], Any], params: Any, where: str) -> tuple[Ca
     if not jax.tree.leaves(params) or any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
         raise TypeError(f"{where}: params must have real numbers and no complex ones, got {_describe(params)}")
     params = jax.tree.map(lambda p: jnp.asarray(p, _widest(p)), params)
+    found = jax.eval_shape(loss_fn, params)
+    if getattr(found, "shape", None) != () or _kind(found, (jnp.floating,)) is None:
+        raise TypeError(f"{where}: loss_fn must return one real number, a loss or the sum; got {_describe(found)}")
     return lambda v: jax.jvp(jax.grad(loss_fn), (params,), (v,))[1], params
-
-
-def _check_count(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < low:
-        raise ValueError(f"{name} must be a whole number of {low} or more, got {_describe(value)}")

@@ -286,11 +286,8 @@ def _pure(loss_fn: LossFn, has_aux: bool, wrt: Any, arguments: Any) -> tuple[Any
     """
     selects = nnx.filterlib.to_predicate(wrt)
 
-    def is_parameter(path: Any, value: Any) -> bool:
-        return path[0] == 0 and selects(path[1:], value)
-
     with nnx.split_context(_TAG) as context:
-        graphdef, selected, rest = context.split(arguments, is_parameter, ...)
+        graphdef, selected, rest = context.split(arguments, lambda at, leaf: at[0] == 0 and selects(at[1:], leaf), ...)
     if not selected:
         raise ValueError(f"dot_optax.nnx: wrt={wrt!r} selects nothing in the model")
 

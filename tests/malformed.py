@@ -128,7 +128,7 @@ ALGEBRA = [
         Malformed(
             f"joint: losses={losses!r}",
             lambda losses=losses: dot_optax.joint(optax.identity(), losses=losses),
-            "joint: `losses` must be distinct names in order, or their number",
+            "joint: `losses` must be a tuple of distinct names, or their number",
         )
         for losses in (("a", "a"), 0, "kd", ())
     ),
@@ -138,6 +138,11 @@ ALGEBRA = [
         "wrap to a number", lambda: dot_optax.wrap(lambda tx: 3, optax.identity()), "wrap: `wrapper`: expected an"
     ),
     Malformed("sum_losses of an array", lambda: dot_optax.sum_losses().update(TASK["w"], None), "one entry per loss"),
+    Malformed(
+        "sum_losses of whole numbers",
+        lambda: dot_optax.sum_losses().update(({"w": jnp.arange(2)}, {"w": jnp.arange(2)}), None),
+        r"updates\[0\]\['w'\] must be floating point or complex, got an array of shape \(2,\) and dtype int32; split it off",
+    ),
     Malformed(
         "sum_losses of different trees",
         lambda: dot_optax.sum_losses().update((TASK, TASK | {"b": jnp.ones(4)}), None),
@@ -725,7 +730,9 @@ AGGREGATION = [
         lambda: dot_optax.aggregate(dot_optax.weightings.projected),
         r"aggregate: expected a Weighting, such as weightings.projected\(\), got <function projected",
     ),
-    Malformed("aggregate: losses", lambda: _aggregate(losses="kd"), "aggregate: `losses` must be distinct names"),
+    Malformed(
+        "aggregate: losses", lambda: _aggregate(losses="kd"), "aggregate: `losses` must be a tuple of distinct names"
+    ),
     *(
         Malformed(
             f"aggregate: groups={groups!r}", lambda groups=groups: _aggregate(groups=groups), "groups must be 'all'"

@@ -455,6 +455,16 @@ SNIPPETS = [
     ),
     Snippet("... of `dot_adamw`", "optax.tree.get(state, 'mu').kd", "test_dot_adam.test_optax_finds_the_moments"),
     Snippet(
+        "record norms, cosines, conflicts and noise of the gradients",
+        "optax.chain(diagnostics.record(), dot(lr))  # optax.tree.get(state, 'conflicts')",
+        "test_diagnostics.test_the_names_of_the_losses_lead_to_the_momenta_behind_it",
+    ),
+    Snippet(
+        "... shares of the update",
+        "optax.chain(per_loss(optax.trace(0.825), optax.trace(0.975)), diagnostics.record(), sum_losses(), optax.scale(-lr))",
+        "test_diagnostics.test_behind_the_momenta_shares_are_of_the_update",
+    ),
+    Snippet(
         "set a hyperparameter, without compiling anew",
         "optax.tree.set(state, learning_rate=jnp.asarray(0.01))  # of inject_hyperparams(dot)(...)",
         "test_optax_compositions.test_tree_get_and_set",

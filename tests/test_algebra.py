@@ -258,7 +258,7 @@ def test_wrap_refuses_what_it_cannot_serve(wrapper, message):
 )
 def test_multi_steps_holds_the_optimizer_alone(inside):
     """Whatever stood beside it in there would see the gradients of each loss; nested, it sees their sum."""
-    with pytest.raises(ValueError, match=r"MultiSteps must hold the optimizer alone.* wrap\(MultiSteps, wrap\(other"):
+    with pytest.raises(ValueError, match=r"MultiSteps must hold the optimizer alone.* nest, wrap\(MultiSteps, wrap\("):
         dot_optax.wrap(lambda tx: optax.MultiSteps(inside(tx), 1), dot_optax.dot(0.1))
 
 

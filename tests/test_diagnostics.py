@@ -99,6 +99,48 @@ def test_conflicts_are_the_running_mean_of_whether_an_angle_is_obtuse():
     np.testing.assert_allclose(state.conflicts[0], [[0.0, expected], [expected, 0.0]], rtol=1e-6)
 
 
+def test_gradients_that_are_not_finite():
+    """They are noticed in the conflict rate too, although NaN is not below 0."""
+    tx, update = recorded()
+    g = gradients()
+    _, state = update((g[0], jax.tree.map(lambda x: x * jnp.nan, g[1])), tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(np.isnan(state.conflicts[0]), [[False, True], [True, True]])
+    _, state = update(g, state, PARAMS)
+    np.testing.assert_array_equal(np.isnan(state.conflicts[0]), [[False, True], [True, True]])
+
+
+def test_without_memory_the_last_gradients_count():
+    tx, update = recorded(decay=0.0)
+    state, found = tx.init(PARAMS), []
+    for seed in range(3):
+        grads = PerLoss(*gradients(seed=seed))
+        grads = grads._replace(kd=optax.tree.scale((-1) ** seed, grads.kd))
+        _, state = update(tuple(grads), state, PARAMS)
+        chex.assert_trees_all_close(state.means, tuple(grads), **ROUNDING)
+        np.testing.assert_array_equal(state.conflicts, state.cosines < 0)
+        found.append(float(state.conflicts[0, 0, 1]))
+    assert set(found) == {0.0, 1.0}
+    assert np.isnan(state.signal_to_noise).all()  # one gradient has no variance
+
+
+def test_hyperparameters_may_be_numbers_of_numpy():
+    with jax.enable_x64(True):
+        tx = diagnostics.record(np.float64(0.99), losses=np.int64(2))
+        params = {"w": jnp.ones(2, jnp.float32)}
+        state = tx.init(params)
+        assert jax.tree.structure(state.means) == jax.tree.structure((params, params))
+        _, after = tx.update((params, params), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+
+def test_beside_another_state_with_cosines():
+    tx = optax.chain(diagnostics.record(), dot_optax.aggregate(dot_optax.weightings.projected()))
+    _, state = tx.update(gradients(), tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(
+        optax.tree.get(state, "RecordState").cosines, diagnostics.compare(gradients()).cosines, **ROUNDING
+    )
+
+
 def test_signal_to_noise_is_that_of_weighted_moments():
     """After any number of updates, against the definition."""
     decay, params = 0.9, jnp.zeros(3)
@@ -230,6 +272,7 @@ def test_the_names_of_the_losses_lead_to_the_momenta_behind_it():
     params = {"w": jnp.ones(2)}
     _, state = tx.update((params, optax.tree.scale(3.0, params)), tx.init(params), params)
     np.testing.assert_array_equal(optax.tree.get(state, "kd").trace["w"], 3.0)
+    np.testing.assert_array_equal(optax.tree.get(state, "conflicts"), 0.0)  # of gradients in the same direction
 
 
 @pytest.mark.slow
@@ -254,7 +297,10 @@ def test_sharded_parameters_keep_their_shardings():
 def test_optax_finds_its_way_through_the_state():
     tx, _ = recorded()
     state = tx.init(PARAMS)
-    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda p: p, state), state)
+    chex.assert_trees_all_equal(
+        optax.tree.map_params(tx, lambda p: p + 1, state),
+        state._replace(means=jax.tree.map(lambda m: m + 1, state.means)),
+    )
     shapes = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda x: x.shape, shapes)
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
@@ -352,6 +398,16 @@ def test_landscape():
     assert len(traced) == 2  # once for each, not for each point
     small = diagnostics.landscape(lambda w: w.sum(), params.astype(jnp.bfloat16), directions[:1], x)
     assert small.dtype == jnp.bfloat16
+
+
+def test_a_landscape_of_16_bits_under_strict_promotion():
+    params = {"kernel": jnp.full((2, 2), 3.0, jnp.bfloat16)}
+    direction = diagnostics.filter_normalized(jax.random.key(0), params)
+    with jax.numpy_dtype_promotion("strict"):
+        for way in (direction, optax.tree.cast(direction, jnp.bfloat16)):
+            found = diagnostics.landscape(lambda p: p["kernel"].astype(jnp.float32), params, [way], [-1.0, 0.0, 1.0])
+            expected = 3 + np.array([-1.0, 0.0, 1.0])[:, None, None] * np.asarray(way["kernel"], np.float32)
+            np.testing.assert_allclose(found, expected, rtol=2**-8)  # rounded once, to 8 bits
 
 
 @pytest.mark.slow
@@ -459,11 +515,23 @@ def test_errors():
         diagnostics.record(1)
     with pytest.raises(ValueError, match=r"beta_kd must be in \[0, 1\), got 1.5"):
         diagnostics.effective_learning_rate(0.1, (0.5, 1.5))
-    for steps in (-1, 2.5):
+    for steps in (-1, 2.5, True):
         with pytest.raises(ValueError, match=f"steps must be a whole number of 0 or more, got {steps}"):
             diagnostics.gains_over_time((0.5, 0.9), steps)
+    with pytest.raises(ValueError, match=r"num_iters must be in \[1, inf\), got 0"):
+        diagnostics.sharpness(jnp.sum, jnp.ones(2), jax.random.key(0), num_iters=0)
+    for losses in (None, 2.0, "task", 0, True, ("kd", "kd"), {"ce", "hint", "kd"}, [["a"], ["b"]]):
+        with pytest.raises(
+            ValueError, match="record: `losses` must be a tuple of distinct names, or their number; got "
+        ):
+            diagnostics.record(losses=losses)
+    for distances in (1.0, np.ones((2, 2)), None, "abc", [1j, 2.0]):
+        with pytest.raises(ValueError, match=r"distances must be an array \[n\] or a list of numbers, got "):
+            diagnostics.landscape(jnp.sum, jnp.ones(2), [jnp.ones(2)], distances)
     with pytest.raises(TypeError, match="learning_rate must be a number or a scalar array, got <function"):
         diagnostics.scale_invariant_rate(optax.constant_schedule(0.1), jnp.ones(2))
+    with pytest.raises(TypeError, match="learning_rate must be a number or a scalar array, got None"):
+        diagnostics.effective_learning_rate(None, (0.5, 0.9))
 
 
 def test_errors_about_trees_say_where():
@@ -471,10 +539,24 @@ def test_errors_about_trees_say_where():
     for grads, name in ((PerLoss(one, two), r"grads\.kd\['w'\]"), ({"ce": one, "kd": two}, r"grads\['kd'\]\['w'\]")):
         with pytest.raises(ValueError, match=f"^{name}: expected what the first loss has there, .*; got an array"):
             diagnostics.compare(grads)
-    whole = {"w": jnp.arange(2)}
+    whole, other = {"w": jnp.arange(2)}, {"w": jnp.arange(2)}
     with pytest.raises(TypeError, match=r"^grads\[0\]\['w'\] must be floating point or complex, got an array"):
         diagnostics.compare((whole, whole))
+    for function in (
+        functools.partial(diagnostics.scale_invariant_rate, 0.1),
+        functools.partial(diagnostics.filter_normalized, jax.random.key(0)),
+    ):
+        with pytest.raises(TypeError, match=r"^params\['w'\] must be floating point or complex, got an array"):
+            function(whole)
+    with pytest.raises(TypeError, match=r"^params\['w'\] must be floating point or complex, got an array"):
+        diagnostics.update_to_weight(other, whole)
+    with pytest.raises(TypeError, match=r"^params\['w'\] must be floating point or complex, got an array"):
+        diagnostics.landscape(optax.tree.norm, whole, [other], [0.0])
     for updates in (one, {"v": jnp.ones(2)}):
+        for tree in (PARAMS, None):
+            tx = diagnostics.record()
+            with pytest.raises(ValueError, match=r"^updates\[0\]\['.'\]: expected what params has there"):
+                tx.update((updates, updates), tx.init(two), tree)
         with pytest.raises(ValueError, match=r"^updates\['.'\]: expected what params has there"):
             diagnostics.update_to_weight(updates, two)
         with pytest.raises(ValueError, match=r"^directions\[1\]\['.'\]: expected what params has there"):
@@ -482,6 +564,15 @@ def test_errors_about_trees_say_where():
     for directions in ([], two):
         with pytest.raises(TypeError, match="directions must be a list of one tree like params or of more, got"):
             diagnostics.landscape(optax.tree.norm, two, directions, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("function", [diagnostics.sharpness, diagnostics.hessian_trace])
+def test_errors_about_losses_without_a_hessian(function):
+    for loss_fn in (lambda w: PerLoss(w.sum(), w.sum()), lambda w: w, lambda w: 2, lambda w: w.sum() * 1j):
+        with pytest.raises(
+            TypeError, match=f"^{function.__name__}: loss_fn must return one real number, a loss or the"
+        ):
+            function(loss_fn, jnp.ones(2), jax.random.key(0))
 
 
 @pytest.mark.parametrize("function", [diagnostics.sharpness, diagnostics.hessian_trace])
