@@ -47,11 +47,15 @@ def serve():
             pass  # Nothing reads it here, and it is written anew for each object.
 
     class Server(http.server.HTTPServer):  # One request at a time: so what was checked still holds when it is written.
+        request_queue_size = 128
+
         def handle_error(self, request, client_address):
             pass  # Clients end connections whose answer they need not know to the end.
 
     class Handler(RequestHandler):
         """Adds generations of objects and preconditions on them, and forbids what is forbidden."""
+
+        timeout = 20  # seconds that a client may be silent within a request: the others wait for it
 
         def do_POST(self):
             if "/moveTo/" in self.path:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import psutil
 import tensorflow_datasets as tfds
 
 import examples.distill.datasets  # noqa: F401  (registers the builders)
@@ -98,12 +100,14 @@ class Run:
 
     def __init__(self, module, arguments, environment, redirection=""):
         command = [sys.executable, "-m", module, *arguments]
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it is ignored, which programs inherit.
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" {redirection}', "bash", *command] if redirection else command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
         )
+        signal.signal(signal.SIGHUP, before)
         self._written = {}
         self._readers = [
             threading.Thread(target=self._read, args=[stream], daemon=True)
@@ -144,9 +148,8 @@ class Run:
         return False
 
     def children(self):
-        """Returns the folders in /proc of the processes that it has started."""
-        lists = pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/children")
-        return [pathlib.Path("/proc") / child for children in lists for child in children.read_text().split()]
+        """Returns the processes that it has started."""
+        return psutil.Process(self._process.pid).children()
 
     def limit_files(self, size):
         """Allows files no more bytes than that, as if the disk were full."""
@@ -164,8 +167,8 @@ class Run:
         finally:
             self._process.kill()
             self._process.wait()
-            for reader in self._readers:
-                reader.join()
+            for reader in self._readers:  # until its worker processes, which have the same output, have ended too
+                reader.join(60)
 
 
 class Workspace:
@@ -178,8 +181,9 @@ class Workspace:
         with self.one_at_a_time():
             self._flags = program.prepare(self.folder)
             # PyTorch is not needed, but tensorboardX imports it if it is there, for a second or two.
-            without_torch.mkdir(exist_ok=True)
-            (without_torch / "torch.py").write_text("raise ImportError")
+            if not without_torch.exists():
+                without_torch.mkdir()
+                (without_torch / "torch.py").write_text("raise ImportError")
         self._environment = {"PYTHONPATH": str(without_torch)}
 
     @contextlib.contextmanager

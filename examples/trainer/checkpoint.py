@@ -74,8 +74,10 @@ class Checkpoints:
         self._saving: int | None = None
         latest = ocp.checkpoint_managers.LatestN(keep)
         policy = ocp.checkpoint_managers.AnyPreservationPolicy([latest, self._best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         with writing(self._directory):
+            if jax.process_index() == 0:
+                _remove_unfinished(self._directory)
             self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -207,9 +209,8 @@ class Checkpoints:
         with reading(self._directory):
             self._manager.reload()
         if self._saving not in self._manager.all_steps():
-            for name in (f"{self._saving}.orbax-checkpoint-tmp", str(self._saving)):  # The other one is for buckets.
-                with contextlib.suppress(Exception):
-                    (self._directory / name).rmtree()
+            with contextlib.suppress(Exception):  # A part may still be written; the next start removes it then.
+                _remove_unfinished(self._directory)
         step = self._manager.latest_step()
         message = f"cannot save the checkpoint {self._directory / str(self._saving)} ({reason})"
         kept = "no other was saved" if step is None else f"the latest is that of step {step}"
@@ -218,6 +219,16 @@ class Checkpoints:
         if not go_on:
             raise UserError(f"{message}; {kept}; put this right, and the same command goes on from there") from error
         warn(f"{message}; {kept}")
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+    """Removes what interrupted saves left.
+
+    Orbax can do that too, but in the background, and what fails there it raises at each save.
+    """
+    for folder in directory.iterdir() if directory.exists() else ():
+        if re.match(r"\d+(\.|$)", folder.name) and ocp.utils.is_tmp_checkpoint(folder):
+            folder.rmtree(missing_ok=True)
 
 
 class _OneStep:

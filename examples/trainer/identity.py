@@ -15,6 +15,7 @@ FREE_FIELDS = (
     "devices",
     "eval_batch_size",
     "gradient_metrics",
+    "diagnostics_by",
     "checkpoint_every_steps",
     "keep_checkpoints",
     "max_consecutive_skips",

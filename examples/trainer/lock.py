@@ -98,20 +98,24 @@ class _Lease:
             value = self._read()
         if value is not None and self._generation != generation:
             raise Held(_describe(value))
-        if not self._write(self._holder):
+        if not self._take():
             raise Held(_describe(self._read()))
 
     def renew(self) -> bool:
         """Returns whether this process has the lease still."""
         try:
-            # Where the answer to a write is lost, TensorStore writes once more, and finds an object that is not the last.
-            return self._write(self._holder) or self._read() == self._holder
+            return self._take()
         except Exception:  # Whatever a network can do: the next time it may be there again.
             return True
 
     def release(self) -> None:
         with contextlib.suppress(Exception):  # Then it expires.
             self._write(None)
+
+    def _take(self) -> bool:
+        """Returns whether this process has the lease now."""
+        # Where the answer to a write is lost, TensorStore writes once more, and finds an object that is not the last.
+        return self._write(self._holder) or self._read() == self._holder
 
     def _read(self) -> bytes | None:
         found = self._store.read(self._name).result()

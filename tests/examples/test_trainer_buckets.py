@@ -97,13 +97,15 @@ def test_a_checkpoint_that_was_not_written_to_the_end(bucket):
     folder = bucket / "dot" / "checkpoints"
     checkpoint.save_variables(bucket / "dot", {"w": np.ones(3)}, {})
     for file in ("_CHECKPOINT_METADATA", "variables/_METADATA"):
-        (folder / "7" / file).write_bytes((folder / "0" / file).read_bytes())
+        for name in ("7", "notes"):
+            (folder / name / file).write_bytes((folder / "0" / file).read_bytes())
     assert checkpoint.saved_steps(bucket / "dot") == [0]
     (bucket / "kd" / "checkpoints" / "0" / "variables" / "_METADATA").write_text("{}")
     assert not checkpoint.is_imported(bucket / "kd")
     with checkpoint.Checkpoints(bucket / "dot", keep=2) as checkpoints:
         assert checkpoints.latest() == folder / "0"
     assert not (folder / "7").exists()
+    assert (folder / "notes").exists()
 
 
 def test_a_save_that_fails(bucket, capsys):
@@ -115,9 +117,11 @@ def test_a_save_that_fails(bucket, capsys):
         line = capsys.readouterr().err
         assert line.startswith(f"warning: cannot save the checkpoint {folder}/13 (PERMISSION_DENIED: ")
         assert line.endswith("; the latest is that of step 12\n")
-        assert not (folder / "13").exists()
         save(checkpoints, 14)
         assert checkpoints.latest() == folder / "14"
+    assert checkpoint.saved_steps(bucket / "dot") == [12, 14]
+    with checkpoint.Checkpoints(bucket / "dot", keep=2):
+        assert sorted(path.name for path in folder.iterdir()) == ["12", "14"]
 
 
 def test_a_damaged_checkpoint_is_set_aside(bucket, capsys):
@@ -202,19 +206,30 @@ class TestLease:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "held\n"
             process.send_signal(signal.SIGSTOP)
-            (bucket / ".lock").write_text("{}")  # as one that takes over does
-            process.send_signal(signal.SIGCONT)
+            try:
+                (bucket / ".lock").write_text("{}")  # as one that takes over does
+            finally:
+                process.send_signal(signal.SIGCONT)
             _, errors = process.communicate()
         assert process.returncode == 1
         assert errors.splitlines()[-1] == f"error: this run was silent, and another one has taken over {bucket}"
         assert (bucket / ".lock").read_text() == "{}"
 
-    def test_an_answer_that_was_lost(self, bucket):
+    def test_an_answer_that_was_lost(self, bucket, monkeypatch):
         """TensorStore then writes once more, and finds an object that is not the one before."""
         lease = lock._Lease(bucket / ".lock")
+        write = lease._write
+
+        def write_twice(value):
+            generation = lease._generation
+            assert write(value)
+            lease._generation = generation
+            return write(value)
+
+        monkeypatch.setattr(lease, "_write", write_twice)
         lease.acquire()
-        (bucket / ".lock").write_bytes(lease._holder)
         assert lease.renew()
+        monkeypatch.setattr(lease, "_write", write)
         assert lease.renew()
         (bucket / ".lock").write_bytes(b"{}")
         assert not lease.renew()

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from examples.trainer import checkpoint
+from examples.trainer.errors import UserError
 
 _RNG = np.random.default_rng(0)
 _ARRAYS = {
@@ -56,6 +58,31 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert rest == {}
     for name in set(_ARRAYS) - {"empty"}:
         np.testing.assert_array_equal(params[name], _ARRAYS[name], strict=True)
+
+
+def test_what_interrupted_saves_left_is_removed(tmp_path):
+    checkpoint.save_variables(tmp_path, {"w": np.ones(3)}, {})
+    folder = tmp_path / "checkpoints"
+    for name in ("7.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-5", "notes", "old.orbax-checkpoint-tmp"):
+        (folder / name / "variables").mkdir(parents=True)
+    (folder / "9.orbax-checkpoint-tmp").touch()
+    with checkpoint.Checkpoints(tmp_path, keep=2):
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "0",
+            "9.orbax-checkpoint-tmp",
+            "notes",
+            "old.orbax-checkpoint-tmp",
+        ]
+
+
+def test_what_interrupted_saves_left_and_cannot_be_removed(tmp_path, monkeypatch):
+    def refuse(path, missing_ok):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", refuse)
+    with pytest.raises(UserError, match=r"^cannot write .*/checkpoints \(Permission denied\); put this right"):
+        checkpoint.Checkpoints(tmp_path, keep=2)
 
 
 def test_the_best_validation_is_the_highest_or_the_lowest():
