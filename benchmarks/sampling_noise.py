@@ -27,12 +27,14 @@ import numpy as np
 import optax
 
 import dot_optax
+from benchmarks import _experiments as experiments
+from benchmarks import _students as students
 from benchmarks import sampled_gradients as sampled
 from dot_optax import PerLoss
 from examples.distill import methods
 
 K = 4
-BETAS = dot_optax.betas(0.9, sampled.DELTA)
+BETAS = dot_optax.betas(0.9, experiments.DELTA)
 
 
 # The arithmetic.
@@ -104,11 +106,11 @@ def dot_with(kd_momentum):
     def optimizer_of(problem, method, learning_rate, steps):
         del method
         return optax.chain(
-            methods.weight_losses(sampled.WEIGHTS),
+            methods.weight_losses(experiments.WEIGHTS),
             dot_optax.per_loss(optax.add_decayed_weights(problem.weight_decay), optax.identity()),
             dot_optax.per_loss(optax.trace(BETAS.task), kd_momentum),
             dot_optax.sum_losses(),
-            optax.scale_by_learning_rate(sampled.schedule(learning_rate, steps)),
+            optax.scale_by_learning_rate(experiments.schedule(learning_rate, steps)),
         )
 
     return optimizer_of
@@ -123,7 +125,7 @@ def _more_rows(f):
     """The task on the step's own batch, the distillation loss on two batches."""
 
     def losses(params, statistics, *batch):
-        own = [part[: sampled.BATCH] for part in batch]
+        own = [part[: experiments.BATCH] for part in batch]
         task, statistics_ = f(params, statistics, *own)
         kd, _ = f(params, statistics, *batch)
         return PerLoss(task.task, kd.kd), statistics_
@@ -135,7 +137,7 @@ def _importance(f):
     """The task on all rows, the distillation loss on a quarter of them, drawn in proportion to their cross-entropy."""
 
     def gradients(step, params, statistics, x, y, teacher_logits):
-        logits = sampled.PROBLEMS["digits, MLP"].apply(params, {}, x, train=True)[0]
+        logits = students.PROBLEMS["digits, MLP"].apply(params, {}, x, train=True)[0]
         entropy = optax.losses.softmax_cross_entropy_with_integer_labels(jax.lax.stop_gradient(logits), y)
         p = entropy + entropy.mean()  # the second half of it uniform: no weight is above 2
         p = p / p.sum()
@@ -143,8 +145,8 @@ def _importance(f):
         weights = 1 / (len(y) * p[rows])
 
         def kd(params):
-            part = sampled.PROBLEMS["digits, MLP"].apply(params, {}, x[rows], train=True)[0]
-            losses = dot_optax.losses.kd_loss(part, teacher_logits[rows], sampled.TEMPERATURE)
+            part = students.PROBLEMS["digits, MLP"].apply(params, {}, x[rows], train=True)[0]
+            losses = dot_optax.losses.kd_loss(part, teacher_logits[rows], experiments.TEMPERATURE)
             return jnp.mean(weights * losses)
 
         def losses(params):
@@ -168,7 +170,7 @@ def _forms():
             optimizer=dot_with(optax.chain(held_gradient(K), optax.trace(BETAS.kd)))
         ),
         "..., the momentum held": every._replace(optimizer=dot_with(held_momentum(BETAS.kd, K))),
-        "twice the rows, every 8th step": sampled.Form(_more_rows, lambda t, n: 3 + (t + 3) / K, batches=2),
+        "twice the rows, every 8th step": experiments.Form(_more_rows, lambda t, n: 3 + (t + 3) / K, batches=2),
         "every 4th row": rows,
         "..., by importance": rows._replace(make=_importance),
     }
@@ -184,10 +186,10 @@ def breaking_rates(problem, directory, forms):
     knows nothing, or with NaN.
     """
     problem = problem._replace(seeds=5, epochs=max(1, problem.epochs // 4))
-    cells, found = sampled.Cells("digits, breaking", problem, directory, sampled.FORMS), {}
+    cells, found = experiments.Cells("digits, breaking", problem, directory, sampled.FORMS), {}
     print("\nThe smallest learning rate at which students of the digits fail, and as a part of the exact one\n")
-    sampled.row(["method", *forms])
-    sampled.row(["---"] * (len(forms) + 1))
+    experiments.row(["method", *forms])
+    experiments.row(["---"] * (len(forms) + 1))
     rates = [0.005 * 2 ** (i / 2) for i in range(-4, 20)]
 
     def fails(method, form, rate):
@@ -207,7 +209,7 @@ def breaking_rates(problem, directory, forms):
             for form in forms
             if method != "kd" or not form.startswith("difference")  # which leaves plain KD as it is
         }
-        sampled.row([sampled.METHODS[method], *(shown(method, form) for form in forms)])
+        experiments.row([sampled.METHODS[method], *(shown(method, form) for form in forms)])
     return found
 
 
@@ -229,19 +231,19 @@ def main(argv=None):
 
     print("The largest learning rate times curvature at which a momentum converges\n")
     limits = []
-    sampled.row(["momentum", "k", *USES, "formula"])
-    sampled.row(["---"] * (len(USES) + 3))
+    experiments.row(["momentum", "k", *USES, "formula"])
+    experiments.row(["---"] * (len(USES) + 3))
     for beta in (0.9, BETAS.kd):
         for k in (1, 2, 4, 8, 16):
             rates = [largest_rate(use, beta, k) for use in USES]
             limits.append({"beta": beta, "k": k, "formula": formula(beta, k)} | dict(zip(USES, rates, strict=True)))
-            sampled.row([f"{beta:g}", str(k), *(f"{rate:.4f}" for rate in rates), f"{formula(beta, k):.4f}"])
+            experiments.row([f"{beta:g}", str(k), *(f"{rate:.4f}" for rate in rates), f"{formula(beta, k):.4f}"])
 
-    problem = sampled.PROBLEMS["digits, MLP"]._replace(seeds=args.seeds, epochs=args.epochs)
-    cells = sampled.Cells("digits, MLP", problem, args.directory, FORMS)
+    problem = students.PROBLEMS["digits, MLP"]._replace(seeds=args.seeds, epochs=args.epochs)
+    cells = experiments.Cells("digits, MLP", problem, args.directory, FORMS)
     results = {}
     for form in args.forms:
-        rate = sampled.search(cells, "dot", form, problem.learning_rate / 2)
+        rate = experiments.search(cells, "dot", form, problem.learning_rate / 2)
         results[form] = {
             "cost": sampled.cost(problem, "dot", FORMS[form], args.teacher),
             "learning rate": rate,
@@ -249,11 +251,11 @@ def main(argv=None):
         }
     breaking = breaking_rates(problem, args.directory, ("exact", *args.breaking)) if args.breaking else {}
     print(f"\nDOT on the digits, {args.seeds} seeds, mean ± standard error\n")
-    sampled.row(["form", "cost", "learning rate", *sampled.SHOWN])
-    sampled.row(["---"] * (len(sampled.SHOWN) + 3))
+    experiments.row(["form", "cost", "learning rate", *experiments.SHOWN])
+    experiments.row(["---"] * (len(experiments.SHOWN) + 3))
     for form, result in results.items():
-        figures = [sampled.figure(result["equal steps"][name]) for name in sampled.SHOWN]
-        sampled.row([form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures])
+        figures = [experiments.figure(result["equal steps"][name]) for name in experiments.SHOWN]
+        experiments.row([form, f"{result['cost']:.2f}", f"{result['learning rate']:g}", *figures])
     if args.json:
         args.json.write_text(json.dumps({"limits": limits, "breaking": breaking, "digits": results}, indent=1))
 

@@ -16,7 +16,9 @@ from scipy import stats
 
 import dot_optax
 from benchmarks import (
+    _experiments,
     _measure,
+    _students,
     _trade_off_report,
     aggregation,
     collectives,
@@ -145,6 +147,8 @@ def test_input_pipeline(tmp_path, capsys):
 def tpu_compiler():
     """Requires the TPU compiler, and lets it spend the least time; what it compiles then takes more memory, not less."""
     pytest.importorskip("libtpu", reason="there is a TPU compiler for Linux on x86-64 only")
+    # A second process of pytest is otherwise refused.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     efforts = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
     before = {name: getattr(jax.config, name) for name in efforts}
     for name in efforts:
@@ -421,6 +425,18 @@ def test_end_to_end_sees_other_settings(run_in_pytorch_too, field, value):
     assert max(end_to_end.deviations(wrong, right)) > 5e-6
 
 
+def assert_only_prints(main, command, printed, monkeypatch, capsys):
+    """A benchmark goes on where it was: at the end, there is nothing to run."""
+
+    def fail(*args):
+        raise AssertionError(f"{args[1:]} is there already")
+
+    monkeypatch.setattr(_experiments.Cells, "_run", fail)
+    with jax.numpy_rank_promotion("allow"):
+        main(command)
+    assert capsys.readouterr().out == printed
+
+
 @pytest.mark.slow
 def test_sampled_gradients(tmp_path, capsys, monkeypatch):
     command = ["--problems", "digits, MLP", "--forms", "exact", "examples, 1/2", "--seeds", "2", "--epochs", "1"]
@@ -436,14 +452,7 @@ def test_sampled_gradients(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "sampled_gradients.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "| DOT | examples, 1/2 | 0.79 |" in printed
-
-    def fail(*args):
-        raise AssertionError(f"{args[1:]} is there already")
-
-    monkeypatch.setattr(sampled_gradients.Cells, "_run", fail)
-    with jax.numpy_rank_promotion("allow"):
-        sampled_gradients.main(command)  # goes on where it was: at the end
-    assert capsys.readouterr().out == printed
+    assert_only_prints(sampled_gradients.main, command, printed, monkeypatch, capsys)
 
 
 def test_differences_are_corrected_for_their_number():
@@ -495,14 +504,7 @@ def test_trade_off(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "| problem | DOT 0.075 less KD 0.9 | DOT, normalised less KD 0.9 |" in printed
-
-    def fail(*args):
-        raise AssertionError(f"{args[1:]} is there already")
-
-    monkeypatch.setattr(sampled_gradients.Cells, "_run", fail)
-    with jax.numpy_rank_promotion("allow"):
-        trade_off.main(command)  # goes on where it was: at the end
-    assert capsys.readouterr().out == printed
+    assert_only_prints(trade_off.main, command, printed, monkeypatch, capsys)
 
 
 @pytest.mark.slow
@@ -510,13 +512,13 @@ def test_trade_off(tmp_path, capsys, monkeypatch):
 def test_arms_of_the_trade_off_that_must_agree(optimizer):
     """With delta 0 all are one momentum on the weighted sum; and alike gains differ from DOT's own by a factor alone."""
     problem = trade_off.PROBLEMS["digits, MLP, 300"].problem._replace(optimizer=optimizer, weight_decay=0.0)
-    rows = sampled_gradients.batches(300, 8, seed=0)
+    rows = _experiments.batches(300, 8, seed=0)
     with jax.numpy_rank_promotion("allow"):
         data = problem.load()
 
     def trained(arm, rate=0.01):
         with jax.numpy_rank_promotion("allow"):
-            params, _ = sampled_gradients.train(problem, "", arm, rate, jax.random.key(0), rows, data)
+            (params, _), _ = _experiments.train(problem, "", arm, rate, jax.random.key(0), rows, data)
         return params
 
     plain = trained(trade_off.ARMS["KD 0.9"])
@@ -527,8 +529,30 @@ def test_arms_of_the_trade_off_that_must_agree(optimizer):
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
+def test_what_is_watched_of_the_gradients():
+    problem = trade_off.PROBLEMS["digits, MLP, 300"].problem
+    rows = _experiments.batches(300, 8, seed=0)
+    with jax.numpy_rank_promotion("allow"):
+        data = problem.load()
+        params, _ = problem.init(jax.random.key(0))
+        x, y, teacher = (data[name][rows[0]] for name in ("train x", "train y", "teacher"))
+
+        def losses(params):
+            return jax.tree.map(jnp.mean, _experiments.losses_of(problem.apply(params, {}, x, True)[0], y, teacher))
+
+        _, grads = dot_optax.value_and_grads(losses)(params)
+        _, watched = _experiments.train(problem, "", trade_off.watched(), 0.01, jax.random.key(0), rows, data)
+    expected = dot_optax.diagnostics.compare(grads).cosines[0, 0, 1]
+    # The weights of the losses do not turn their gradients, but float32 rounds their products.
+    np.testing.assert_allclose(watched["cosine"][0], expected, rtol=1e-5)
+    assert watched["conflict"].shape == (8,) and watched["conflict"][0] == (expected < 0)
+    assert np.isnan(watched["task SNR"][0]) and (watched["task SNR"][1:] >= 0).all()
+
+
 def _arm(task, kd, validation=1.0, test=(1.0, 1.1)):
-    return {"train task": [task], "train KD": [kd], "validation loss": [validation], "test loss": list(test)}
+    measured = {"train task": [task], "train KD": [kd], "validation loss": [validation], "test loss": list(test)}
+    return measured | {"test accuracy": [0.9 - loss / 10 for loss in test]}
 
 
 def test_how_far_an_arm_is_beyond_the_front():
@@ -556,18 +580,81 @@ def test_arms_that_keep_up_with_the_best():
     assert {arm: len(kept_up) for arm, (_, kept_up) in found.items()} == {"KD 0.9": 1, "DOT 0.05": 1, "DOT 0.075": 0}
 
 
+def test_how_far_arms_are_from_the_best(capsys):
+    noise = 1e-4 * np.random.default_rng(0).normal(size=(4, 8))
+    one = {"KD 0.9": _arm(1, 1, 0.2, 2.0 + noise[0]), "CE": _arm(1, 1, 0.1, 1.0 + noise[1])}
+    other = {"KD 0.9": _arm(1, 1, 0.1, 1.0 + noise[0]), "CE": _arm(1, 1, 0.2, 4.0 + noise[2])}
+    third = {"KD 0.9": _arm(1, 1, 0.1, 1.0 + noise[0]), "CE": _arm(1, 1, 0.2, 3.0 + noise[3])}
+    _trade_off_report.tied_table({"one": one, "other": other, "third": third}, left_out=())
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    # Of the geometric means of 1, 4 and 3, and of 2, 1 and 1; an accuracy falls by 10 points if the loss grows by 1.
+    assert sorted(rows) == [
+        ["CE", "3", "1", "1", "2", "1", "2", "+128.9%", "-13.33", "-20.00"],
+        ["KD 0.9", "3", "2", "0", "0", "0", "0", "+26.0%", "+0.00", "+0.00"],
+    ]
+
+
+def test_the_tables_of_the_trade_off_are_those_of_its_figures(tmp_path, capsys):
+    """What `trade_off.md` has is what the command prints beside it, and the picture can be drawn again."""
+    folder = pathlib.Path(trade_off.__file__).parent
+    trade_off.main(["--read", str(folder / "trade_off.json"), "--picture", str(tmp_path / "picture.png")])
+    printed = capsys.readouterr().out
+    page = (folder / "trade_off.md").read_text()
+    assert page[page.index("\n## ") :] == printed
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.json"
+    trade_off.write(again, json.loads((folder / "trade_off.json").read_text()))
+    assert again.read_text() == (folder / "trade_off.json").read_text()
+
+
+def _rows(text, header):
+    """The cells of a table of a page, by the first of each row."""
+    lines = text[text.index(f"\n| {header}") + 1 :].partition("\n\n")[0].splitlines()
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    return {first: cells for first, *cells in rows}
+
+
+def test_the_arms_on_other_pages_have_the_figures_of_the_trade_off():
+    folder = pathlib.Path(trade_off.__file__).parent
+    figures = _rows((folder / "trade_off.md").read_text(), "arm | problems |")
+    shown = _rows((folder / "README.md").read_text(), "arm | problems |")
+    assert len(shown) > 8 and all(figures[arm] == cells for arm, cells in shown.items())
+    front = _rows((folder.parent / "README.md").read_text(), "method | problems |")
+    assert len(front) > 6
+    for arm, cells in front.items():
+        problems, tied, better, worse, _, _, loss, _, median = figures[arm.partition(":")[0]]
+        assert cells == [problems, tied, better, worse, loss, median]
+
+
 def test_the_total_gains_of_the_trade_off():
     gain = _trade_off_report.total_gain
     assert gain("KD 0.9") == pytest.approx(1) and gain("KD 0.9, momentum 0.95") == pytest.approx(2)
     assert gain("DOT 0.075") == gain("KD, gain-matched") == pytest.approx((0.1 * 5.714286 + 0.9 * 40) / 10)
+    assert gain("DOT -0.075") == gain("KD, gain-matched, -0.075") == pytest.approx((0.1 * 40 + 0.9 * 5.714286) / 10)
+    assert gain("DOT -0.075, weight 0.5") == pytest.approx((40 + 5.714286) / 2 / 10)
+
+
+def test_the_comparisons_that_were_fixed_beforehand(capsys):
+    noise = np.random.default_rng(0).normal(size=(2, 8))
+    found = {
+        "KD 0.9": _arm(1, 1, 0.3, noise[0] + 1 + 0.01 * noise[1]),
+        "KD, gain-matched, -0.075": _arm(1, 1, 0.2, noise[0] + noise[1] - noise[1].mean()),  # the mean is alike
+        "KD 0.5": _arm(1, 1, 0.15, noise[0] - 1 + 0.01 * noise[1]),
+        "DOT -0.075": _arm(1, 1, 0.1, noise[0]),
+    }
+    _trade_off_report.confirmation_table({"digits": found}, trade_off.ONE)
+    cells = capsys.readouterr().out.splitlines()[-1].removeprefix("| ").removesuffix(" |").split(" | ")
+    assert cells[0] == "digits" and cells[-1] == "KD 0.5"  # the lowest validation loss
+    is_significant = [cell.endswith("*") for cell in cells[2:5]]
+    assert is_significant == [True, False, True] and [cell[0] for cell in cells[2:5:2]] == ["-", "+"]
 
 
 @pytest.mark.slow
 def test_the_convolutions_of_the_sampled_benchmark():
-    params, statistics = sampled_gradients._init_cnn((4, 8), 14, jax.random.key(0))
+    params, statistics = _students._init_cnn((4, 8), 14, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, 14, 14, 1))
     with jax.numpy_rank_promotion("allow"):
-        _, new = sampled_gradients._cnn(params, statistics, x, train=True)
+        _, new = _students._cnn(params, statistics, x, train=True)
     kernel = params["conv0"]["kernel"].reshape(3, 3, 1, 4)
     dimensions = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
@@ -593,9 +680,9 @@ def test_where_training_breaks(monkeypatch, capsys, tmp_path):
     def get(self, method, form, rate, steps):
         return {"train task": [np.nan if rate >= limits.get(form, 0.5) else 0.1]}
 
-    monkeypatch.setattr(sampling_noise.sampled.Cells, "get", get)
-    monkeypatch.setattr(sampling_noise.sampled.Cells, "steps", lambda self: 1)
-    problem = sampled_gradients.PROBLEMS["digits, MLP"]
+    monkeypatch.setattr(_experiments.Cells, "get", get)
+    monkeypatch.setattr(_experiments.Cells, "steps", lambda self: 1)
+    problem = _students.PROBLEMS["digits, MLP"]
     forms = ("exact", "difference, k=4", "losses, k=2", "examples, 1/4")
     found = sampling_noise.breaking_rates(problem, tmp_path, forms)
     assert found["dot"]["examples, 1/4"] is None and "difference, k=4" not in found["kd"]
@@ -607,15 +694,13 @@ def test_where_training_breaks(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_rows_by_importance_are_right_on_average():
-    problem = sampled_gradients.PROBLEMS["digits, MLP"]
+    problem = _students.PROBLEMS["digits, MLP"]
     params, _ = problem.init(jax.random.key(0))
     x, y = jax.random.normal(jax.random.key(1), (64, 64)), jnp.arange(64) % 10
     teacher = jax.random.normal(jax.random.key(2), (64, 10))
 
     def loss_fn(params, statistics, x, y, teacher):
-        return jax.tree.map(
-            jnp.mean, sampled_gradients.losses_of(problem.apply(params, {}, x, True)[0], y, teacher)
-        ), {}
+        return jax.tree.map(jnp.mean, _experiments.losses_of(problem.apply(params, {}, x, True)[0], y, teacher)), {}
 
     def norms(gradients):
         call = lambda step: gradients(step, params, {}, x, y, teacher)[1].kd  # noqa: E731
@@ -767,7 +852,7 @@ def test_scaling(tmp_path):
             assert 0 <= row["moved"] - 4 * row["parameters"] <= 4 * row["losses"]
 
 
-@pytest.mark.parametrize(("start", "best"), [(0.04, 0.08), (0.64, 0.08), (0.08, 0.08), (0.01, 0.08)])
+@pytest.mark.parametrize(("start", "best"), [(0.04, 0.08), (0.64, 0.08), (0.08, 0.08), (0.01, 0.08), (2.56, 0.08)])
 def test_the_search_of_a_learning_rate(start, best):
     tried = []
 
@@ -775,10 +860,32 @@ def test_the_search_of_a_learning_rate(start, best):
         def steps(self):
             return 7
 
+        def classes(self):
+            return 100
+
         def get(self, method, form, rate, steps):
             assert (method, form, steps) == ("kd", "exact", 7)
             tried.append(rate)
+            if rate > 1:  # all fail, and the one of 2.56 fails a little less
+                return {"validation loss": [4.7 + abs(np.log2(rate / 2.56))]}
             return {"validation loss": [abs(np.log2(rate / best)) + 1, np.nan if rate > 0.2 else 1.0]}
 
-    assert sampled_gradients.search(Cells(), "kd", "exact", start) == best
+    assert _experiments.search(Cells(), "kd", "exact", start) == best
     assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))
+
+
+def test_the_search_looks_beyond_the_first_minimum():
+    losses = {0.04: 0.5, 0.08: 0.6, 0.16: 0.45, 0.32: 0.4, 0.64: 0.3}  # of validation; elsewhere 1
+
+    class Cells:
+        def steps(self):
+            return 7
+
+        def classes(self):
+            return 10
+
+        def get(self, method, form, rate, steps):
+            return {"validation loss": [losses.get(round(rate, 4), 1.0)]}
+
+    assert _experiments.search(Cells(), "ce", "exact", 0.04) == 0.04
+    assert _experiments.search(Cells(), "ce", "exact", 0.04, further=(4,)) == pytest.approx(0.64)
