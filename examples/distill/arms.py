@@ -17,6 +17,7 @@ from examples.distill import methods
 from examples.distill.report import look, positive
 from examples.trainer import loop, paths, records
 from examples.trainer.errors import UserError
+from examples.trainer.identity import FREE_FIELDS
 
 _OTHER_COLOR = "#7f7f7f"  # of a method that is not registered here
 
@@ -32,12 +33,13 @@ _WEIGHTS = frozenset(
 )
 _PLAIN_WEIGHTS = ("distillation.task_weight", "distillation.kd_weight")
 _TEACHER = "teacher.checksum"
-_NOT_OF_AN_ARM = ("seed", _TEACHER)
+_TEXT = "text.files"  # in the config of a language model
+_NOT_OF_AN_ARM = ("seed", _TEACHER, *FREE_FIELDS)  # the last are written in the configs of older runs alone
 _MOST_DIFFERENCES = 3  # that a label names
 
 
 class Run(NamedTuple):
-    """The student of a method, as a run of `python -m examples.distill` has left it."""
+    """The student of a method, as a run of `python -m examples.distill` has left it, or of `examples.language_model`."""
 
     folder: epath.Path
     method: str
@@ -45,6 +47,11 @@ class Run(NamedTuple):
     lines: list[records.Record]  # of `metrics.jsonl`, one for each epoch
     result: records.Record  # of `result.json`; empty if the run is not finished
     trained_teacher: bool  # whether the run has trained its teacher itself
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether it is one of `python -m examples.language_model`."""
+        return _TEXT in self.config
 
 
 class Arm(NamedTuple):
@@ -66,6 +73,10 @@ class Arm(NamedTuple):
         return np.arange(1, 1 + min(len(run.lines) for run in self.runs))
 
     @property
+    def is_of_text(self) -> bool:
+        return self.runs[0].is_of_text
+
+    @property
     def is_finished(self) -> bool:
         return all(run.result for run in self.runs)
 
@@ -81,14 +92,15 @@ class Arm(NamedTuple):
     def final(self, section: str, name: str) -> tuple[float, float]:
         """The mean over its runs of a figure of `result.json`, and its standard error; NaN where there is none.
 
-        An accuracy of a single run has the standard error that comes from the size of the split.
+        An accuracy of a single run has the standard error that comes from the size of the split. That of a language model
+        has none, since tokens that follow one another are not independent.
         """
         means = [run.result.get(section, {}) for run in self.runs]
         values = np.array([_number(of_run.get(name)) for of_run in means])
         if len(values) > 1:
             return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
         value, count = float(values[0]), means[0].get("count")
-        if not name.startswith("top") or not count:
+        if not name.startswith("top") or not count or self.is_of_text:
             return value, math.nan
         return value, math.sqrt(value * (1 - value) / count)
 
@@ -119,11 +131,12 @@ def find(folders: Sequence[epath.PathLike]) -> tuple[list[Arm], list[str]]:
     """Returns the arms in the folders, and in words what of them is missing.
 
     Args:
-        folders: working directories of `python -m examples.distill`, or folders of single methods within them.
+        folders: working directories of `python -m examples.distill` or of `python -m examples.language_model`, or folders
+            of single methods within them.
 
     Raises:
         UserError: if a folder is not there or no such folder, if nothing is logged in it, or if the runs have not all the
-            same dataset and splits.
+            same dataset and splits, or the same text.
     """
     found = [run for folder in folders for run in _runs(paths.resolve(folder, "RUNS"))]
     runs = sorted({str(run.folder): run for run in found}.values(), key=_place)  # each once
@@ -165,12 +178,15 @@ def _runs(folder: epath.Path) -> list[Run]:
         raise UserError(f"there is no folder RUNS={folder}; give a --workdir of python -m examples.distill")
     if not jobs or not has_config:
         raise UserError(
-            f"nothing is logged in RUNS={folder}: give a --workdir of python -m examples.distill, or the folder of a method"
-            " in one"
+            f"no student is logged in RUNS={folder}: give a --workdir of python -m examples.distill in which one has begun,"
+            " or the folder of a method in one"
         )
     config = records.read_json(workdir / "config.json")
-    if "dataset.name" not in config or "epochs" not in config:
-        raise UserError(f"RUNS={folder} is no run of python -m examples.distill: its config.json names no dataset")
+    if not {"dataset.name", _TEXT} & config.keys() or "epochs" not in config:
+        raise UserError(
+            f"RUNS={folder} is no run of python -m examples.distill or examples.language_model: its config.json names no"
+            " dataset and no text"
+        )
     runs = [_read(job, config) for job in jobs]
     logged = [run for run in runs if run.lines]
     if not logged:
@@ -187,7 +203,10 @@ def _read(folder: epath.Path, config: records.Record) -> Run:
 
 
 def _check_dataset(runs: Sequence[Run]) -> None:
-    for field in ("dataset.name", "dataset.train", "dataset.test"):
+    kinds = {run.is_of_text: run.folder for run in runs}
+    if len(kinds) > 1:
+        raise UserError(f"RUNS are of text in {kinds[True]} and of images in {kinds[False]}; draw them one by one")
+    for field in ("dataset.name", "dataset.train", "dataset.test", _TEXT, "text.tokenizer", "text.test_percent"):
         values = {run.config.get(field): run.folder for run in runs}
         if len(values) > 1:
             listed = ", ".join(f"{value} in {folder}" for value, folder in values.items())

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from examples.distill.objectives import Length, Objective
 from examples.distill.steps import Teacher
 from examples.trainer import loop, parallel
 from examples.trainer.batches import check_memory
-from examples.trainer.diagnostics import Diagnostics
+from examples.trainer.diagnostics import Diagnostics, layers
 from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
 from examples.trainer.records import Record
 from examples.trainer.sampling import EXACT, Sampling, check_rows
 from examples.trainer.step import OWN, init_state
+from examples.trainer.step import network as of_network
 
 
 def metrics(
@@ -71,10 +73,6 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
     sampling = _sampling(method, config) if teacher else EXACT
     objective = _objective(method, shared)
     summed = _summed(method, objective, sampling, config)
-    diagnostics = None
-    if config.diagnostics:
-        steps_per_epoch = data.steps_per_epoch(shared.dataset, config.batch_size)
-        diagnostics = methods.diagnostics(method, config.optimizer, objective, steps_per_epoch, config.epochs)
     return _job(
         method,
         shared,
@@ -87,8 +85,27 @@ def student(method: str, shared: Shared, directory: epath.Path, teacher: Teacher
         teacher=teacher,
         sampling=sampling,
         summed=summed,
-        diagnostics=diagnostics,
+        diagnostics=_diagnostics(method, objective, shared) if config.diagnostics else None,
     )
+
+
+def _diagnostics(method: str, objective: Objective, shared: Shared) -> Diagnostics:
+    """What is to be known of a student; see trainer/diagnostics.py."""
+    config, dataset = shared.config, shared.dataset
+    steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
+    found = methods.diagnostics(method, config.optimizer, objective, steps_per_epoch, config.epochs)
+    if config.diagnostics_by == "layer":
+        found = found._replace(layers=layers(_start_shapes(config.student.model, objective, shared)[0]))
+    if config.optimizer.name != "sgd":  # Adam's and Muon's steps do not shrink as the weights grow.
+        return found
+    invariant = models.scale_invariant(network(config.student.model, shared), dataset.image_shape)
+    if not any(invariant):
+        return found
+
+    def kernels(params: Any) -> list[Any]:
+        return list(itertools.compress(jax.tree.leaves(of_network(params)), invariant))
+
+    return found._replace(scale_invariant=kernels)
 
 
 def teacher(shared: Shared, directory: epath.Path) -> Job:

@@ -367,6 +367,8 @@ def check_optimizers(config: ConfigDict, wanted: list[str], *, trains_teacher: b
             "--config.diagnostics=True looks at the gradient of each loss, and --config.gradient_metrics=False spares them:"
             " leave one of the two out"
         )
+    if config.diagnostics_by == "layer" and not config.diagnostics:
+        raise UserError("--config.diagnostics_by=layer says what --config.diagnostics=True logs: give both")
     for section, optimizer, epochs in (
         ("optimizer", config.optimizer, config.epochs),
         ("teacher.optimizer", config.teacher.optimizer, config.teacher.epochs),
@@ -450,18 +452,25 @@ def diagnostics(
     elif not traits.weighted:
         weights = objective.container(*[1.0] * len(objective.names))
 
-    def rates(step: Any) -> Any:
-        found, now = effective_learning_rate(learning_rate, betas, step), [_at(step, beta) for beta in betas]
+    def gains(step: Any) -> Any:
+        found, now = effective_learning_rate(1.0, betas, step), [_at(step, beta) for beta in betas]
         # The gains of Adam's momenta are relative, and so are those in front of Muon.
         factor = 1.0 if config.name == "sgd" else 1 - sum(now) / len(now)
-        # A loss of weight 0 is not trained on, and has no rate.
+        # A loss of weight 0 is not trained on, and has no gain.
         trained = [jnp.where(jnp.asarray(_at(step, weight)) == 0, jnp.nan, factor) for weight in weights]
-        return objective.container(*(rate * scale for rate, scale in zip(found, trained, strict=True)))
+        return objective.container(*(gain * scale for gain, scale in zip(found, trained, strict=True)))
 
     def scales(opt_state: Any) -> Any:
         return list(read_state(method, opt_state).values()) or None
 
-    return Diagnostics(objective.names, objective.container, weights, rates if betas else None, scales)
+    return Diagnostics(
+        objective.names,
+        objective.container,
+        weights,
+        learning_rate,
+        gains if betas else None,
+        scales,
+    )
 
 
 def build(

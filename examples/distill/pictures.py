@@ -9,7 +9,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -40,6 +40,7 @@ from examples.trainer.errors import UserError
 
 FORMATS = ("png", "svg")
 WIDTH = 8.85  # inches: 850 pixels of a screen, of which 96 are an inch, so that a point of a font is a point there
+_NARROW = 0.65 * WIDTH  # of a picture with one panel
 _FONT, _SMALL = 10, 9  # points
 _DPI = 192  # twice that of the screen
 _MOST_MEANS = 40  # of noisy curves: these are drawn in the place of all epochs
@@ -65,25 +66,29 @@ _SETTINGS = {
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 # What the log may have of gradients and updates: names, or how names end that begin with that of a loss.
+# There is one of the first for both losses together, or, of three losses or more, for each pair: `A_and_B_grad_cosine`.
 CONFLICT = ("grad_cosine", "grad_conflict", "update_to_weight")
-_OF_LOSSES = ("grad_norm", "share", "snr", "rate", "weight")
+_OF_LOSSES = ("grad_norm", "share", "snr", "gain", "scale_invariant_rate", "rate", "weight")
 # With a teacher and `--config.gradient_metrics`, every run logs the first; with `--config.diagnostics`, all of them.
 LOGGED = ("task_grad_norm", "kd_grad_norm", "grad_cosine")
 DIAGNOSTICS = (
     *("grad_conflict", "task_share", "kd_share", "task_snr", "kd_snr"),
-    *("task_rate", "kd_rate", "update_to_weight"),
+    *("task_gain", "kd_gain", "task_rate", "kd_rate", "update_to_weight"),
 )
-_TITLES = {
-    "grad_cosine": "Cosine of both gradients",
+_TITLES = {  # in the order of the panels
+    "grad_norm": "Norm of gradient",
+    "grad_cosine": "Cosine between gradients",
     "grad_conflict": "Steps whose gradients conflict",
+    "share": "Share of the update",
+    "snr": "Signal to noise",
     "update_to_weight": "Norm of update / of weights",
-    "grad_norm": "Norm of gradient: {}",
-    "share": "Share of the update: {}",
-    "snr": "Signal to noise: {}",
-    "rate": "Effective learning rate: {}",
-    "weight": "Weight: {}",
+    "gain": "Gain of momentum",
+    "rate": "Effective learning rate",
+    "scale_invariant_rate": "Rate of scale-invariant weights",
+    "weight": "Weight of the loss",
 }
 _LINEAR = ("grad_cosine", "grad_conflict", "share", "weight")
+_FILLS = ("full", "none", "left", "top", "right", "bottom")  # of marks, by which losses differ in one panel
 _LINEAR_BELOW = 1e-3  # of an axis that has a 0 and is logarithmic
 _LOSSES = {"kd": "KD", "dkd": "DKD", "crd": "CRD"}
 
@@ -105,23 +110,31 @@ def render(figure: Figure, form: str) -> bytes:
 def losses(arms: Sequence[Arm]) -> Figure:
     """Both losses over the epochs: means over the batches of each, while the student trained."""
     panels = [
-        ("task_loss", "Task loss while training", "cross-entropy"),
-        ("kd_loss", "Distillation loss while training", "T² KL(teacher ‖ student)"),
+        ("task_loss", "Task loss while training", f"cross-entropy{', nats a token' * arms[0].is_of_text}"),
+        ("kd_loss", "Distillation loss while training", _formula(arms)),
     ]
     panels = [panel for panel in panels if any(arm.has(panel[0]) for arm in arms)]
     figure, drawn = _figure(1, len(panels), 3.6)
     for axes, (name, title, y_label) in zip(drawn, panels, strict=True):
         open_panel(axes, title, "epoch", y_label, yscale="log")
-        _curves(axes, arms, name)
+        _curves(axes, arms, [name])
     _finish(figure, arms, named=True)
     return figure
+
+
+def _formula(arms: Sequence[Arm]) -> str:
+    """That of the distillation loss; of language models, its name."""
+    if not arms[0].is_of_text:
+        return "T² KL(teacher ‖ student)"
+    return f"{' or '.join(sorted({arm.runs[0].config['distillation.loss'] for arm in arms}))}, nats a token"
 
 
 def plane(arms: Sequence[Arm]) -> Figure | None:
     """Task loss against distillation loss: on the left a path for each arm, on the right the final students.
 
-    The final students are evaluated on the whole training split. Of arms that differ in the weights of their losses
-    alone, those that no other one beats in both losses are joined. None if no arm has a distillation loss.
+    The final students are evaluated on the whole training split, those of language models on the test split. Of arms
+    that differ in the weights of their losses alone, those that no other one beats in both losses are joined. None if no
+    arm has a distillation loss.
     """
     distilled = [arm for arm in arms if len(_both_losses(arm))]
     if not distilled:
@@ -133,7 +146,8 @@ def plane(arms: Sequence[Arm]) -> Figure | None:
     for arm in distilled:
         _path(drawn[0], arm)
     for axes in drawn[1:]:
-        open_panel(axes, "Final students, on all training images", "task loss", "distillation loss")
+        where = "on the test split" if arms[0].is_of_text else "on all training images"
+        open_panel(axes, f"Final students, {where}", "task loss", "distillation loss")
         for arm in distilled:
             if arm.label in ends:
                 (x, y), (x_error, y_error) = ends[arm.label]
@@ -172,50 +186,113 @@ def fronts(arms: Sequence[Arm]) -> list[list[Arm]]:
 
 
 def gradients(arms: Sequence[Arm]) -> Figure | None:
-    """Conflict, norms and shares over the epochs: a panel for each of these metrics that a log has; None if none has any."""
-    names = gradient_metrics(arms)
-    if not names:
+    """What the log has of gradients, a panel for each quantity with a line for each arm and loss; None if it has none.
+
+    The marks on the lines are filled for the task, hollow for the distillation loss, and half filled for further ones.
+    """
+    panels = gradient_metrics(arms)
+    if not panels:
         return None
-    columns = min(len(names), 3)
-    rows = math.ceil(len(names) / columns)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
     figure, drawn = _figure(rows, columns, 2.2 * rows)
-    window = max(1, max(len(arm.epochs) for arm in arms) // _MOST_MEANS)
-    groups: dict[str, list[Axes]] = collections.defaultdict(list)
-    zero = {
-        kind for kind, name in ((_kind(name)[0], name) for name in names) if kind == "snr" and _has_zero(arms, name)
-    }
-    for axes, name in zip(drawn, names, strict=False):
-        kind, loss = _kind(name)
-        title = _TITLES[kind].format(_LOSSES.get(loss, loss.replace("_", " ")))
-        # A ratio of signal to noise may be 0. Both panels have one axis, so both have the same scale.
-        scale = "linear" if kind in _LINEAR else "symlog" if kind in zero else "log"
+    window = _window(arms)
+    fills = _fills(panels)
+    for axes, (kind, names) in zip(drawn, panels.items(), strict=False):
+        # A ratio of signal to noise may be 0.
+        has_zero = kind == "snr" and any(_has_zero(arms, name) for name in names)
+        scale = "linear" if kind in _LINEAR else "symlog" if has_zero else "log"
         x_label = "epoch" if window == 1 else f"epoch (means over {window})"
-        open_panel(axes, title, x_label, "", yscale=scale)
+        open_panel(axes, _TITLES[kind], x_label, "", yscale=scale)
         axes.sharex(drawn[0])
         if kind == "grad_cosine":
             axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
         if kind == "grad_conflict":  # a rate
             axes.set_ylim(-0.02, 1.02)
-        if loss and groups[kind]:
-            axes.sharey(groups[kind][0])
-        groups[kind].append(axes)
-        _curves(axes, arms, name, window=window)
-    for axes in drawn[len(names) :]:
+        _curves(axes, arms, names, window=window, fills=[fills.get(_kind(name)[1], "full") for name in names])
+    for axes in drawn[len(panels) :]:
         axes.remove()
-    _finish(figure, [arm for arm in arms if any(arm.has(name) for name in names)])
+    extra = [
+        Line2D([], [], linestyle="", color="0.3", label=_loss_label(loss), **_mark("o", fill, "0.3"))
+        for loss, fill in fills.items()
+    ]
+    having = [arm for arm in arms if any(arm.has(name) for names in panels.values() for name in names)]
+    _finish(figure, having, extra=extra)
     return figure
 
 
-def gradient_metrics(arms: Sequence[Arm]) -> list[str]:
-    """The metrics of gradients that a log has, in the order of the panels."""
-    there = {name for arm in arms for run in arm.runs for line in run.lines for name in line if _kind(name)[0]}
-    # A row for what both losses have, and something of both beside it.
-    kinds = ["grad_norm", "grad_cosine", "share", "grad_conflict", "snr", "update_to_weight", "rate", "weight"]
-    order = list(dict.fromkeys(["task", "kd", *sorted(_kind(name)[1] for name in there)]))
-    found = [name for name in there if any(arm.has(name) for arm in arms)]
-    return sorted(
-        found, key=lambda name: (kinds.index(_kind(name)[0]), order.index(_kind(name)[1]) if _kind(name)[1] else 0)
+def gradient_metrics(arms: Sequence[Arm]) -> dict[str, list[str]]:
+    """The metrics of gradients that a log has, by quantity: those of the task first, then those of distillation."""
+    names = {name for arm in arms for run in arm.runs for line in run.lines for name in line if _kind(name)[0]}
+    found = [name for name in names if any(arm.has(name) for arm in arms)]
+    order = list(dict.fromkeys(["", "task", "kd", *sorted(_kind(name)[1] for name in found)]))
+    found.sort(key=lambda name: order.index(_kind(name)[1]))
+    by_kind = {kind: [name for name in found if _kind(name)[0] == kind] for kind in _TITLES}
+    return {kind: names for kind, names in by_kind.items() if names}
+
+
+def _fills(panels: dict[str, list[str]]) -> dict[str, str]:
+    """How the marks of each loss are filled, and those of each pair of losses."""
+    losses = dict.fromkeys(_kind(name)[1] for names in panels.values() for name in names)
+    losses.pop("", None)
+    return dict(zip(sorted(losses, key=lambda loss: "_and_" in loss), itertools.cycle(_FILLS), strict=False))
+
+
+def _loss_label(loss: str) -> str:
+    names = [_LOSSES.get(name, name.replace("_", " ")) for name in loss.split("_and_")]
+    return " and ".join(names) if len(names) > 1 else f"{names[0]} loss"
+
+
+def layers(arms: Sequence[Arm]) -> Figure | None:
+    """The cosine between the gradients of the losses, layer by layer over the epochs; None if no log has it.
+
+    A panel for each arm, and for each pair of three losses or more. It can be read in gray: the higher the lighter, and
+    what is below 0 has a dash.
+    """
+    found: dict[tuple[int, str], dict[str, np.ndarray]] = collections.defaultdict(dict)
+    window = _window(arms)
+    for i, arm in enumerate(arms):
+        for name in dict.fromkeys(name for run in arm.runs for line in run.lines for name in line):
+            what, _, layer = name.partition("/")
+            kind, pair = _kind(what)
+            if layer and kind == "grad_cosine" and arm.has(name):
+                found[i, pair][layer] = _means(arm.curve(name), window)
+    if not found:
+        return None
+    names = list(dict.fromkeys(layer for curves in found.values() for layer in curves))
+    columns = min(len(found), 3)
+    rows = math.ceil(len(found) / columns)
+    height = 0.9 + min(0.19 * len(names), 5.5)
+    figure, drawn = _figure(rows, columns, 0.8 + height * rows, sharex=True, sharey=True)
+    for axes, ((i, pair), curves) in zip(drawn, found.items(), strict=False):
+        missing = np.full_like(next(iter(curves.values())), np.nan)
+        values = np.ma.masked_invalid([curves.get(layer, missing) for layer in names])
+        edges = 0.5 + window * np.arange(values.shape[1] + 1), np.arange(len(names) + 1) - 0.5
+        image = axes.pcolormesh(*edges, values, cmap="cividis", vmin=-1, vmax=1, rasterized=True)
+        rows_below, columns_below = np.nonzero(values.filled(np.nan) < 0)
+        axes.plot(0.5 + window * (columns_below + 0.5), rows_below, "_", color="white", markersize=4)
+        title = f"{arms[i].label}\n{_loss_label(pair)}" if pair else arms[i].label
+        axes.set(title=no_formula(title), xlabel="epoch")
+        axes.tick_params(labelbottom=True)
+        set_epoch_ticks(axes.xaxis)
+        shown = range(0, len(names), math.ceil(len(names) / 40))
+        axes.set_yticks(shown, [no_formula(names[k]) for k in shown])
+    drawn[0].invert_yaxis()
+    for axes in drawn[len(found) :]:
+        axes.remove()
+    label = "cosine between gradients; those with a dash are below 0"
+    figure.colorbar(
+        image,
+        ax=drawn[: len(found)],
+        label=label,
+        ticks=[-1, -0.5, 0, 0.5, 1],
+        location="bottom",
+        shrink=0.5,
+        aspect=40,
     )
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def cost(arms: Sequence[Arm]) -> Figure | None:
@@ -232,7 +309,8 @@ def cost(arms: Sequence[Arm]) -> Figure | None:
     panels = [panel for panel in panels if len({round(x, 6) for _, x in points[panel[0]]}) > 1] or panels[:1]
     figure, drawn = _figure(1, len(panels), 3.4, sharey=True)
     for axes, (name, title, x_label) in zip(drawn, panels, strict=True):
-        open_panel(axes, title, x_label, "test accuracy ± standard error" if axes is drawn[0] else "")
+        y_label = "accuracy of the next token, test split" if arms[0].is_of_text else "test accuracy ± standard error"
+        open_panel(axes, title, x_label, y_label if axes is drawn[0] else "")
         width = 1.25 * max(x for _, x in points[name]) or 1.0
         axes.set_xlim(-0.03 * width, width)
         axes.margins(y=0.12)
@@ -258,6 +336,14 @@ def _shifts(points: Sequence[tuple[Arm, float]], beside: float) -> list[float]:
     return [others.index(i) - (len(others) - 1) / 2 for i, others in enumerate(near)]
 
 
+class Curvature(NamedTuple):
+    """That of a loss at the final weights of a student; see `dot_optax.diagnostics`."""
+
+    sharpness: float  # NaN where the search did not end
+    trace: float
+    trace_error: float  # its standard error
+
+
 class Landscape(NamedTuple):
     """The loss of a student over a plane through its final weights."""
 
@@ -265,17 +351,20 @@ class Landscape(NamedTuple):
     distances: np.ndarray  # from the weights, along both directions: [points]
     losses: np.ndarray  # [points along the second direction, points along the first]
     images: int  # whose mean cross-entropy the loss is
+    curvatures: Mapping[str, Curvature]  # of each loss, and of their sum
 
 
 def landscapes(found: Sequence[Landscape]) -> Figure:
-    """Contours of all landscapes side by side, at the same levels."""
+    """Contours of all landscapes side by side, at the same levels, and the curvatures below them."""
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
-    figure, drawn = _figure(rows, columns, 0.6 + (WIDTH / columns + 0.15) * rows * 0.93, sharex=True, sharey=True)
+    below = 0.17 * max(len(each.curvatures) for each in found)
+    side = (WIDTH if columns > 1 else _NARROW) / columns
+    figure, drawn = _figure(rows, columns, 0.8 + (side + 0.15 + below) * rows * 0.93, sharex=True, sharey=True)
     levels = _levels(np.concatenate([each.losses.ravel() for each in found]))
     labels: list[list[Any]] = []
     colors = matplotlib.colormaps["cividis"].resampled(len(levels) + 1)
-    for axes, (arm, distances, values, _) in zip(drawn, found, strict=False):
+    for axes, (arm, distances, values, _, curvatures) in zip(drawn, found, strict=False):
         grid = (distances, distances, np.where(np.isfinite(values), values, np.inf).clip(max=levels[-1] * 1e3))
         axes.contourf(*grid, levels=levels, colors=colors(np.arange(len(levels) + 1)), extend="both", alpha=0.55)
         lines = axes.contour(*grid, levels=levels, colors="black", linewidths=0.7)
@@ -286,17 +375,27 @@ def landscapes(found: Sequence[Landscape]) -> Figure:
         axes.plot(0, 0, marker="+", color="black", markersize=9, markeredgewidth=1.5)
         center = values[len(distances) // 2, len(distances) // 2]
         axes.set(title=no_formula(f"{arm.label}\nat +: {center:.3g}"), aspect="equal")
+        texts = [f"{name}: λ {number(c.sharpness, 3)}, tr {number(c.trace, 3)}" for name, c in curvatures.items()]
+        axes.set_xlabel("\n".join(texts), fontsize=_SMALL)
         axes.set(xticks=np.linspace(distances[0], distances[-1], 3), yticks=np.linspace(distances[0], distances[-1], 3))
     for axes in drawn[len(found) :]:
         axes.remove()
     images = " or ".join(map(str, sorted({each.images for each in found})))
-    figure.suptitle(f"Cross-entropy of {images} training images around the final weights", fontsize=_FONT)
-    figure.supxlabel("first direction, in norms of each filter", fontsize=_FONT)
-    figure.supylabel("second direction", fontsize=_FONT)
+    figure.suptitle(
+        f"Cross-entropy of {images} training images around the final weights\n"
+        "along two random directions, in norms of each filter",
+        fontsize=_FONT,
+    )
+    figure.supxlabel("λ, tr: largest eigenvalue and trace of the Hessian at +", fontsize=_FONT)
     figure.draw_without_rendering()
     for names in labels:
         _drop_overlapping(names)
     return figure
+
+
+def number(value: float, digits: int) -> str:
+    """The value with so many significant digits, or a dash for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def _drop_overlapping(names: Sequence[Any]) -> None:
@@ -325,19 +424,22 @@ def _levels(values: np.ndarray) -> np.ndarray:
 
 
 def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH * 0.65, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH if columns > 1 else _NARROW, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def _curves(axes: Axes, arms: Sequence[Arm], name: str, *, window: int = 1) -> None:
-    """A metric over the epochs, with a line for each arm that has it, and a mark now and then."""
-    having = [arm for arm in arms if arm.has(name)]
-    for i, arm in enumerate(having):
+def _curves(
+    axes: Axes, arms: Sequence[Arm], names: Sequence[str], *, window: int = 1, fills: Iterable[str] = ("full",)
+) -> None:
+    """Metrics over the epochs, with a line for each arm that has it, and a mark now and then."""
+    having = [(arm, name, fill) for name, fill in zip(names, fills, strict=True) for arm in arms if arm.has(name)]
+    for i, (arm, name, fill) in enumerate(having):
         epochs, values = (_means(values, window) for values in (arm.epochs, arm.curve(name)))
         values = logarithmic(values) if axes.get_yscale() == "log" else values
         marks = marked_points(len(values), i, len(having))
-        axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **_line(arm))
+        line = _line(arm) | _mark(arm.marker, fill, arm.color)
+        axes.plot(epochs, values, label=no_formula(arm.label), markevery=marks, **line)
     set_epoch_ticks(axes.xaxis)
     if axes.get_yscale() == "log":
         set_log_ticks(axes.yaxis)
@@ -358,6 +460,19 @@ def _means(values: np.ndarray, window: int) -> np.ndarray:
     """The means of so many values in a row, of those that are finite; the last of fewer."""
     parts = [values[i : i + window] for i in range(0, len(values), window)]
     return np.array([np.mean(part[np.isfinite(part)]) if np.isfinite(part).any() else math.nan for part in parts])
+
+
+def _window(arms: Sequence[Arm]) -> int:
+    """Over how many epochs the means of noisy curves are."""
+    return max(1, max(len(arm.epochs) for arm in arms) // _MOST_MEANS)
+
+
+def _mark(marker: str, fill: str, color: str) -> dict[str, Any]:
+    """A mark that is filled, hollow or half filled."""
+    if fill == "full":
+        return mark(marker)
+    rest = {"markerfacecolor": "white"} if fill == "none" else {"fillstyle": fill, "markerfacecoloralt": "white"}
+    return mark(marker) | {"markeredgecolor": color, "markeredgewidth": 1.0} | rest
 
 
 def _line(arm: Arm) -> dict[str, Any]:
@@ -411,8 +526,8 @@ def _point(axes: Axes, arm: Arm, x: float, y: float, x_error: float, y_error: fl
 
 
 def _end(arm: Arm) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Both losses of the final student on the training split, and the standard errors of both; NaN if it is not finished."""
-    found = [arm.final("train", name) for name in ("task_loss", "kd_loss")]
+    """Both losses of the final student as in `plane`, and the standard errors of both; NaN if it is not finished."""
+    found = [arm.final("test" if arm.is_of_text else "train", name) for name in ("task_loss", "kd_loss")]
     values = [value if value > 0 else math.nan for value, _ in found]
     return (values[0], values[1]), (found[0][1], found[1][1])
 
@@ -424,10 +539,12 @@ def _cost(arm: Arm, name: str) -> float:
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """What a metric says of gradients, and of which loss, if of one alone; nothing if it is none of them."""
+    """What a metric says of gradients, and of which loss or pair, if it names one; nothing if it is none of them."""
+    if "/" in name:  # of a layer, whose own name may end like a metric
+        return "", ""
     if name in CONFLICT:
         return name, ""
-    for kind in _OF_LOSSES:
+    for kind in (*CONFLICT, *_OF_LOSSES):
         if name.endswith(f"_{kind}"):
             return kind, name.removesuffix(f"_{kind}")
     return "", ""

@@ -2,7 +2,8 @@
 
     python -m examples.distill.plot RUNS... --output=FOLDER
 
-RUNS are working directories of `python -m examples.distill`, or folders of single methods within them, all of one dataset.
+RUNS are working directories of `python -m examples.distill`, or folders of single methods within them, all of one dataset;
+or those of `python -m examples.language_model`, all of one text, which have all pictures but the last.
 Runs that differ in nothing but the seed are one arm: their means are drawn. FOLDER defaults to `plots`, next to the first
 of RUNS. Each picture is there as PNG and as SVG:
 
@@ -10,9 +11,11 @@ of RUNS. Each picture is there as PNG and as SVG:
     plane       task loss against distillation loss: the path of each arm, and the final students. Of arms that differ in
                 the weights of their losses alone, those are joined that no other one beats in both losses
     gradients   norms of the gradients and their conflict over the epochs; of runs with --config.diagnostics=True, the
-                shares of the update, the ratio of signal to noise, and effective learning rates as well
+                shares of the update, the ratio of signal to noise, gains and effective learning rates as well
+    layers      of runs with --config.diagnostics_by=layer: the cosine between the gradients, layer by layer
     cost        test accuracy against what training cost
-    landscape   with --landscape: cross-entropy around the final weights of each student
+    landscape   with --landscape: cross-entropy around the final weights of each student; below it, and in a table that is
+                printed, the sharpness and the trace of the Hessian of both losses and of their sum
 """
 
 import argparse
@@ -26,6 +29,7 @@ from matplotlib.figure import Figure
 from examples.distill import arms as reading
 from examples.distill import command_line, pictures, report
 from examples.distill.arms import Arm
+from examples.distill.pictures import number
 from examples.trainer import paths, records
 from examples.trainer.errors import UserError
 
@@ -37,12 +41,17 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax logs what it reads.
     try:
         options = _parse(argv)
-        data_dir = options.data_dir
+        data_dir, teacher = options.data_dir, options.teacher
         if options.config:
             config = command_line.parse([f"--config={options.config}"]).config  # registers what is in it
-            data_dir = data_dir or config.dataset.data_dir
+            data_dir, teacher = data_dir or config.dataset.data_dir, teacher or config.teacher.checkpoint
         lines = plot(
-            options.runs, options.output, landscape=options.landscape, images=options.images, data_dir=data_dir
+            options.runs,
+            options.output,
+            landscape=options.landscape,
+            images=options.images,
+            data_dir=data_dir,
+            teacher=teacher,
         )
     except UserError as error:
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
@@ -61,6 +70,7 @@ def plot(
     landscape: bool = False,
     images: int = _IMAGES,
     data_dir: str = "",
+    teacher: str = "",
 ) -> list[str]:
     """Writes the pictures, and returns in words which, and what could not be drawn.
 
@@ -70,6 +80,8 @@ def plot(
         landscape: whether to draw landscapes too, which need the students and the data.
         images: on how many training images.
         data_dir: the folder of the data, as `--config.dataset.data_dir` was.
+        teacher: the folder of the teacher, as `--config.teacher.checkpoint` was, for the curvature of the distillation
+            loss, where it is not in WORKDIR/teacher.
 
     Raises:
         UserError: see `arms.find`; if the pictures cannot be written; or if a landscape cannot be drawn.
@@ -83,17 +95,21 @@ def plot(
         "losses": lambda: pictures.losses(arms),
         "plane": lambda: pictures.plane(arms),
         "gradients": lambda: pictures.gradients(arms),
+        "layers": lambda: pictures.layers(arms),
         "cost": lambda: pictures.cost(arms),
     }
-    if landscape:
-        draw["landscape"] = lambda: _landscapes(finished, images, data_dir)
+    found: list[pictures.Landscape] = []
+    if landscape and not finished[0].is_of_text:
+        draw["landscape"] = lambda: _landscapes(found, finished, images, data_dir, teacher)
     written = []
     with pictures.style():
         for name, figure in ((name, function()) for name, function in draw.items()):
             if figure:
                 _write(folder, name, figure)
                 written.append(str(folder / name))
-    return [*missing, *notes(arms), f"Pictures, as .png and .svg: {', '.join(written)}"]
+    if landscape and not found:
+        missing.append("Not drawn: landscapes, which need images, and these are runs of language models.")
+    return [*missing, *notes(arms), *curvatures(found), f"Pictures, as .png and .svg: {', '.join(written)}"]
 
 
 def _write(folder: epath.Path, name: str, figure: Figure) -> None:
@@ -134,10 +150,36 @@ def notes(arms: Sequence[Arm]) -> list[str]:
     return lines
 
 
-def _landscapes(arms: Sequence[Arm], images: int, data_dir: str) -> Figure:
+def curvatures(found: Sequence[pictures.Landscape]) -> list[str]:
+    """A table of the curvature at the final weights of each student, and what is missing there."""
+    if not found:
+        return []
+    rows = [["", *(each.arm.label for each in found)]]
+    for name in dict.fromkeys(name for each in found for name in each.curvatures):
+        values = [each.curvatures.get(name) for each in found]
+        sharpnesses = ["-" if v is None else number(v.sharpness, 4) for v in values]
+        traces = ["-" if v is None else f"{number(v.trace, 4)} ± {number(v.trace_error, 2)}" for v in values]
+        rows += [[f"{name}: largest eigenvalue", *sharpnesses], [f"{name}: trace", *traces]]
+    lines = ["", "The Hessians of the losses at the final weights, BatchNorm with its running statistics:", ""]
+    lines += [report.aligned(rows), ""]
+    if any("sum" in each.curvatures for each in found):
+        lines.append("sum: weighted by --config.distillation.task_weight and kd_weight. ±: standard error.")
+    without = [each.arm.label for each in found if each.arm.has("kd_loss") and "KD" not in each.curvatures]
+    if without:
+        lines.append(
+            f"Not measured: the curvature of the distillation loss of {', '.join(without)}. The teacher, known by its checksum,"
+            " is neither in WORKDIR/teacher nor in --config.teacher.checkpoint=FOLDER."
+        )
+    return lines
+
+
+def _landscapes(
+    found: list[pictures.Landscape], arms: Sequence[Arm], images: int, data_dir: str, teacher: str
+) -> Figure:
     from examples.distill import landscapes  # Few need Flax, Grain and TFDS, which take long to import.
 
-    return pictures.landscapes(landscapes.measure(arms, images, data_dir))
+    found += landscapes.measure(arms, images, data_dir, teacher=teacher)
+    return pictures.landscapes(found)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -151,6 +193,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", default="", metavar="FILE", help="with a dataset, methods or models of your own")
     parser.add_argument("--config.dataset.data_dir", default="", dest="data_dir", metavar="FOLDER", help="of the data")
+    parser.add_argument(
+        "--config.teacher.checkpoint",
+        default="",
+        dest="teacher",
+        metavar="FOLDER",
+        help="of the teacher, for --landscape",
+    )
     options = parser.parse_args(argv)
     if options.images < 1:
         raise UserError(f"bad --images={options.images}: give a whole number of at least 1")

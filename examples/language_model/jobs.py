@@ -24,7 +24,7 @@ from examples.language_model.model import Architecture
 from examples.language_model.steps import Problem, Teacher
 from examples.language_model.tokenizer import Tokenizer
 from examples.trainer import batches, loop, parallel
-from examples.trainer.diagnostics import Diagnostics
+from examples.trainer.diagnostics import Diagnostics, layers
 from examples.trainer.errors import UserError
 from examples.trainer.job import Evaluate, Job, MetricNames, Variables
 from examples.trainer.preemption import Preempted
@@ -149,6 +149,8 @@ def student(method: str, shared: Shared, directory: epath.Path, at_hand: Teacher
         objective = PLAIN._replace(weights=weights)
         steps_per_epoch = data.steps_per_epoch(shared.corpus.train, config.sequence_length, config.batch_size)
         diagnostics = methods.diagnostics(method, config.optimizer, objective, steps_per_epoch, config.epochs)
+        if config.diagnostics_by == "layer":
+            diagnostics = diagnostics._replace(layers=layers(network_shapes(of, shared)[1]))
 
     def init_params() -> Any:
         if not every:

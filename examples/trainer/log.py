@@ -58,7 +58,9 @@ class Log:
         self._events = None
         if self._writes:
             epochs_done = (self.steps - self._epoch_steps) // job.steps_per_epoch
-            kept = records.keep_lines(self._path, epochs_done, ("epoch", "step", *job.metrics.training))
+            # Of the metrics, no more: the epochs before may have been logged by other flags.
+            needed = ("epoch", "step", *(name for name in job.metrics.training if name.endswith("_loss")))
+            kept = records.keep_lines(self._path, epochs_done, needed)
             self._events = _begin_events(job.directory, kept)
         self._bar = tqdm(
             desc=f"{job.name:>15}",

@@ -121,6 +121,7 @@ TRAINING = {
     "shard_params": YES_OR_NO,
     "gradient_metrics": YES_OR_NO,
     "diagnostics": YES_OR_NO,
+    "diagnostics_by": one_of("all", "layer"),
     "dtype": one_of("float32", "bfloat16"),
     "sampling.form": Rule(lambda value: value in FORMS, f"one of {', '.join(filter(None, FORMS))}"),
     "sampling.period": Rule(lambda value: whole(1)(value) and value <= 2**16, "a whole number from 1 to 65,536"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dot_optax.diagnostics import Comparison, compare
 from examples.trainer.diagnostics import Diagnostics, Taken
 from examples.trainer.parallel import Layout
 from examples.trainer.sampling import EXACT, Losses, Sampling
@@ -96,11 +97,12 @@ def make_train_step(
         metrics = {f"{name}_loss": values[name] for name in reported} | state_metrics(opt_state)
         if gradient_metrics:
             own, known = sampling.of_the_losses(grads, state.step, due)
-            metrics |= _gradient_metrics({name: own[name] for name in losses.trained if name in reported}, known)
+            trained = [own[name] for name in losses.trained]
+            compared = compare(container(*trained))
+            metrics |= _gradient_metrics(compared, losses.trained, reported, known)
         if diagnostics:
-            trained, all_known = [own[name] for name in losses.trained], jnp.all(jnp.array([True, *known.values()]))
-            cosine = metrics.get("grad_cosine", jnp.nan)
-            taken = Taken(state.step, trained, all_known, cosine, updates, state.params, opt_state)
+            all_known = jnp.all(jnp.array([True, *known.values()]))
+            taken = Taken(state.step, trained, all_known, compared, updates, state.params, opt_state)
             metrics |= diagnostics.of(taken)
         # A loss that is not due is NaN, which is no failure.
         computed = [jnp.where(due.get(name, True), loss, 0) for name, loss in values.items()]
@@ -118,11 +120,14 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _gradient_metrics(grads: dict[str, Any], known: dict[str, Any]) -> Metrics:
-    norms = {name: jnp.where(known.get(name, True), optax.tree.norm(grad), jnp.nan) for name, grad in grads.items()}
-    metrics = {f"{name}_grad_norm": norm for name, norm in norms.items()}
-    if len(grads) == 2:
-        a, b = norms.values()
-        # A gradient that vanishes has a cosine of 0 with any other.
-        metrics["grad_cosine"] = optax.tree.vdot(*grads.values()) / jnp.where(a * b == 0, 1.0, a * b)
+def _gradient_metrics(
+    compared: Comparison, names: Sequence[str], reported: Collection[str], known: dict[str, Any]
+) -> Metrics:
+    """Norms and, of two losses that are reported, the cosine, where the step knows the gradients."""
+    (norms,), (cosines,) = compared.norms, compared.cosines
+    knows = {i: known.get(name, True) for i, name in enumerate(names) if name in reported}
+    metrics = {f"{names[i]}_grad_norm": jnp.where(here, norms[i], jnp.nan) for i, here in knows.items()}
+    if len(knows) == 2:
+        (i, knows_i), (j, knows_j) = knows.items()
+        metrics["grad_cosine"] = jnp.where(jnp.logical_and(knows_i, knows_j), cosines[i, j], jnp.nan)
     return metrics

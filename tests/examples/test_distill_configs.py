@@ -247,7 +247,7 @@ def test_recipes_and_configs_state_the_published_accuracies():
 def test_the_commands_of_the_recipes_parse():
     recipes = (_DISTILL / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python -m examples\.distill (.*)$", recipes, flags=re.MULTILINE)
-    assert len(commands) == 10
+    assert len(commands) == 12
     for command in commands:
         settings.validated(parse(shlex.split(command.replace("=N", "=2").replace("=I", "=1"))).config)
     for flag in re.findall(r"`(--config\.[\w.]+=[\w,]+)", recipes):

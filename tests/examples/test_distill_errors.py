@@ -246,6 +246,8 @@ def test_help_lists_configs_methods_and_fields_with_their_defaults(capsys):
         (("teacher",), "teacher.epochs", True),
         (("teacher", "kd"), "optimizer.delta", True),
         (("teacher", "kd"), "checkpoint_every_steps", False),
+        (("teacher", "kd"), "diagnostics", True),
+        (("teacher", "kd"), "diagnostics_by", False),
         (("ce",), "teacher.epochs", False),
         (("teacher",), "sampling.form", False),
         (("teacher", "kd"), "sampling.form", True),

@@ -6,13 +6,16 @@ import json
 import math
 
 import jax
+import jax.flatten_util
 import matplotlib
 import numpy as np
+import optax
 import pytest
 from etils import epath
 from flax import nnx
 from matplotlib.text import Text
 
+import dot_optax
 from examples.distill import arms as reading
 from examples.distill import methods, pictures, plot
 from examples.distill.configs.digits import get_config
@@ -49,6 +52,7 @@ def _write(workdir, names=METHODS, *, scale=1.0, epochs=12, finished=True, diagn
             if diagnostics and has_kd:
                 line |= dict.fromkeys(("grad_conflict", "task_share", "kd_share"), 0.5)
                 line |= dict.fromkeys(("task_snr", "kd_snr", "update_to_weight", "task_rate", "kd_rate"), 0.1 * number)
+                line |= {"task_gain": 10.0, "kd_gain": 20.0, "grad_cosine/a/conv": 0.5, "grad_cosine/b": -1 / epoch}
             lines.append(json.dumps(line) + "\n")
         (workdir / method).mkdir(exist_ok=True)
         (workdir / method / "metrics.jsonl").write_text("".join(lines))
@@ -119,6 +123,23 @@ def test_seeds_are_one_arm(tmp_path):
     np.testing.assert_allclose(arm.final("test", "top1"), (0.92, 0.01 / math.sqrt(3)))
 
 
+def test_what_is_logged_does_not_tell_arms_apart(tmp_path):
+    """Layers are drawn over the epochs at which all seeds have them; older runs wrote down the flag."""
+    one, other = _write(tmp_path / "0", ["kd"], diagnostics=True), _write(tmp_path / "1", ["kd"], seed=1)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"diagnostics_by": "all"}))
+    lines = [json.loads(line) for line in (one / "kd" / "metrics.jsonl").read_text().splitlines()]
+    without = [{name: value for name, value in line.items() if "/" not in name} for line in lines[:4]]
+    for run in (one, other):
+        log = run / "kd" / "metrics.jsonl"
+        log.write_text("".join(json.dumps(line) + "\n" for line in without + lines[4:]))
+    [arm], _ = reading.find([one, other])
+    assert arm.label == "KD (2 seeds)"
+    np.testing.assert_array_equal(np.isfinite(arm.curve("grad_cosine/b")), np.arange(12) >= 4)
+    [drawn, _] = pictures.layers([arm]).axes
+    np.testing.assert_array_equal(drawn.collections[0].get_array().mask, np.tile(np.arange(12) < 4, (2, 1)))
+
+
 def _with_teachers(folder, checksums, trained):
     """A run of KD for each teacher; those that are in `trained` trained it."""
     for seed, checksum in enumerate(checksums):
@@ -158,12 +179,12 @@ def test_runs_that_cannot_be_drawn(tmp_path):
     assert refused(tmp_path / "none") == (
         f"there is no folder RUNS={tmp_path / 'none'}; give a --workdir of python -m examples.distill"
     )
-    assert f"nothing is logged in RUNS={tmp_path}:" in refused(tmp_path)
+    assert f"no student is logged in RUNS={tmp_path}:" in refused(tmp_path)
     (run / "empty").mkdir()
-    assert f"nothing is logged in RUNS={run / 'empty'}:" in refused(run, run / "empty")
+    assert f"no student is logged in RUNS={run / 'empty'}:" in refused(run, run / "empty")
     (tmp_path / "lost" / "dot").mkdir(parents=True)
     (tmp_path / "lost" / "dot" / "metrics.jsonl").write_text('{"task_loss": 1.0, "kd_loss": 1.0}\n')
-    assert "nothing is logged" in refused(tmp_path / "lost" / "dot")  # Whose run it is, nobody knows.
+    assert "no student is logged" in refused(tmp_path / "lost" / "dot")  # Whose run it is, nobody knows.
     assert "no epoch is finished yet" in refused(_write(tmp_path / "begun", ["dot"], epochs=0, finished=False))
     other = _write(tmp_path / "other", dataset__name="fashion_mnist_idx")
     assert refused(run, other) == (
@@ -177,8 +198,12 @@ def test_runs_that_cannot_be_drawn(tmp_path):
     )
     text = tmp_path / "text"
     _write(text)
-    (text / "config.json").write_text('{"epochs": 3, "text.files": "*.py"}')
-    assert "is no run of python -m examples.distill" in refused(text)
+    (text / "config.json").write_text('{"epochs": 12}')
+    assert "is no run of python -m examples.distill or examples.language_model: its config.json" in refused(text)
+    (text / "config.json").write_text('{"epochs": 12, "text.files": "*.py"}')
+    assert refused(run / "kd", text / "dot") == (
+        f"RUNS are of text in {text / 'dot'} and of images in {run / 'kd'}; draw them one by one"
+    )
     (run / "dot" / "metrics.jsonl").write_text("{")
     assert "is damaged" in refused(run)
 
@@ -371,13 +396,56 @@ def test_points_on_no_front():
 def test_gradients(tmp_path, drawn):
     arms, _ = reading.find([_write(tmp_path / "run")])
     figure = pictures.gradients(arms)
-    titles = ["Norm of gradient: task", "Norm of gradient: KD", "Cosine of both gradients"]
-    assert [axes.get_title() for axes in figure.axes] == titles
-    norm = _lines(figure.axes[1])
-    assert [line.get_label() for line in norm] == ["KD", "KD, gain-matched", "DOT"]
-    np.testing.assert_allclose(norm[0].get_ydata(), 2 / np.arange(1, 13))
-    np.testing.assert_allclose(_lines(figure.axes[2])[0].get_ydata(), np.cos(np.arange(1, 13)))
-    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert [axes.get_title() for axes in figure.axes] == ["Norm of gradient", "Cosine between gradients"]
+    task, kd = (_lines(figure.axes[0])[part] for part in (slice(0, 4), slice(4, 7)))
+    assert [line.get_label() for line in task] == ["CE", *(line.get_label() for line in kd)]
+    assert [line.get_label() for line in kd] == ["KD", "KD, gain-matched", "DOT"]
+    np.testing.assert_allclose(kd[0].get_ydata(), 2 / np.arange(1, 13))
+    np.testing.assert_allclose(_lines(figure.axes[1])[0].get_ydata(), np.cos(np.arange(1, 13)))
+    # Both losses of an arm have its line and mark; that of distillation is hollow.
+    assert {line.get_markerfacecolor() for line in kd} == {"white"}
+    assert all(line.get_markerfacecolor() == line.get_color() for line in task)
+    assert [(line.get_marker(), line.get_color()) for line in kd] == [
+        (line.get_marker(), line.get_color()) for line in task[1:]
+    ]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["CE", "KD", "KD, gain-matched", "DOT", "task loss", "KD loss"]
+    _assert_readable(figure)
+
+
+def test_three_losses_share_the_panels(tmp_path, drawn):
+    run = _write(tmp_path / "run", ["deepkd"])
+    losses = ("task", "target", "non_target")
+    pairs = ("task_and_target", "task_and_non_target", "target_and_non_target")
+    names = [f"{loss}_{what}" for loss in losses for what in ("grad_norm", "share", "rate", "scale_invariant_rate")]
+    line = dict.fromkeys(names, 0.5) | {f"{pair}_grad_cosine": 0.1 for pair in pairs}
+    line |= {f"{pair}_grad_cosine/conv": 0.1 for pair in pairs} | {"task_loss": 1.0, "kd_loss": 1.0}
+    line |= {"update_to_weight/old_weight": 0.1, "task_grad_norm/a_gain": 0.1}  # layers whose names end like metrics
+    (run / "deepkd" / "metrics.jsonl").write_text(12 * (json.dumps(line) + "\n"))
+    arms, _ = reading.find([run])
+    figure = pictures.gradients(arms)
+    counts = {axes.get_title(): len(_lines(axes)) for axes in figure.axes}
+    titles = ("Norm of gradient", "Cosine between gradients", "Share of the update", "Effective learning rate")
+    assert counts == dict.fromkeys((*titles, "Rate of scale-invariant weights"), 3)
+    marks = {(line.get_fillstyle(), line.get_markerfacecolor()) for axes in figure.axes[:2] for line in _lines(axes)}
+    assert len(marks) == 6
+    _assert_readable(figure)
+    titles = [axes.get_title() for axes in pictures.layers(arms).axes[:3]]
+    assert titles == ["DeepKD\ntask and target", "DeepKD\ntask and non target", "DeepKD\ntarget and non target"]
+
+
+def test_layers(tmp_path, drawn):
+    assert pictures.layers(reading.find([_write(tmp_path / "without")])[0]) is None
+    arms, _ = reading.find([_write(tmp_path / "run", ["ce", "kd", "dot"], epochs=120, diagnostics=True)])
+    figure = pictures.layers(arms)
+    kd, dot, bar = figure.axes
+    assert [kd.get_title(), dot.get_title()] == ["KD", "DOT"] and "a dash are below 0" in bar.get_xlabel()
+    assert [label.get_text() for label in kd.get_yticklabels()] == ["a/conv", "b"] and kd.yaxis_inverted()
+    values = kd.collections[0].get_array()
+    assert values.shape == (2, 40) and (values[0] == 0.5).all()  # means over 3 epochs
+    np.testing.assert_allclose(values[1, 0], -(1 + 1 / 2 + 1 / 3) / 3)
+    [dashes] = kd.lines
+    np.testing.assert_allclose(dashes.get_xydata(), [(2.0 + 3 * i, 1) for i in range(40)])  # in the middle of the means
     _assert_readable(figure)
 
 
@@ -386,12 +454,16 @@ def test_gradients_with_diagnostics(tmp_path, drawn):
     arms, _ = reading.find([_write(tmp_path / "run", diagnostics=True)])
     figure = pictures.gradients(arms)
     titles = [axes.get_title() for axes in figure.axes]
-    assert len(titles) == 11 and titles[3:6] == [
-        "Share of the update: task",
-        "Share of the update: KD",
+    assert titles == [
+        "Norm of gradient",
+        "Cosine between gradients",
         "Steps whose gradients conflict",
+        "Share of the update",
+        "Signal to noise",
+        "Norm of update / of weights",
+        "Gain of momentum",
+        "Effective learning rate",
     ]
-    assert titles[-2:] == ["Effective learning rate: task", "Effective learning rate: KD"]
     _assert_readable(figure)
     assert plot.notes(arms) == []
 
@@ -402,7 +474,7 @@ def test_a_ratio_of_signal_to_noise_may_be_zero(tmp_path, drawn):
     lines = [json.loads(line) | {"kd_snr": 0.0} for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     axes = pictures.gradients(reading.find([run])[0]).axes[-1]
-    assert axes.get_title() == "Signal to noise: KD"
+    assert axes.get_title() == "Signal to noise"
     np.testing.assert_array_equal(_lines(axes)[0].get_ydata(), np.zeros(12))
     assert len(_ticks(axes.yaxis)) >= 3
 
@@ -415,9 +487,8 @@ def _ticks(axis):
 def test_axes_of_ratios_and_rates(tmp_path, drawn):
     figure = pictures.gradients(reading.find([_write(tmp_path / "run", ["kd", "dot"], diagnostics=True)])[0])
     axes = {axes.get_title(): axes for axes in figure.axes}
-    for loss in ("task", "KD"):
-        ratio = axes[f"Signal to noise: {loss}"]
-        assert ratio.get_yscale() == "log" and len(_ticks(ratio.yaxis)) >= 3
+    ratio = axes["Signal to noise"]
+    assert ratio.get_yscale() == "log" and len(_ticks(ratio.yaxis)) >= 3
     assert axes["Steps whose gradients conflict"].get_ylim() == (-0.02, 1.02)
 
 
@@ -425,7 +496,7 @@ def test_noisy_curves_are_means_over_some_epochs(tmp_path, drawn):
     arms, _ = reading.find([_write(tmp_path / "run", ["kd"], epochs=120)])
     axes = pictures.gradients(arms).axes[0]
     assert axes.get_xlabel() == "epoch (means over 3)"
-    [line] = _lines(axes)
+    line, _ = _lines(axes)
     assert line.get_xydata()[0].tolist() == [2.0, pytest.approx((1 + 1 / 2 + 1 / 3) / 3)]
     assert len(line.get_xdata()) == 40
 
@@ -485,17 +556,24 @@ def test_without_a_teacher(tmp_path, drawn):
     assert "Not drawn, since no log has them: kd_grad_norm, grad_cosine; see --config.gradient_metrics." in lines
 
 
-def test_landscapes(drawn):
+def test_landscapes(tmp_path, drawn):
     distances = np.linspace(-1, 1, 21)
     around = np.add.outer(distances**2, distances**2)
-    arms = [
-        reading.Arm(label, color, "-", "o", []) for label, color in (("CE", "gray"), ("KD", "blue"), ("DOT", "red"))
-    ]
+    arms, _ = reading.find([_write(tmp_path / "run", ["ce", "kd", "dot"])])
     losses = (0.01 + around, 0.02 + 4 * around, np.where(around < 1, 0.01 + around, np.nan))
-    found = [pictures.Landscape(arm, distances, values, 512) for arm, values in zip(arms, losses, strict=True)]
+    curvatures = {"task": pictures.Curvature(4.0, 12.5, 0.5), "sum": pictures.Curvature(math.nan, 25.0, 1.0)}
+    found = [
+        pictures.Landscape(arm, distances, values, 512, of_arm)
+        for arm, values, of_arm in zip(arms, losses, (curvatures, curvatures, {}), strict=True)
+    ]
     figure = pictures.landscapes(found)
     assert [axes.get_title() for axes in figure.axes] == ["CE\nat +: 0.01", "KD\nat +: 0.02", "DOT\nat +: 0.01"]
-    assert figure.get_suptitle() == "Cross-entropy of 512 training images around the final weights"
+    assert figure.get_suptitle().startswith("Cross-entropy of 512 training images around the final weights\n")
+    assert [axes.get_xlabel() for axes in figure.axes] == [*["task: λ 4, tr 12.5\nsum: λ -, tr 25"] * 2, ""]
+    table = plot.curvatures(found)
+    assert "sum: largest eigenvalue" in (text := "\n".join(table)) and "12.5 ± 0.5" in text and "nan" not in text
+    # CE never had a teacher here, so nobody has to say where it is.
+    assert table[-1].startswith("Not measured: the curvature of the distillation loss of KD, DOT. The teacher")
     levels = [contours.levels.tolist() for axes in figure.axes for contours in axes.collections]
     assert len(levels) == 6 and all(level == levels[0] for level in levels)
     assert all(0.01 < level < 8 for level in levels[0])
@@ -541,7 +619,8 @@ def test_the_width_is_that_of_a_readme(tmp_path, drawn):
 def test_a_real_run(finished, data_dir, tmp_path, capsys):
     flags = ["--landscape", "--images=900", f"--config.dataset.data_dir={data_dir}", f"--output={tmp_path}"]
     assert plot.main([str(finished), *flags]) == 0
-    assert "landscape" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "landscape" in printed and "sum: trace" in printed and "Not measured" not in printed
     assert len(list(tmp_path.iterdir())) == 10
     from examples.distill import landscapes
 
@@ -550,6 +629,68 @@ def test_a_real_run(finished, data_dir, tmp_path, capsys):
         # The network has no BatchNorm, so the loss of its own weights is that of the evaluation, but for rounding.
         np.testing.assert_allclose(found.losses[1, 1], found.arm.final("train", "task_loss")[0], rtol=1e-5)
         assert (np.delete(found.losses, 4) > found.losses[1, 1]).all()
+        task, kd, both = (found.curvatures[name] for name in ("task", "KD", "sum"))
+        assert both.trace == pytest.approx(0.1 * task.trace + 0.9 * kd.trace, rel=1e-4)  # of the same random vectors
+        assert both.sharpness <= (0.1 * task.sharpness + 0.9 * kd.sharpness) * 1.001
+
+
+@pytest.mark.slow
+def test_curvatures_are_those_of_the_hessian():
+    from examples.distill import landscapes, models
+
+    (student, *variables), (teacher, *of_teacher) = (models.split(nnx.Linear(2, 3, rngs=nnx.Rngs(i))) for i in (0, 1))
+    inputs, labels = jax.random.normal(jax.random.key(0), (16, 2)), jax.numpy.arange(16) % 3
+    config = get_config()
+    network, given = (student, *variables), models.apply(teacher, *of_teacher, inputs, train=False)[0]
+    found = landscapes._curvatures(network, (teacher, *of_teacher), inputs, labels, config)
+    flat, unravel = jax.flatten_util.ravel_pytree(variables[0])
+
+    def losses(flat):
+        logits, _ = models.apply(student, unravel(flat), variables[1], inputs, train=False)
+        task = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return jax.numpy.stack([task, dot_optax.losses.kd_loss(logits, given, config.distillation.temperature).mean()])
+
+    task, kd = jax.hessian(losses)(flat)
+    assert list(found) == ["task", "KD", "sum"]
+    for curvature, hessian in zip(found.values(), (task, kd, 0.1 * task + 0.9 * kd), strict=True):
+        # The residual of `sharpness` may be a hundredth; 64 samples have an error that is said beside the trace.
+        assert curvature.sharpness == pytest.approx(np.linalg.eigvalsh(hessian).max(), rel=1e-2)
+        assert abs(curvature.trace - np.trace(hessian)) < 5 * curvature.trace_error
+    assert list(landscapes._curvatures(network, None, inputs, labels, config)) == ["task"]
+
+
+def _language_model(workdir, **fields):
+    """A working directory of made-up runs of `examples.language_model`."""
+    _write(workdir, ["kd", "dot"], **fields)
+    config = {name: value for name, value in json.loads((workdir / "config.json").read_text()).items()}
+    kept = {name: value for name, value in config.items() if not name.startswith("dataset.")}
+    (workdir / "config.json").write_text(json.dumps(kept | {"text.files": "0a", "distillation.loss": "skew"}))
+    for method in ("kd", "dot"):
+        result = json.loads((workdir / method / "result.json").read_text())
+        result["test"] |= result.pop("train")
+        (workdir / method / "result.json").write_text(json.dumps(result))
+    return workdir
+
+
+def test_language_models(tmp_path, drawn):
+    arms, notes = reading.find([_language_model(tmp_path / "run")])
+    assert notes == [] and [arm.label for arm in arms] == ["KD", "DOT"]
+    losses = pictures.losses(arms)
+    assert losses.axes[1].get_ylabel() == "skew, nats a token"
+    end = pictures.plane(arms).axes[1]
+    assert end.get_title() == "Final students, on the test split"
+    assert _lines(end)[0].get_xydata()[0].tolist() == [0.01, 0.05]
+    cost = pictures.cost(arms)
+    assert cost.axes[0].get_ylabel() == "accuracy of the next token, test split"
+    assert not cost.axes[0].collections  # tokens are not independent: no standard error
+
+
+@pytest.mark.slow
+def test_a_real_language_model(finished_language_model, tmp_path, capsys):
+    assert plot.main([str(finished_language_model), "--landscape", f"--output={tmp_path}"]) == 0
+    assert "Not drawn: landscapes, which need images, and these are runs of language models." in capsys.readouterr().out
+    names = {"losses", "plane", "gradients", "cost"}
+    assert {path.stem for path in tmp_path.iterdir()} == names
 
 
 @pytest.mark.slow
@@ -566,7 +707,11 @@ def test_batch_norm_has_the_statistics_of_the_images(data_dir, tmp_path):
     found = []
     for shift in (0.0, 1.0):
         run = _write(
-            tmp_path / str(shift), ["kd"], dtype="float32", **{n.replace(".", "__"): v for n, v in fields.items()}
+            tmp_path / str(shift),
+            ["kd"],
+            dtype="float32",
+            distillation__temperature=4.0,
+            **{n.replace(".", "__"): v for n, v in fields.items()},
         )
         checkpoint.save_variables(
             epath.Path(run / "kd"), params, jax.tree.map(functools.partial(np.add, np.float32(shift)), rest)
@@ -575,6 +720,24 @@ def test_batch_norm_has_the_statistics_of_the_images(data_dir, tmp_path):
     one, other = found
     np.testing.assert_array_equal(one.losses, other.losses)
     assert len(np.unique(one.losses)) == 9
+    traces = [each.curvatures["task"].trace for each in found]  # where the running ones make a difference
+    assert np.isfinite(traces).all() and traces[0] != traces[1]
+
+
+def test_a_config_file_says_where_data_and_teacher_are(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(plot, "plot", lambda runs, output, **options: given.append(options) or [])
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from examples.distill.configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config()\n"
+        "    config.dataset.data_dir, config.teacher.checkpoint = 'data', 'teacher'\n"
+        "    return config\n"
+    )
+    assert plot.main(["run", f"--config={file}"]) == 0
+    assert plot.main(["run", f"--config={file}", "--config.teacher.checkpoint=other"]) == 0
+    assert [(options["data_dir"], options["teacher"]) for options in given] == [("data", "teacher"), ("data", "other")]
 
 
 @pytest.mark.slow

@@ -194,7 +194,12 @@ _OVERRIDES = {
     ],
     "without prompts": ["--config.prompts=()"],
     "diagnostics": ["--config.method=ce,kd,dot", "--config.diagnostics=True"],
-    "diagnostics on four devices": ["--config.diagnostics=True", "--config.devices=4", "--config.model_devices=2"],
+    "diagnostics on four devices": [
+        "--config.diagnostics=True",
+        "--config.diagnostics_by=layer",
+        "--config.devices=4",
+        "--config.model_devices=2",
+    ],
     "without gradient metrics": ["--config.method=ce,kd,kd_gain_matched,dot", "--config.gradient_metrics=False"],
 }
 

@@ -7,8 +7,10 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from examples.distill import jobs
+from examples.trainer.errors import UserError
 from examples.trainer.job import Job
 from examples.trainer.log import Log
 
@@ -39,6 +41,21 @@ def test_a_line_of_the_log_has_the_means_of_its_epoch(tmp_path):
         (2, 8, 5.0, 50.0),
     ]
     assert lines[1]["validation_top1"] == 0.5 and lines[1]["grad_cosine"] is None
+
+
+def test_a_log_goes_on_with_other_metrics(tmp_path):
+    """The lines before need to have the losses alone: what else is logged may change from run to run."""
+    before = {"epoch": 1, "step": 1, "task_loss": 1.0, "kd_loss": 2.0, "once": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(before) + "\n")
+    job = _job(tmp_path, steps_per_epoch=1, batch_size=2)
+    with contextlib.closing(Log(job, {"steps": 1})) as log:
+        log.step({"task_loss": 0.5, "kd_loss": 1.0, "grad_cosine": 0.25, "skipped": 0.0})
+        log.epoch({}, seconds=1.0)
+    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first == before and (second["epoch"], second["grad_cosine"]) == (2, 0.25)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 1, "task_loss": 1.0}) + "\n")
+    with pytest.raises(UserError, match=r"is damaged \(it lacks kd_loss\)"):
+        Log(job, {"steps": 1})
 
 
 def test_a_mean_is_over_the_steps_that_know(tmp_path, capsys, monkeypatch):

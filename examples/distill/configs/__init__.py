@@ -17,6 +17,7 @@ def default() -> ConfigDict:
     config.shard_params = False  # with jit: divide large parameters and momenta among the devices
     config.gradient_metrics = True  # log the gradients' norms and cosine, at one more backward pass for ce and kd
     config.diagnostics = False  # log more, with gradient_metrics: see trainer/diagnostics.py
+    config.diagnostics_by = "all"  # or layer: cosines, conflicts, norms and updates of each layer as well
     config.checkpoint_every_steps = None  # besides every epoch that validates better than all before, and the last
     config.keep_checkpoints = 2  # the latest, besides the best
     config.max_consecutive_skips = 10  # after so many steps in a row that were not finite, and skipped, training stops

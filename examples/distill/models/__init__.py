@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -201,6 +202,42 @@ def features_width(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[in
             f" numbers [{batch}, width]"
         )
     return features.shape[1]
+
+
+def scale_invariant(network: tuple[nnx.GraphDef, Any, Any], image_shape: tuple[int, ...]) -> list[bool]:
+    """For each leaf of the params: whether it is a kernel whose length does not change the logits, as in front of BatchNorm.
+
+    That is tried out, on random images and with an epsilon of nearly 0 in the normalizations; names and places of layers
+    do not count.
+    """
+    graphdef, params, rest = network
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "epsilon"):
+            module.epsilon = 1e-12
+    graphdef, _, rest = split(model)
+    # A scale or a head that begins with 0 would hide all that is in front of it.
+    noise = optax.tree.random_like(jax.random.key(1), params)
+    params = jax.tree.map(lambda p, r: p + 0.5 if p.ndim < 2 else p + 0.01 * r, params, noise)
+    images = jax.random.normal(jax.random.key(0), (4, *image_shape))
+    kernels = [i for i, leaf in enumerate(jax.tree.leaves(params)) if leaf.ndim > 1]
+
+    @jax.jit  # of arguments: what depends on constants, XLA would compute for a minute as it compiles
+    def changes(params: Any, images: jax.Array) -> jax.Array:
+        """How far the logits move, in terms of their length, if each of the kernels is doubled."""
+        leaves, treedef = jax.tree.flatten(params)
+        before, _ = apply(graphdef, params, rest, images, train=True)
+
+        def change(index: jax.Array) -> jax.Array:
+            doubled = treedef.unflatten([jnp.where(index == i, 2 * leaf, leaf) for i, leaf in enumerate(leaves)])
+            after, _ = apply(graphdef, doubled, rest, images, train=True)
+            return jnp.linalg.norm(after - before) / jnp.linalg.norm(before)
+
+        return jax.lax.map(change, jnp.array(kernels))
+
+    # Doubling is exact. Where biases lie in front of a normalization, rounding moves the logits by some 1e-7.
+    ignored = {i for i, moved in zip(kernels, changes(params, images), strict=True) if moved < 1e-4}
+    return [i in ignored for i in range(len(jax.tree.leaves(params)))]
 
 
 def _without_key_type(leaf: Any) -> Any:

@@ -21,6 +21,7 @@ def default() -> ConfigDict:
     config.model_devices = 1  # with jit: how many of them share a sequence, and the matrices of the networks
     config.gradient_metrics = True  # log the gradients' norms and cosine, at one more backward pass for ce and kd
     config.diagnostics = False  # log more, with gradient_metrics: see trainer/diagnostics.py
+    config.diagnostics_by = "all"  # or layer: cosines, conflicts, norms and updates of each layer as well
     config.checkpoint_every_steps = None  # besides every epoch that validates better than all before, and the last
     config.keep_checkpoints = 2  # the latest, besides the best
     config.max_consecutive_skips = 10  # after so many steps in a row that were not finite, and skipped, training stops
