@@ -3,7 +3,7 @@
     python -m tests.faults [PROGRAM]
 
 prints what happened, in some minutes on two cores; PROGRAM is `examples.distill` unless given.
-`tests/examples/test_trainer_faults.py` runs the same: SIGTERM in the first tier, the others as slow tests.
+`tests/examples/test_trainer_faults.py` runs most of them as slow tests, with fewer kills.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from examples.trainer import checkpoint
 from tests.cache import share_compiled_programs
 from tests.runs import DISTILL, HEARTBEAT, LANGUAGE_MODEL, ONLY_BEST, Workspace
 
-KILLS = 20
 ROOM = 7000  # bytes that a file may have where there is no room for checkpoints: each has larger ones
 
 # A config that gives wrong labels, of which the loss is NaN, in the batches that the environment names.
@@ -106,17 +105,17 @@ def _saved(workdir):
     return sum(max(checkpoint.saved_steps(workdir / job), default=0) for job in ("teacher", "dot"))
 
 
-def killed_at_random_moments(workspace):
+def killed_at_random_moments(workspace, kills=20):
     workdir, rng = workspace.folder / "killed", random.Random(0)
     seconds = json.loads((workspace.long / "dot" / "result.json").read_text())["seconds"]
     while_training, until_first_save = 0, math.inf
-    for kill in range(KILLS):
+    for kill in range(kills):
         before = _saved(workdir)
         begun, run = time.perf_counter(), workspace.start(workdir, *workspace.program.long)
         if kill % 2 == 0:
             run.wait_for(lambda before=before: _saved(workdir) > before)
             until_first_save = min(until_first_save, time.perf_counter() - begun)
-            time.sleep(rng.uniform(0, seconds / KILLS))
+            time.sleep(rng.uniform(0, seconds / kills))
         else:  # while it imports, restores, compiles or takes the first steps
             end = begun + rng.uniform(0, until_first_save)
             while time.perf_counter() < end and _saved(workdir) == before:
@@ -125,11 +124,11 @@ def killed_at_random_moments(workspace):
         code, _ = run.wait()
         assert code == -signal.SIGKILL
         while_training += _saved(workdir) > before
-    assert while_training >= KILLS // 2
+    assert while_training >= kills // 2
     workspace.finish(workdir, *workspace.program.long)
     _assert_same_bits(workdir, workspace.long)
     return (
-        f"killed {KILLS} times, {while_training} of them after it had trained and saved; in the end parameters, momenta and"
+        f"killed {kills} times, {while_training} of them after it had trained and saved; in the end parameters, momenta and"
         " log have the bits of the undisturbed run"
     )
 
@@ -178,11 +177,9 @@ def preempted(workspace, number):
     return f"saved and exited with 0 after {seconds:.1f} s; the next start ended with the bits of the undisturbed run"
 
 
-def preempted_on_one_of_two_hosts(workspace, number):
-    workdir = workspace.with_teacher(f"preempted_hosts_{number}", workspace.long)
-    seconds = _terminate(
-        workdir, lambda: workspace.start_two_hosts(workdir, *workspace.program.long, ONLY_BEST), number
-    )
+def preempted_on_one_of_two_hosts(workspace):
+    workdir = workspace.with_teacher("preempted_hosts", workspace.long)
+    seconds = _terminate(workdir, lambda: workspace.start_two_hosts(workdir, *workspace.program.long, ONLY_BEST))
     workspace.finish(workdir, *workspace.program.long)
     _assert_close(workdir, workspace.long)
     return f"both saved the same step and exited with 0 after {seconds:.1f} s; one host alone went on to the same end"
@@ -432,8 +429,7 @@ _ON_DIGITS = {
     "SIGTERM to its worker processes as well": preempted_with_workers,
     "SIGHUP, as when a terminal closes": functools.partial(preempted, number=signal.SIGHUP),
     "SIGUSR1": functools.partial(preempted, number=signal.SIGUSR1),
-    "SIGTERM on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGTERM),
-    "SIGUSR1 on one of two hosts": functools.partial(preempted_on_one_of_two_hosts, number=signal.SIGUSR1),
+    "SIGTERM on one of two hosts": preempted_on_one_of_two_hosts,
     "`kill -9` of the second of two hosts": functools.partial(one_of_two_hosts_killed, victim=1),
     "`kill -9` of the first of two hosts": functools.partial(one_of_two_hosts_killed, victim=0),
     "stdout and stderr closed": functools.partial(unwritable_output, redirection=">&- 2>&-"),

@@ -1,18 +1,21 @@
-"""The configs of the paper: every hyperparameter as published, and two steps of each of them."""
+"""The configs of the paper: every hyperparameter as published, and steps of each of them."""
 
+import functools
 import json
 import pathlib
 import re
 import shlex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dot_optax
-from examples.distill import data, methods, objectives, settings
+from examples.distill import data, methods, models, objectives, settings, steps
 from examples.distill.command_line import main, parse
-from examples.trainer import checkpoint
+from examples.trainer import checkpoint, parallel
+from examples.trainer.step import init_state
 from tests import networks
 from tests.tiers import slow_but
 
@@ -294,11 +297,45 @@ def _save_random_teacher(folder, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _PUBLISHED)
-def test_two_steps_and_an_evaluation(name, run, tmp_path):
+def test_a_step_can_be_traced(name):
+    config = _config(name)
+    student, teacher = (
+        models.split(networks.abstract(network.model.name, _CLASSES[config.dataset.name]))
+        for network in (config.student, config.teacher)
+    )
+    weights = dot_optax.PerLoss(config.distillation.task_weight, config.distillation.kd_weight)
+    optimizer = methods.build("dot", config.optimizer, weights, steps_per_epoch=1)
+    problem = steps.Problem(
+        student[0], teacher[0], config.distillation.temperature, config.dataset.mean, config.dataset.std
+    )
+    one_device = parallel.jit_layout(jax.sharding.Mesh(jax.devices()[:1], (parallel.AXIS,)))
+    train_step = steps.make_train_step(problem, optimizer, one_device)
+    state = jax.eval_shape(lambda *variables: init_state(*variables, optimizer), *student[1:])
+    size = config.dataset.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    new_state, metrics = jax.eval_shape(train_step, state, teacher[1:], batch)
+    shapes_and_dtypes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+    assert {"task_loss", "kd_loss"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("cifar100_vgg13_vgg8", ["--config.dtype=bfloat16"]),
+        # Its own student takes a minute to compile and run.
+        ("tiny_imagenet_r18_shufflev2", ["--config.student.model.name=vgg8"]),
+        ("imagenet_r34_r18", []),
+    ],
+)
+def test_two_steps_and_an_evaluation_with_each_dataset(name, overrides, run, tmp_path):
     config = _config(name)
     _save_random_teacher(tmp_path / "teacher", config)
-    dtype = "bfloat16" if name == "cifar100_vgg13_vgg8" else "float32"
-    assert run(name, f"--config.teacher.checkpoint={tmp_path / 'teacher'}", f"--config.dtype={dtype}") == 0
+    assert run(name, f"--config.teacher.checkpoint={tmp_path / 'teacher'}", *overrides) == 0
     [line] = (tmp_path / "run" / "dot" / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
     assert metrics["step"] == 2

@@ -14,6 +14,8 @@ from tests.runs import LANGUAGE_MODEL
 _LIVE = ("--config.distillation.loss=forward", "--config.distillation.k=0", "--config.distillation.cache=False")
 _CACHED = ("--config.distillation.loss=top_k", "--config.distillation.k=32", "--config.distillation.cache=True")
 
+_SHORT = (*LANGUAGE_MODEL.short, "--config.epochs=2")
+
 
 @pytest.fixture(scope="session")
 def workspace_of_text(workspaces):
@@ -29,7 +31,7 @@ def alone(workspace_of_text):
         workspace = workspace_of_text
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # Workers share the workspace.
         folder = workspace.with_teacher(f"alone_{flags is _CACHED}_{worker}", workspace.short)
-        workspace.finish(folder, *LANGUAGE_MODEL.short, *flags)
+        workspace.finish(folder, *_SHORT, *flags)
         return folder
 
     return run
@@ -37,7 +39,7 @@ def alone(workspace_of_text):
 
 def _run_on_two_hosts(workspace, workdir, *flags, **options):
     """Returns (exit code, stdout, stderr) of both processes."""
-    runs = workspace.start_two_hosts(workdir, *LANGUAGE_MODEL.short, *flags, **options)
+    runs = workspace.start_two_hosts(workdir, *_SHORT, *flags, **options)
     codes = [run.wait()[0] for run in runs]
     return [(code, run.output(), run.errors()) for code, run in zip(codes, runs, strict=True)]
 
@@ -49,7 +51,7 @@ def _assert_same_network(a, b, atol):
 
 # With 4 the axis `model` spans the hosts, and both read all rows; with 2 each has its own, and the teacher is trained too.
 @pytest.mark.slow
-@pytest.mark.parametrize(("of_model", "flags"), [(1, _LIVE), (2, _LIVE), (4, _LIVE), (4, _CACHED)])
+@pytest.mark.parametrize(("of_model", "flags"), [(1, _LIVE), (2, _LIVE), (4, _CACHED)])
 def test_two_hosts_train_and_evaluate_like_one(of_model, flags, workspace_of_text, alone):
     workspace, expected = workspace_of_text, alone(flags)
     folder = workspace.folder / f"hosts_{of_model}_{flags is _CACHED}"
@@ -60,7 +62,7 @@ def test_two_hosts_train_and_evaluate_like_one(of_model, flags, workspace_of_tex
     first, second = _run_on_two_hosts(workspace, folder, f"--config.model_devices={of_model}", *flags)
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "test bits per byte" in first[1] and "test bits per byte" not in second[1]
-    # Rounding errors of 72 steps, and of 12 of the teacher: 1.2e-7 was found, and a wrong gradient moves by up to 1e-3 a step.
+    # Rounding errors of 24 steps, and of 12 of the teacher: 1.2e-7 was found after 72, and a wrong gradient moves by up to 1e-3 a step.
     _assert_same_network(folder / "dot", expected / "dot", atol=1e-5)
     results = [json.loads((each / "dot" / "result.json").read_text()) for each in (folder, expected)]
     for split in ("validation", "test"):
@@ -70,7 +72,7 @@ def test_two_hosts_train_and_evaluate_like_one(of_model, flags, workspace_of_tex
         assert here == pytest.approx(there, rel=1e-4)
         assert here["count"] == there["count"]
     lines = (folder / "dot" / "metrics.jsonl").read_text().splitlines()
-    assert tuple(json.loads(line)["step"] for line in lines) == LANGUAGE_MODEL.short_saves
+    assert tuple(json.loads(line)["step"] for line in lines) == LANGUAGE_MODEL.short_saves[:2]
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 import pytest
 
-from tests.faults import FAULTS
+from tests.faults import FAULTS, killed_at_random_moments
+from tests.runs import DISTILL
 
 CASES = {
     f"{program.module.removeprefix('examples.')}: {name}": (program, fault)
     for program, faults in FAULTS.items()
     for name, fault in faults.items()
+    # A full disk is the trainer's to deal with, whatever it trains.
+    if program is DISTILL or not name.startswith("no room")
 }
 
 
@@ -16,4 +19,5 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_survives(case, workspaces):
     program, fault = CASES[case]
-    assert fault(workspaces(program))
+    fewer = {"kills": 6} if fault is killed_at_random_moments else {}
+    assert fault(workspaces(program), **fewer)

@@ -224,7 +224,13 @@ def _exact_of(name, params, rest, batch, step):
 @pytest.mark.parametrize(
     "case",
     slow_but(
-        [(name, form, layout) for name in _OBJECTIVES for form in (*FORMS, "none") for layout in LAYOUTS],
+        [
+            (name, form, layout)
+            for name in _OBJECTIVES
+            for form in (*FORMS, "none")
+            for layout in LAYOUTS
+            if layout == "jit" or form in ("difference", "examples")
+        ],
         ("dkd", "difference", "jit"),
         ("deepkd", "alternating", "jit"),
     ),
