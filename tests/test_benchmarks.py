@@ -412,10 +412,11 @@ def run_in_pytorch_too(request):
 
 @pytest.mark.slow
 def test_end_to_end_in_float64(run_in_pytorch_too):
-    # Rounding is next to nothing there, and so is the difference; on real images it was below 1e-14.
+    # Rounding is next to nothing there, but training amplifies it: up to 8e-10 was found, by how XLA compiles. Other settings
+    # make 5e-6 and more, see below.
     losses = end_to_end.in_float64(run_in_pytorch_too)
     deviations = end_to_end.deviations(losses[end_to_end.STEP], losses[end_to_end.REFERENCE])
-    assert max(deviations) < 1e-11
+    assert max(deviations) < 1e-8
 
 
 @pytest.mark.slow

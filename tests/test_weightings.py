@@ -183,9 +183,9 @@ def test_min_norm_is_stationary(n, dtype):
     d, size = update(w, j)
     assert (w >= 0).all()
     np.testing.assert_allclose(w.sum(1), 1, rtol=4 * np.finfo(dtype).eps)
-    # The ridge of 4 N epsilon on the diagonal is the largest error.
+    # The ridge of 4 N epsilon on the diagonal is the largest error, and the rounding of products is no larger.
     excess = (np.einsum("md,mid->mi", d, j) - (norms(d) ** 2)[:, None]) / norms(j)
-    tolerance = 8 * n * np.finfo(dtype).eps * size
+    tolerance = 16 * n * np.finfo(dtype).eps * size
     np.testing.assert_array_less(-excess.min(1), tolerance)
     np.testing.assert_array_less(np.abs(w * norms(j) * excess).max(1), tolerance * size)
 
