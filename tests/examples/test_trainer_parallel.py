@@ -20,15 +20,13 @@ from examples.trainer import checkpoint, parallel, records
 from examples.trainer.errors import UserError
 from examples.trainer.step import init_state
 from tests import networks
-from tests.tiers import slow_but
 
 DEVICES = 4
 STEPS = 50
-CONVOLUTIONAL = ("resnet8x4", {})
 # The first of its three stages, which compiles in seconds: it has BatchNorm, and parameters to be divided.
 ONE_STAGE = ("resnet8x4", {"stage_sizes": (1,), "stage_features": (64,)})
 MULTILAYER = ("mlp", {"input_shape": (8, 8, 3), "hidden": (32,)})
-_STUDENTS = {"resnet8x4": CONVOLUTIONAL, "one stage": ONE_STAGE, "mlp": MULTILAYER}
+_STUDENTS = {"one stage": ONE_STAGE, "mlp": MULTILAYER}
 
 
 def _mesh(devices=DEVICES):
@@ -104,13 +102,12 @@ def _assert_close(form, actual, expected, bound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["one stage", "resnet8x4"])
-@pytest.mark.parametrize("form", slow_but(FORMS, "jit", "shard_map"))
-def test_with_batch_norm_in_float64(form, student):
-    """In float32 the larger network amplifies a rounding error by 1e5 in 50 steps, so that nothing could be compared."""
+@pytest.mark.parametrize("form", FORMS)
+def test_with_batch_norm_in_float64(form):
+    """In float32 training amplifies rounding errors, so that little could be compared."""
     with jax.enable_x64(True):
-        four = _train(_STUDENTS[student], FORMS[form](_mesh()), dtype=jnp.float64)
-        _assert_close(form, four, _on_one_device(student, jnp.float64), bound=1e-11)
+        four = _train(ONE_STAGE, FORMS[form](_mesh()), dtype=jnp.float64)
+        _assert_close(form, four, _on_one_device("one stage", jnp.float64), bound=1e-11)
 
 
 @pytest.mark.parametrize("form", FORMS)
