@@ -340,7 +340,6 @@ def test_a_run_goes_on_with_its_running_moments(distill, tmp_path, monkeypatch):
         ("--config.method=dot", "--config.sampling.form=alternating"),
         ("--config.method=kd,dot", "--config.sampling.form=difference"),
         ("--config.method=kd,dot", "--config.devices=2", "--config.parallel=shard_map"),
-        ("--config.method=kd,dot", "--config.devices=2", "--config.parallel=pmap"),
         ("--config.method=dot,kd_gain_matched", "--config.optimizer.name=adamw"),
         ("--config.method=dot,kd", "--config.optimizer.name=muon"),
     ],

@@ -19,5 +19,5 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_survives(case, workspaces):
     program, fault = CASES[case]
-    fewer = {"kills": 6} if fault is killed_at_random_moments else {}
+    fewer = {"kills": 4} if fault is killed_at_random_moments else {}
     assert fault(workspaces(program), **fewer)
