@@ -406,17 +406,18 @@ def run_in_pytorch_too(request):
     else:
         config = end_to_end.fashion_mnist_config(images=96, epochs=3, teacher_epochs=2)
         config.batch_size, config.dataset.synthetic = 32, True
+        # `optax.linear_schedule` of an int32 is a float32, with x64 too; XLA may keep more, or not: 8e-10 in the losses.
+        config.optimizer.warmup_epochs = 0
     config.teacher.epochs = 2
     return end_to_end.prepare(config)
 
 
 @pytest.mark.slow
 def test_end_to_end_in_float64(run_in_pytorch_too):
-    # Rounding is next to nothing there, but training amplifies it: up to 8e-10 was found, by how XLA compiles. Other settings
-    # make 5e-6 and more, see below.
+    # Rounding is next to nothing there, and so is the difference; on real images it was below 1e-14.
     losses = end_to_end.in_float64(run_in_pytorch_too)
     deviations = end_to_end.deviations(losses[end_to_end.STEP], losses[end_to_end.REFERENCE])
-    assert max(deviations) < 1e-8
+    assert max(deviations) < 1e-11
 
 
 @pytest.mark.slow
